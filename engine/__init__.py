@@ -1,0 +1,56 @@
+"""An inference engine in one process: requests in, tokens out.
+
+    from engine import Engine, EngineConfig, SamplingParams
+    with Engine(EngineConfig(weights="int4")) as engine:
+        print(engine.generate(["def fibonacci(n):"], SamplingParams(max_tokens=64))[0].text)
+
+Names load when they are first used, so that the host logic (requests, blocks, scheduler) imports without torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from engine.config import EngineConfig
+    from engine.engine import Engine
+    from engine.errors import CheckpointError, ConfigError, RequestError
+    from engine.loader import load_model
+    from engine.request import RequestOutput
+    from engine.sampling_params import SamplingParams
+
+_HOMES = {
+    "CheckpointError": "engine.errors",
+    "ConfigError": "engine.errors",
+    "Engine": "engine.engine",
+    "EngineConfig": "engine.config",
+    "RequestError": "engine.errors",
+    "RequestOutput": "engine.request",
+    "SamplingParams": "engine.sampling_params",
+    "StepEvent": "engine.batch",
+    "load_model": "engine.loader",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'engine' has no attribute {name!r}; it offers {', '.join(_HOMES)}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def _refuse_foreign_kernels() -> None:
+    """Hugging Face publishes a distribution named `kernels` whose import name is the same as ours."""
+    try:
+        version = importlib.metadata.version("kernels")
+    except importlib.metadata.PackageNotFoundError:
+        return
+    raise ImportError(
+        f"the distribution 'kernels' {version} is installed and hides InferLab's package of the same name: "
+        "run 'pip uninstall kernels', or use an environment of InferLab's own (make lab builds one)"
+    )
+
+
+_refuse_foreign_kernels()

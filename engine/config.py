@@ -1,0 +1,123 @@
+"""Every knob of the engine in one frozen place: typed, validated, and never written back."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from engine.errors import ConfigError
+from kernels import KV_FORMATS, WEIGHT_FORMATS
+
+BATCHING = ("static", "dynamic", "continuous")
+RUNNERS = ("torch", "simulated")
+IMPLS = ("auto", "torch", "aten", "triton")
+GROUP_SIZES = (64, 128)
+BLOCK_SIZES = (16, 32, 64, 128)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """What to serve and how.
+
+    model: "bundled", "synthetic:<shape>", a local folder, or a hub id.
+    weights, kv: a key of kernels.WEIGHT_FORMATS and kernels.KV_FORMATS. group_size: of int4 weights, 64 or 128.
+    cache_ratio: share of the memory left after weights and workspace that the KV pool takes, in (0, 1).
+    memory_limit: bytes the engine may use; None takes the whole GPU, or a modest share of the RAM on a CPU.
+    block_size: tokens per KV block (16, 32, 64, 128); None picks 64 on a GPU and 16 on a CPU.
+    max_batch_size: most requests in one step. max_batched_tokens: token budget of one step.
+    session_len: most tokens (prompt + output) of one request; None is what the model and the pool allow.
+    batching: "static" (a batch runs until its last member ends), "dynamic" (a batch forms within `batch_window`
+        seconds out of requests of similar length), "continuous" (requests join and leave at every step).
+    prefix_caching: reuse the blocks of equal prefixes. chunked_prefill: split prompts over steps to fit the budget.
+    runner: "torch" computes; "simulated" runs a cost model of `gpu` on a virtual clock.
+    device: "auto", "cpu" or "cuda". impl: "auto", or "torch" for the readable reference path.
+    seed: of everything random in the engine.
+    """
+
+    model: str = "bundled"
+    weights: str = "bf16"
+    group_size: int = 128
+    kv: str = "bf16"
+    cache_ratio: float = 0.8
+    memory_limit: int | None = None
+    block_size: int | None = None
+    max_batch_size: int = 64
+    max_batched_tokens: int = 2048
+    session_len: int | None = None
+    batching: str = "continuous"
+    batch_window: float = 0.05
+    prefix_caching: bool = True
+    chunked_prefill: bool = True
+    runner: str = "torch"
+    gpu: str = "h200"
+    device: str = "auto"
+    impl: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _one_of("weights", self.weights, WEIGHT_FORMATS)
+        _one_of("kv", self.kv, KV_FORMATS)
+        _one_of("batching", self.batching, BATCHING)
+        _one_of("runner", self.runner, RUNNERS)
+        _one_of("device", self.device, ("auto", "cpu", "cuda"))
+        _one_of("impl", self.impl, IMPLS)
+        _one_of("group_size", self.group_size, GROUP_SIZES)
+        if self.block_size is not None:
+            _one_of("block_size", self.block_size, BLOCK_SIZES)
+        if not (0.0 < self.cache_ratio < 1.0):  # also refuses NaN
+            raise ConfigError(f"cache_ratio is {self.cache_ratio}; it must be greater than 0 and less than 1")
+        if not (0.0 <= self.batch_window <= 60.0) or math.isnan(self.batch_window):
+            raise ConfigError(f"batch_window is {self.batch_window} s; it must be between 0 and 60 seconds")
+        _at_least("max_batch_size", self.max_batch_size, 1, 4096)
+        _at_least("max_batched_tokens", self.max_batched_tokens, 16, 1 << 20)
+        if self.max_batched_tokens < self.max_batch_size:
+            raise ConfigError(
+                f"max_batched_tokens is {self.max_batched_tokens}; it must be at least max_batch_size "
+                f"({self.max_batch_size}), one token for every running request"
+            )
+        if self.session_len is not None:
+            _at_least("session_len", self.session_len, 2, 1 << 24)
+        if self.memory_limit is not None:
+            _at_least("memory_limit", self.memory_limit, 1 << 20, 1 << 50)
+        if not self.model:
+            raise ConfigError("model is empty; give 'bundled', 'synthetic:<shape>', a folder, or a hub id")
+
+    @classmethod
+    def from_lmdeploy(cls, model: str, **options: Any) -> EngineConfig:
+        """Accept LMDeploy's names: cache_max_entry_count, quant_policy (0, 8, 4), max_batch_size, session_len,
+        enable_prefix_caching, cache_block_seq_len / block_size, max_prefill_token_num."""
+        policy = {0: "bf16", 8: "int8", 4: "int4"}
+        ours: dict[str, Any] = {}
+        for name, value in options.items():
+            if name == "quant_policy":
+                if value not in policy:
+                    raise ConfigError(f"quant_policy is {value!r}; it must be one of 0 (16 bit), 8 (int8), 4 (int4)")
+                ours["kv"] = policy[value]
+            elif name in LMDEPLOY_NAMES:
+                ours[LMDEPLOY_NAMES[name]] = value
+            else:
+                known = ", ".join(sorted([*LMDEPLOY_NAMES, "quant_policy"]))
+                raise ConfigError(f"unknown LMDeploy option {name!r}; the ones understood here are {known}")
+        return cls(model=model, **ours)
+
+
+LMDEPLOY_NAMES = {
+    "cache_max_entry_count": "cache_ratio",
+    "max_batch_size": "max_batch_size",
+    "session_len": "session_len",
+    "enable_prefix_caching": "prefix_caching",
+    "cache_block_seq_len": "block_size",
+    "block_size": "block_size",
+    "max_prefill_token_num": "max_batched_tokens",
+}
+
+
+def _one_of(name: str, value: object, options: Any) -> None:
+    if value not in options:
+        raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(str(option) for option in options)}")
+
+
+def _at_least(name: str, value: int, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ConfigError(f"{name} is {value!r}; it must be a whole number from {low:,} to {high:,}")

@@ -1,0 +1,85 @@
+"""A model's dimensions and the arithmetic that follows from them: parameters, bytes, operations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from kernels import KV_FORMATS, WEIGHT_FORMATS
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """Dimensions of one decoder of the Llama family.
+
+    rope: transformers' own `rope_parameters` dict (rope_type, rope_theta, factor, ...).
+    lm_head and embeddings stay bf16 in every weight format.
+    """
+
+    name: str
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    max_positions: int
+    rms_norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+    attention_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: int | None = None
+    rope: Mapping[str, Any] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
+    eos_token_ids: tuple[int, ...] = ()
+
+    @property
+    def qkv_size(self) -> int:
+        return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """[N, K] of the four fused matrices of one layer."""
+        return {
+            "qkv": (self.qkv_size, self.hidden_size),
+            "o": (self.hidden_size, self.num_heads * self.head_dim),
+            "gate_up": (2 * self.intermediate_size, self.hidden_size),
+            "down": (self.hidden_size, self.intermediate_size),
+        }
+
+    @property
+    def num_parameters(self) -> int:
+        per_layer = sum(n * k for n, k in self.linears().values()) + 2 * self.hidden_size
+        if self.attention_bias:
+            per_layer += self.qkv_size
+        if self.qk_norm:
+            per_layer += 2 * self.head_dim
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
+        return self.num_layers * per_layer + embeddings + self.hidden_size
+
+    def weight_bytes(self, weights: str, group_size: int) -> dict[str, int]:
+        """Bytes of the weights by part in format `weights`, scales and zeros counted."""
+        stored = WEIGHT_FORMATS[weights]
+        per = {name: stored.nbytes(n, k, group_size) for name, (n, k) in self.linears().items()}
+        bias = 2 * self.qkv_size if self.attention_bias else 0
+        norms = 2 * (2 * self.hidden_size + (2 * self.head_dim if self.qk_norm else 0))
+        table = 2 * self.vocab_size * self.hidden_size
+        return {
+            "embeddings": table,
+            "attention": self.num_layers * (per["qkv"] + per["o"] + bias),
+            "mlp": self.num_layers * (per["gate_up"] + per["down"]),
+            "norms": self.num_layers * norms + 2 * self.hidden_size,
+            "lm_head": 0 if self.tie_embeddings else table,
+        }
+
+    def kv_bytes_per_token(self, kv: str) -> int:
+        """Bytes of keys and values per token over all layers, scales and zeros counted."""
+        return self.num_layers * KV_FORMATS[kv].bytes_per_token(self.num_kv_heads, self.head_dim)
+
+    def flops_per_token(self, context: int) -> float:
+        """Multiply-adds times two for one token that attends to `context` tokens, lm_head included."""
+        matmul = sum(n * k for n, k in self.linears().values()) * self.num_layers + self.vocab_size * self.hidden_size
+        return 2.0 * matmul + 4.0 * self.num_layers * self.num_heads * self.head_dim * context

@@ -1,0 +1,161 @@
+"""A request owns its lengths and its timestamps; everything else about it is a property."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+from engine.sampling_params import SamplingParams
+
+
+class RequestStatus(IntEnum):
+    """Ordered: everything from STOPPED on is finished."""
+
+    WAITING = 0
+    RUNNING = 1
+    PREEMPTED = 2
+    STOPPED = 3
+    LENGTH = 4
+    ABORTED = 5
+
+    @property
+    def is_finished(self) -> bool:
+        return self >= RequestStatus.STOPPED
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Natural-log probabilities at one output position: of the chosen token, and of the most likely ones."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One prompt on its way to an answer.
+
+    The scheduler knows one rule: `num_computed` (tokens whose keys and values are in the cache) chases `num_tokens`
+    (prompt plus output so far). Prefill, decode, chunked prefill and recomputation after preemption are all that rule.
+    Times are seconds on the engine's clock. Latency counts from `scheduled_arrival`, the moment the load generator
+    meant to send the request, so that a stalled engine cannot hide its own queue (coordinated omission).
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    scheduled_arrival: float
+    arrival: float
+    seed: int = 0
+    max_tokens: int = 0
+    status: RequestStatus = RequestStatus.WAITING
+    output_token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    block_ids: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    num_published: int = 0
+    num_cached: int = 0
+    num_preemptions: int = 0
+    num_recomputed: int = 0
+    token_times: list[float] = field(default_factory=list)
+    finish_time: float | None = None
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.prompt_token_ids)
+
+    @property
+    def num_output(self) -> int:
+        return len(self.output_token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def num_uncomputed(self) -> int:
+        return self.num_tokens - self.num_computed
+
+    @property
+    def is_decoding(self) -> bool:
+        """Only the newest token is missing from the cache, and it is one the model produced."""
+        return self.num_output > 0 and self.num_uncomputed == 1
+
+    @property
+    def is_finished(self) -> bool:
+        return self.status.is_finished
+
+    def token_range(self, start: int, stop: int) -> list[int]:
+        """Tokens [start, stop) of prompt followed by output, without joining the two lists."""
+        n = self.num_prompt
+        if stop <= n:
+            return self.prompt_token_ids[start:stop]
+        if start >= n:
+            return self.output_token_ids[start - n : stop - n]
+        return self.prompt_token_ids[start:] + self.output_token_ids[: stop - n]
+
+    @property
+    def timing(self) -> RequestTiming:
+        return RequestTiming(self.scheduled_arrival, self.arrival, tuple(self.token_times), self.finish_time)
+
+
+@dataclass(frozen=True, slots=True)
+class RequestTiming:
+    """When things happened to one request, in seconds; the measures follow vLLM's definitions, None = not measured.
+
+    ttft: scheduled arrival to first token. tpot: mean gap between output tokens after the first.
+    itl: each of those gaps. latency: scheduled arrival to the finish.
+    """
+
+    scheduled_arrival: float
+    arrival: float
+    token_times: tuple[float, ...] = ()
+    finish: float | None = None
+
+    @property
+    def first_token(self) -> float | None:
+        return self.token_times[0] if self.token_times else None
+
+    @property
+    def ttft(self) -> float | None:
+        return self.token_times[0] - self.scheduled_arrival if self.token_times else None
+
+    @property
+    def tpot(self) -> float | None:
+        n = len(self.token_times)
+        return (self.token_times[-1] - self.token_times[0]) / (n - 1) if n > 1 else None
+
+    @property
+    def itl(self) -> tuple[float, ...]:
+        return tuple(b - a for a, b in zip(self.token_times, self.token_times[1:], strict=False))
+
+    @property
+    def latency(self) -> float | None:
+        return self.finish - self.scheduled_arrival if self.finish is not None else None
+
+
+@dataclass(slots=True, eq=False)
+class RequestOutput:
+    """What a caller sees of a request after a step: the newest tokens and, when `finished`, why it ended.
+
+    `text` is decoded when it is read, so that a load test which never looks pays nothing for it.
+    finish_reason: "stop", "length", "abort", or None while running.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    token_ids: list[int]
+    new_token_ids: list[int]
+    finished: bool
+    finish_reason: str | None
+    num_cached: int
+    num_preemptions: int
+    logprobs: list[TokenLogprobs]
+    timing: RequestTiming
+    _decode: Callable[[], str]
+
+    @property
+    def text(self) -> str:
+        return self._decode()
