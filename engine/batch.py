@@ -64,11 +64,14 @@ class StepResult:
 
     token_ids: the new token of each item that samples, None for prompt chunks that do not reach the end.
     logprobs: as token_ids; None where the request did not ask.
+    prompt_logprobs: for an item whose request asks, log-probabilities of the known tokens start+1 .. min(stop, num_prompt-1),
+        each given all before it; None otherwise.
     device_seconds: time the device (or the cost model) spent; None when the runner cannot tell it from host time.
     """
 
     token_ids: Sequence[int | None]
     logprobs: Sequence[TokenLogprobs | None] | None = None
+    prompt_logprobs: Sequence[Sequence[float] | None] | None = None
     device_seconds: float | None = None
 
 

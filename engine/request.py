@@ -53,6 +53,7 @@ class Request:
     status: RequestStatus = RequestStatus.WAITING
     output_token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[float] = field(default_factory=list)
     block_ids: list[int] = field(default_factory=list)
     num_computed: int = 0
     num_published: int = 0
@@ -153,6 +154,7 @@ class RequestOutput:
     num_cached: int
     num_preemptions: int
     logprobs: list[TokenLogprobs]
+    prompt_logprobs: list[float]
     timing: RequestTiming
     _decode: Callable[[], str]
 

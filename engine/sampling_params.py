@@ -24,6 +24,8 @@ class SamplingParams:
     max_tokens: most output tokens, >= 1.
     logprobs: log-probabilities returned per output token for this many of the most likely tokens (0..20) and for the
         chosen one; None returns none.
+    prompt_logprobs: also return the log-probability of every prompt token given those before it (quality measurements);
+        such a request computes its whole prompt, it takes no prefix hits.
     """
 
     temperature: float = 0.0
@@ -37,6 +39,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: bool = False
 
     def __post_init__(self) -> None:
         _within("temperature", self.temperature, 0.0, 2.0)
