@@ -1,0 +1,98 @@
+"""The small operations between the matrix products: RMSNorm (with the residual added), SiLU-mul and rotary embedding.
+
+RMSNorm: Zhang & Sennrich 2019. SwiGLU: Shazeer 2020. RoPE: Su et al. 2021, in the half-split order that Llama checkpoints use.
+"""
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .dispatch import choose
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, impl: str = "auto") -> Tensor:
+    """x / rms(x) * weight over the last dimension, statistics in float32 (float64 stays float64) -> x's shape and dtype.
+
+    x [..., D] may be any view whose last dimension is contiguous, e.g. the heads of a fused qkv for a per-head norm.
+    """
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"rms_norm: weight has shape {tuple(weight.shape)}, x ends in {x.shape[-1]}")
+    out: Tensor = choose("rms_norm", RMS_NORM, impl, x.device)(x, weight, eps)
+    return out
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, impl: str = "auto") -> tuple[Tensor, Tensor]:
+    """(rms_norm(x + residual), x + residual), both new tensors in x's dtype; the norm reads the rounded sum."""
+    if x.shape != residual.shape or weight.shape != x.shape[-1:]:
+        raise ValueError(f"add_rms_norm: x {tuple(x.shape)}, residual {tuple(residual.shape)} and weight {tuple(weight.shape)} do not fit")
+    out: tuple[Tensor, Tensor] = choose("add_rms_norm", ADD_RMS_NORM, impl, x.device)(x, residual, weight, eps)
+    return out
+
+
+def silu_mul(gate_up: Tensor, *, impl: str = "auto") -> Tensor:
+    """silu(gate) * up for gate_up [T, 2I], gate in the first half -> [T, I]."""
+    if gate_up.shape[-1] % 2:
+        raise ValueError(f"silu_mul: the last dimension holds gate and up, {gate_up.shape[-1]} is odd")
+    out: Tensor = choose("silu_mul", SILU_MUL, impl, gate_up.device)(gate_up)
+    return out
+
+
+def rope(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor, *, impl: str = "auto") -> tuple[Tensor, Tensor]:
+    """Rotate q [T, H, D] and k [T, Hkv, D] to `positions` [T] int64; new tensors, the inputs are left alone.
+
+    cos_sin [max_position, D] float32: cosines of the D/2 frequencies, then their sines. Element i turns with element i + D/2.
+    """
+    if cos_sin.shape[-1] != q.shape[-1] or q.shape[-1] != k.shape[-1] or q.shape[0] != k.shape[0]:
+        raise ValueError(f"rope: q {tuple(q.shape)}, k {tuple(k.shape)} and cos_sin {tuple(cos_sin.shape)} do not fit")
+    out: tuple[Tensor, Tensor] = choose("rope", ROPE, impl, q.device)(q, k, positions, cos_sin)
+    return out
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _rms_norm_torch(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    w = x.to(_wide(x))
+    return (w * torch.rsqrt(w.square().mean(-1, keepdim=True) + eps) * weight.to(w.dtype)).to(x.dtype)
+
+
+def _add_rms_norm_torch(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    return _rms_norm_torch(total, weight, eps), total
+
+
+def _silu_mul_torch(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.to(_wide(gate_up)).chunk(2, -1)
+    return (gate * torch.sigmoid(gate) * up).to(gate_up.dtype)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.to(cos.dtype).chunk(2, -1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
+
+
+def _rope_torch(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> tuple[Tensor, Tensor]:
+    cos, sin = cos_sin[positions].to(_wide(q)).unsqueeze(1).chunk(2, -1)
+    return _rotate(q, cos, sin), _rotate(k, cos, sin)
+
+
+def _silu_mul_aten(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, -1)
+    return F.silu(gate).mul_(up)
+
+
+def _triton(name: str):  # type: ignore[no-untyped-def]
+    def run(*args):  # type: ignore[no-untyped-def]
+        from . import elementwise_triton
+
+        return getattr(elementwise_triton, name)(*args)
+
+    return run
+
+
+RMS_NORM = {"torch": _rms_norm_torch, "aten": _rms_norm_torch, "triton": _triton("rms_norm")}
+ADD_RMS_NORM = {"torch": _add_rms_norm_torch, "aten": _add_rms_norm_torch, "triton": _triton("add_rms_norm")}
+SILU_MUL = {"torch": _silu_mul_torch, "aten": _silu_mul_aten, "triton": _triton("silu_mul")}
+ROPE = {"torch": _rope_torch, "aten": _rope_torch, "triton": _triton("rope")}

@@ -1,0 +1,211 @@
+"""The paged KV cache: formats, one layer's storage, writing and reading.
+
+A quantized format keeps, per token and head, a code for each element and one 32-bit scale word: x ~ code * scale + low, with the
+bf16 scale in the word's upper and the bf16 low (the smallest element) in its lower half. Codes are planes in int16 words, so that a
+word tile has the shape of a 16-bit operand (as in `packing.pack_planes`):
+
+    int8   word[i] = code[i] | code[i + D/2] << 8                                              i < D/2
+    int4   word[i] = code[i] | code[i + D/4] << 4 | code[i + D/2] << 8 | code[i + 3D/4] << 12  i < D/4
+
+Per-token, per-head quantization as in LMDeploy and in Sheng et al., "FlexGen" (2023), with scale and range guarded.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .dispatch import choose
+
+HEAD_DIMS = (64, 128)
+BLOCK_SIZES = (16, 32, 64, 128)
+
+
+@dataclass(frozen=True)
+class Codec:
+    """How one side (keys or values) of a token's head is stored: `bits` per element, `scale_bytes` per token and head."""
+
+    bits: int
+    scale_bytes: int
+
+    def words(self, head_dim: int) -> int:
+        """16-bit words per token and head."""
+        return head_dim * self.bits // 16
+
+
+@dataclass(frozen=True)
+class KVFormat:
+    """One entry of `KV_FORMATS`: what a panel lists, and what a memory plan needs. Keys and values may differ (k8v4)."""
+
+    name: str
+    label: str
+    description: str
+    key: Codec
+    value: Codec
+
+    def bytes_per_token(self, kv_heads: int, head_dim: int) -> int:
+        """Bytes of one token's keys and values in one layer, scale words included."""
+        sides = (self.key, self.value)
+        return kv_heads * sum(2 * side.words(head_dim) + side.scale_bytes for side in sides)
+
+
+_BF16, _INT8, _INT4 = Codec(16, 0), Codec(8, 4), Codec(4, 4)
+KV_FORMATS: dict[str, KVFormat] = {
+    "bf16": KVFormat("bf16", "bf16", "16-bit keys and values, the reference", _BF16, _BF16),
+    "int8": KVFormat("int8", "int8", "8-bit codes, scale per token and head: 1.94x the tokens at head_dim 128", _INT8, _INT8),
+    "int4": KVFormat("int4", "int4", "4-bit codes, scale per token and head: 3.76x the tokens at head_dim 128", _INT4, _INT4),
+}
+
+
+@dataclass(frozen=True)
+class KVLayer:
+    """One layer's paged keys and values, allocated once.
+
+    key, value [num_blocks, block_size, kv_heads, words]: bfloat16, or int16 planes; key_scale, value_scale
+    [num_blocks, block_size, kv_heads] int32, or None. The shapes are views: in memory the heads of a block lie outside its tokens on
+    CUDA (a program streams one head) and inside them on the CPU (a block is one row to gather).
+    """
+
+    format: KVFormat
+    head_dim: int
+    key: Tensor
+    value: Tensor
+    key_scale: Tensor | None
+    value_scale: Tensor | None
+
+    @property
+    def num_blocks(self) -> int:
+        return self.key.shape[0]
+
+    @property
+    def block_size(self) -> int:
+        return self.key.shape[1]
+
+    @property
+    def kv_heads(self) -> int:
+        return self.key.shape[2]
+
+    @property
+    def device(self) -> torch.device:
+        return self.key.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by this layer."""
+        return sum(t.numel() * t.element_size() for t in (self.key, self.value, self.key_scale, self.value_scale) if t is not None)
+
+
+def kv_format(name: str) -> KVFormat:
+    """The format of that name; ValueError listing the names there are."""
+    if name not in KV_FORMATS:
+        raise ValueError(f"KV format must be one of {sorted(KV_FORMATS)}, not {name!r}")
+    return KV_FORMATS[name]
+
+
+def allocate_kv(format: str, num_blocks: int, block_size: int, kv_heads: int, head_dim: int, device: torch.device | str,
+                heads_outside: bool | None = None) -> KVLayer:
+    """Allocate one layer of `num_blocks` blocks of `block_size` tokens, zeroed.
+
+    heads_outside: the memory order within a block, by default the device's own (see KVLayer).
+    ValueError: unknown format; head_dim not 64 or 128; block_size not 16, 32, 64 or 128; a count below 1.
+    """
+    chosen = kv_format(format)
+    if head_dim not in HEAD_DIMS:
+        raise ValueError(f"head_dim must be one of {HEAD_DIMS}, not {head_dim}")
+    if block_size not in BLOCK_SIZES:
+        raise ValueError(f"block_size must be one of {BLOCK_SIZES}, not {block_size}")
+    if num_blocks < 1 or kv_heads < 1:
+        raise ValueError(f"num_blocks and kv_heads must be at least 1, not {num_blocks} and {kv_heads}")
+    device = torch.device(device)
+    outside = device.type != "cpu" if heads_outside is None else heads_outside
+
+    def zeros(dtype: torch.dtype, *last: int) -> Tensor:
+        if not outside:
+            return torch.zeros(num_blocks, block_size, kv_heads, *last, dtype=dtype, device=device)
+        return torch.zeros(num_blocks, kv_heads, block_size, *last, dtype=dtype, device=device).transpose(1, 2)
+
+    def side(codec: Codec) -> tuple[Tensor, Tensor | None]:
+        data = zeros(torch.bfloat16 if codec.bits == 16 else torch.int16, codec.words(head_dim))
+        return data, zeros(torch.int32) if codec.scale_bytes else None
+
+    (key, key_scale), (value, value_scale) = side(chosen.key), side(chosen.value)
+    return KVLayer(chosen, head_dim, key, value, key_scale, value_scale)
+
+
+# --- codes -------------------------------------------------------------------------------------------------------------------------
+
+def encode(x: Tensor, codec: Codec) -> tuple[Tensor, Tensor | None]:
+    """x [..., D] -> words [..., words] and scale words [...] int32 (None for bf16)."""
+    if codec.bits == 16:
+        return x.to(torch.bfloat16), None
+    levels = (1 << codec.bits) - 1
+    x = x.float()
+    low = x.amin(-1).bfloat16()
+    # Rounded up to bf16, so that the largest element never lies beyond the last code.
+    scale_bits = ((x.amax(-1) - low.float()).clamp_(min=0) / levels).view(torch.int32).add_(0xFFFF) & -0x10000
+    scale = scale_bits.view(torch.float32)
+    scale = torch.where(scale > 0, scale, 1.0)  # a constant vector: every code is 0, the value is `low`
+    codes = torch.floor((x - low.float()[..., None]) / scale[..., None] + 0.5).clamp_(0, levels).to(torch.int16)
+    planes = codes.unflatten(-1, (16 // codec.bits, -1))
+    words = planes[..., 0, :].clone()
+    for plane in range(1, 16 // codec.bits):
+        words |= planes[..., plane, :] << (plane * codec.bits)
+    return words, scale.view(torch.int32) | (low.view(torch.int16).to(torch.int32) & 0xFFFF)
+
+
+def scale_and_low(scale_words: Tensor) -> tuple[Tensor, Tensor]:
+    """The float32 scale and low of int32 scale words."""
+    return (scale_words & -0x10000).view(torch.float32), (scale_words << 16).view(torch.float32)
+
+
+def decode(words: Tensor, scale_words: Tensor | None, codec: Codec) -> Tensor:
+    """The inverse of `encode`: float32 [..., D]."""
+    if scale_words is None:
+        return words.float()
+    shifts = torch.arange(0, 16, codec.bits, dtype=torch.int16, device=words.device)[:, None]
+    codes = ((words[..., None, :] >> shifts) & ((1 << codec.bits) - 1)).flatten(-2).float()
+    scale, low = scale_and_low(scale_words)
+    return codes * scale[..., None] + low[..., None]
+
+
+# --- writing and reading -------------------------------------------------------------------------------------------------------------
+
+def write_kv(layer: KVLayer, k: Tensor, v: Tensor, slots: Tensor, *, impl: str = "auto") -> None:
+    """Store k, v [T, kv_heads, D] at `slots` [T] int64 (block * block_size + offset; -1 marks a padding row, which writes nothing)."""
+    expected = (slots.shape[0], layer.kv_heads, layer.head_dim)
+    if tuple(k.shape) != expected or tuple(v.shape) != expected:
+        raise ValueError(f"write_kv: k {tuple(k.shape)} and v {tuple(v.shape)} must be {expected}")
+    choose("write_kv", WRITE_KV, impl, layer.device)(layer, k, v, slots)
+
+
+def read_kv(layer: KVLayer, block_table: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """The first `length` tokens behind block_table [n], dequantized: two float32 tensors [length, kv_heads, D]."""
+    blocks = block_table[:-(-length // layer.block_size)].long()
+
+    def side(words: Tensor, scales: Tensor | None, codec: Codec) -> Tensor:
+        held = words[blocks].flatten(0, 1)[:length]
+        return decode(held, None if scales is None else scales[blocks].flatten(0, 1)[:length], codec)
+
+    return side(layer.key, layer.key_scale, layer.format.key), side(layer.value, layer.value_scale, layer.format.value)
+
+
+def _write_torch(layer: KVLayer, k: Tensor, v: Tensor, slots: Tensor) -> None:
+    if bool((slots < 0).any()):
+        live = slots >= 0
+        k, v, slots = k[live], v[live], slots[live]
+    where = (slots // layer.block_size, slots % layer.block_size)
+    for x, codec, words, scales in ((k, layer.format.key, layer.key, layer.key_scale), (v, layer.format.value, layer.value, layer.value_scale)):
+        new_words, new_scales = encode(x, codec)
+        words.index_put_(where, new_words)
+        if scales is not None and new_scales is not None:
+            scales.index_put_(where, new_scales)
+
+
+def _write_triton(layer: KVLayer, k: Tensor, v: Tensor, slots: Tensor) -> None:
+    from .kv_cache_triton import write_kv_triton
+
+    write_kv_triton(layer, k, v, slots)
+
+
+WRITE_KV = {"torch": _write_torch, "aten": _write_torch, "triton": _write_triton}

@@ -1,0 +1,129 @@
+"""Weight formats and the quantizer: a weight [N, K] (out features, in features) as codes, scales and zero points.
+
+    bf16   w
+    int8   A16W8, symmetric per output channel:   w ~ code * scale[n],                   code in -127..127
+    int4   A16W4, asymmetric per group of K:      w ~ (code - zero[n, g]) * scale[n, g],  code and zero in 0..15
+
+Scales are rounded to bfloat16 before the codes are chosen, so every device layout holds exactly the same weights.
+Rounding to nearest is the baseline of Nagel et al., "A White Paper on Neural Network Quantization" (2021).
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+GROUP_SIZES = (64, 128)
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """One entry of `WEIGHT_FORMATS`: what a panel lists, and what a memory plan needs."""
+
+    name: str
+    label: str
+    description: str
+    code_bits: int
+    scale_bytes: int  # per group of K where `grouped`, else per output channel
+    grouped: bool
+    quantize: Callable[[Tensor, int], QuantizedWeight]
+
+    def nbytes(self, n: int, k: int, group_size: int = 128) -> int:
+        """Bytes of a packed [n, k] weight with its scales and zeros, before a layout pads n to its tile."""
+        scales = n * (k // group_size) if self.grouped else n
+        return n * k * self.code_bits // 8 + scales * self.scale_bytes
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A weight [N, K] in its canonical, device-neutral form.
+
+    codes [N, K]: bfloat16 for bf16, int8 for int8, uint8 (0..15) for int4.
+    scale: None, float32 [N] (int8) or float32 [N, K/G] (int4). zero: None, or uint8 [N, K/G] (int4).
+    """
+
+    format: str
+    codes: Tensor
+    scale: Tensor | None = None
+    zero: Tensor | None = None
+    group_size: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.codes.shape[0], self.codes.shape[1]
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight [N, K] that the codes stand for."""
+        if self.scale is None:
+            return self.codes.to(dtype)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        if self.zero is None:
+            return (self.codes.to(wide) * self.scale.to(wide)[:, None]).to(dtype)
+        n, k = self.shape
+        grouped = self.codes.view(n, self.zero.shape[1], -1).to(wide) - self.zero.to(wide)[:, :, None]
+        return (grouped * self.scale.to(wide)[:, :, None]).view(n, k).to(dtype)
+
+
+def check_groups(k: int, group_size: int) -> None:
+    """ValueError unless group_size is supported and divides k."""
+    if group_size not in GROUP_SIZES:
+        raise ValueError(f"group_size must be one of {GROUP_SIZES}, not {group_size}")
+    if k % group_size:
+        raise ValueError(f"in features must be a multiple of the group size: {k} is not a multiple of {group_size}")
+
+
+def _bf16(x: Tensor) -> Tensor:
+    return x.to(torch.bfloat16).to(torch.float32)
+
+
+def _quantize_bf16(weight: Tensor, group_size: int) -> QuantizedWeight:
+    return QuantizedWeight("bf16", weight.to(torch.bfloat16))
+
+
+def _quantize_int8(weight: Tensor, group_size: int) -> QuantizedWeight:
+    w = weight.float()
+    scale = _bf16(w.abs().amax(1) / 127)
+    scale = torch.where(scale > 0, scale, 1.0)  # a channel of zeros has no range; any scale represents it
+    codes = (w / scale[:, None]).round_().clamp_(-127, 127).to(torch.int8)
+    return QuantizedWeight("int8", codes, scale)
+
+
+def _quantize_int4(weight: Tensor, group_size: int) -> QuantizedWeight:
+    n, k = weight.shape
+    check_groups(k, group_size)
+    w = weight.float().view(n, k // group_size, group_size)
+    low, high = w.amin(-1).clamp_(max=0), w.amax(-1).clamp_(min=0)  # the range holds 0, so zero is a code
+    scale = _bf16((high - low) / 15)
+    scale = torch.where(scale > 0, scale, 1.0)
+    zero = (-low / scale).round_().clamp_(0, 15)
+    codes = (w / scale[..., None]).add_(zero[..., None]).round_().clamp_(0, 15).to(torch.uint8)
+    return QuantizedWeight("int4", codes.view(n, k), scale, zero.to(torch.uint8), group_size)
+
+
+WEIGHT_FORMATS: dict[str, WeightFormat] = {
+    "bf16": WeightFormat("bf16", "bf16", "16-bit weights, the reference", 16, 0, False, _quantize_bf16),
+    "int8": WeightFormat("int8", "int8 (A16W8)", "8-bit weights, one scale per output channel: half the bytes", 8, 2, False, _quantize_int8),
+    "int4": WeightFormat("int4", "int4 (A16W4)", "4-bit weights, scale and zero per group: 3.8x fewer bytes", 4, 4, True, _quantize_int4),
+}
+
+
+def weight_format(name: str) -> WeightFormat:
+    """The format of that name; ValueError listing the names there are."""
+    if name not in WEIGHT_FORMATS:
+        raise ValueError(f"weight format must be one of {sorted(WEIGHT_FORMATS)}, not {name!r}")
+    return WEIGHT_FORMATS[name]
+
+
+def quantize_weight(weight: Tensor, format: str, group_size: int = 128) -> QuantizedWeight:
+    """Quantize a floating weight [N, K] on its own device, rounding to nearest.
+
+    ValueError: unknown format; not a matrix; NaN or infinity; K not a multiple of group_size (64 or 128; int4 only).
+    """
+    chosen = weight_format(format)
+    if weight.dim() != 2 or not weight.is_floating_point():
+        raise ValueError(f"weight must be a floating [N, K] matrix, not {weight.dtype} {tuple(weight.shape)}")
+    if not torch.isfinite(weight).all():
+        raise ValueError(f"weight {tuple(weight.shape)} holds NaN or infinity and cannot be quantized to {format}")
+    return chosen.quantize(weight, group_size)
