@@ -33,7 +33,8 @@ class ScheduledBatch:
 
     num_slots: rows a padded implementation of the same policy would hold (finished members of a static batch count).
     padding_tokens: tokens such an implementation would compute for nothing in this step.
-    preempted: requests that lost their blocks in this step and went back to the waiting line.
+    preempted: requests that lost their blocks in this step and went back to the waiting line; num_recomputed: the tokens
+        they will have to compute again.
     blocked_by: why more requests were not admitted: "blocks", "batch size", "token budget", "batch policy", or None
         when nobody was left waiting.
     """
@@ -42,6 +43,7 @@ class ScheduledBatch:
     prefills: list[ScheduledRequest] = field(default_factory=list)
     preempted: list[Request] = field(default_factory=list)
     admitted: list[Request] = field(default_factory=list)
+    num_recomputed: int = 0
     num_slots: int = 0
     padding_tokens: int = 0
     blocked_by: str | None = None

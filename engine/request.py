@@ -57,6 +57,7 @@ class Request:
     block_ids: list[int] = field(default_factory=list)
     num_computed: int = 0
     num_published: int = 0
+    prefix_uid: int = 0
     num_cached: int = 0
     num_preemptions: int = 0
     num_recomputed: int = 0

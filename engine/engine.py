@@ -1,0 +1,366 @@
+"""The engine: requests in, tokens out, one `step()` at a time."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+from typing import Self
+
+from tqdm.auto import tqdm
+
+from engine.batch import ScheduledBatch, StepEvent, StepResult
+from engine.cache import KVCache
+from engine.config import EngineConfig
+from engine.detokenizer import Detokenizer
+from engine.errors import RequestError
+from engine.loader import LoadedModel, load_model
+from engine.request import Request, RequestOutput, RequestStatus
+from engine.runner import Runner
+from engine.sampling_params import SamplingParams
+from engine.scheduler import Scheduler, SchedulerConfig
+from engine.simulated import SimulatedRunner
+from engine.torch_runner import TorchRunner
+
+Observer = Callable[[StepEvent], None]
+Prompt = str | Sequence[int]
+FINISH_REASONS = {RequestStatus.STOPPED: "stop", RequestStatus.LENGTH: "length", RequestStatus.ABORTED: "abort"}
+
+
+def _simulated(config: EngineConfig, model: LoadedModel) -> Runner:
+    return SimulatedRunner(config, model.spec)
+
+
+def _torch(config: EngineConfig, model: LoadedModel) -> Runner:
+    return TorchRunner(config, model)
+
+
+RUNNERS: dict[str, Callable[[EngineConfig, LoadedModel], Runner]] = {"torch": _torch, "simulated": _simulated}
+
+
+class Engine:
+    """Serves one model in this process. A context manager; `close` gives all memory back.
+
+    Synchronous and single-threaded on purpose: whoever calls `step` is the loop. An observer or a caller may `abort`
+    at any time, also from inside a step. An exception in a step (an interrupt, a full device) leaves the engine usable:
+    unfinished requests go back to the line and are computed again.
+    """
+
+    def __init__(self, config: EngineConfig | None = None, *, model: LoadedModel | None = None) -> None:
+        """`model` is borrowed, not closed: two engines, or one after another, may share the weights."""
+        self.config = config or EngineConfig()
+        self._owns_model = model is None
+        self.model = model or load_model(self.config)
+        try:
+            self.runner = RUNNERS[self.config.runner](self.config, self.model)
+        except BaseException:
+            if self._owns_model:
+                self.model.close()
+            raise
+        self.spec = self.runner.spec
+        self.tokenizer = self.model.tokenizer
+        self.memory = self.runner.memory
+        self.clock = self.runner.clock
+        self.block_size = self.memory.block_size
+        longest = min(self.spec.max_positions, self.memory.tokens_that_fit)
+        self.session_len = min(self.config.session_len or longest, longest)
+        self.observers: list[Observer] = []
+        self.scheduler = Scheduler(
+            SchedulerConfig(
+                batching=self.config.batching,
+                max_batch_size=self.config.max_batch_size,
+                max_batched_tokens=self.config.max_batched_tokens,
+                batch_window=self.config.batch_window,
+                chunked_prefill=self.config.chunked_prefill,
+            ),
+            KVCache(self.memory.num_blocks, self.block_size, prefix_caching=self.config.prefix_caching),
+        )
+        self._requests: dict[str, Request] = {}
+        self._detokenizers: dict[str, Detokenizer] = {}
+        self._to_abort: list[str] = []
+        self._stepping = False
+        self._closed = False
+        self._num_steps = 0
+        self._serial = itertools.count()
+
+    @property
+    def description(self) -> str:
+        return self.runner.description
+
+    def add_request(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        scheduled_arrival: float | None = None,
+    ) -> str:
+        """Put a prompt (text or token ids) in line; returns its id. Times are seconds on `clock`.
+
+        Raises RequestError when the prompt is empty, holds ids outside the vocabulary, or leaves no room for a token.
+        """
+        if self._closed:
+            raise RequestError("the engine is closed; build a new one")
+        params = params or SamplingParams()
+        number = next(self._serial)
+        name = request_id if request_id is not None else f"request-{number}"
+        if name in self._requests:
+            raise RequestError(f"request id {name!r} is already being served; ids must be unique")
+        tokens = self._tokens(prompt)
+        now = self.clock.now()
+        self._requests[name] = request = Request(
+            request_id=name,
+            prompt_token_ids=tokens,
+            params=params,
+            scheduled_arrival=now if scheduled_arrival is None else scheduled_arrival,
+            arrival=now,
+            seed=params.seed if params.seed is not None else (self.config.seed << 32) + number,
+            max_tokens=min(params.max_tokens, self.session_len - len(tokens)),
+        )
+        self._detokenizers[name] = Detokenizer(self.tokenizer, params.stop)
+        self.scheduler.add(request)
+        return name
+
+    def step(self) -> list[RequestOutput]:
+        """Compute one step and return what is new, finished requests included; [] when there was nothing to compute."""
+        if self._closed:
+            raise RequestError("the engine is closed; build a new one")
+        start = self.clock.now()
+        self._stepping = True
+        try:
+            batch = self.scheduler.schedule(start)
+            result = self.runner.execute(batch) if batch else StepResult([])
+            now = self.clock.now()
+            outputs = self._complete(batch, result, now)
+        except BaseException:
+            self._recover()
+            raise
+        finally:
+            self._stepping = False
+        outputs += self._abort_pending()
+        if batch or batch.preempted:
+            self._emit(batch, result, start, now, outputs)
+        return outputs
+
+    def has_unfinished(self) -> bool:
+        return self.scheduler.num_unfinished > 0 or bool(self._to_abort)
+
+    def next_wakeup(self) -> float | None:
+        """When `step` will have work although it has none now; None means now, or never if nothing is unfinished."""
+        return self.scheduler.next_wakeup(self.clock.now())
+
+    def abort(self, request_id: str) -> bool:
+        """End a request; False when no such request is being served. Its last output comes with the current step."""
+        if request_id not in self._requests or request_id in self._to_abort:
+            return False
+        self._to_abort.append(request_id)
+        return True
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt] | str,
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool = False,
+    ) -> list[RequestOutput]:
+        """Serve all prompts and return their final outputs in the order given.
+
+        An interrupt aborts these prompts, and only these, before it is passed on.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        each = [params or SamplingParams()] * len(prompts) if not isinstance(params, Sequence) else list(params)
+        if len(each) != len(prompts):
+            raise RequestError(f"{len(prompts)} prompts came with {len(each)} sampling params; give one, or one each")
+        names: list[str] = []
+        done: dict[str, RequestOutput] = {}
+        try:
+            for prompt, p in zip(prompts, each, strict=True):
+                names.append(self.add_request(prompt, p))
+            mine = set(names)
+            with tqdm(total=len(names), disable=not progress, desc="requests", unit="req") as bar:
+                while len(done) < len(names):
+                    for output in self._step_or_wait():
+                        if output.finished and output.request_id in mine:
+                            done[output.request_id] = output
+                            bar.update()
+        except BaseException:
+            self._abort_now(names)
+            raise
+        return [done[name] for name in names]
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+        """Outputs of one prompt as they come; leaving the loop early aborts it."""
+        name = self.add_request(prompt, params)
+        try:
+            finished = False
+            while not finished:
+                for output in self._step_or_wait():
+                    if output.request_id == name:
+                        finished = output.finished
+                        yield output
+        finally:
+            self._abort_now([name])
+
+    def reset_prefix_cache(self) -> None:
+        """Forget every cached prefix that no running request holds."""
+        self.scheduler.cache.reset()
+
+    def measured_memory(self) -> dict[str, int]:
+        return self.runner.measured_memory()
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError when lists, requests and blocks disagree."""
+        self.scheduler.check_integrity()
+        listed = {request.request_id for request in [*self.scheduler.waiting, *self.scheduler.running]}
+        assert listed == set(self._requests), f"{listed ^ set(self._requests)} stand in one list only"
+
+    def close(self) -> None:
+        """Abort everything and give all memory back; a second call does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        for request in list(self._requests.values()):
+            self.scheduler.finish(request, RequestStatus.ABORTED, self.clock.now())
+        self._requests.clear()
+        self._detokenizers.clear()
+        self.observers.clear()
+        self.runner.close()
+        if self._owns_model:
+            self.model.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _tokens(self, prompt: Prompt) -> list[int]:
+        tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if not tokens:
+            raise RequestError("the prompt is empty; it must hold at least one token")
+        if len(tokens) >= self.session_len:
+            raise RequestError(
+                f"the prompt has {len(tokens):,} tokens; model and KV pool leave room for at most "
+                f"{self.session_len - 1:,} (positions: {self.spec.max_positions:,}, tokens that fit: "
+                f"{self.memory.tokens_that_fit:,})"
+            )
+        wrong = [token for token in tokens if not 0 <= token < self.spec.vocab_size]
+        if wrong:
+            raise RequestError(f"token id {wrong[0]} is outside the vocabulary; ids are 0 to {self.spec.vocab_size - 1}")
+        return tokens
+
+    def _step_or_wait(self) -> list[RequestOutput]:
+        wakeup = self.next_wakeup()
+        if wakeup is not None:
+            self.clock.wait_until(wakeup)
+        return self.step()
+
+    def _complete(self, batch: ScheduledBatch, result: StepResult, now: float) -> list[RequestOutput]:
+        self.scheduler.complete(batch, result.token_ids, now)
+        outputs = []
+        for i, item in enumerate(batch.items):
+            request = item.request
+            if result.prompt_logprobs is not None and (known := result.prompt_logprobs[i]) is not None:
+                request.prompt_logprobs.extend(known)
+            token = result.token_ids[i]
+            if token is None:
+                continue
+            if result.logprobs is not None and (chosen := result.logprobs[i]) is not None:
+                request.logprobs.append(chosen)
+            status = self._ending(request)
+            if status is not None:
+                self.scheduler.finish(request, status, now)
+            outputs.append(self._output(request, [token]))
+        return outputs
+
+    def _ending(self, request: Request) -> RequestStatus | None:
+        """Why the request ends with its newest token, or None."""
+        if not request.output_token_ids:
+            return None
+        token, params = request.output_token_ids[-1], request.params
+        if token in params.stop_token_ids or (not params.ignore_eos and token in self.spec.eos_token_ids):
+            return RequestStatus.STOPPED
+        if params.stop:
+            self._detokenizers[request.request_id].update(request.output_token_ids)
+            if self._detokenizers[request.request_id].stopped:
+                return RequestStatus.STOPPED
+        return RequestStatus.LENGTH if request.num_output >= request.max_tokens else None
+
+    def _output(self, request: Request, new: list[int]) -> RequestOutput:
+        detokenizer, tokens = self._detokenizers[request.request_id], request.output_token_ids
+        if request.is_finished:
+            del self._requests[request.request_id], self._detokenizers[request.request_id]
+        return RequestOutput(
+            request_id=request.request_id,
+            prompt_token_ids=request.prompt_token_ids,
+            token_ids=tokens,
+            new_token_ids=new,
+            finished=request.is_finished,
+            finish_reason=FINISH_REASONS.get(request.status),
+            num_cached=request.num_cached,
+            num_preemptions=request.num_preemptions,
+            logprobs=request.logprobs,
+            prompt_logprobs=request.prompt_logprobs,
+            timing=request.timing,
+            _decode=lambda: detokenizer.update(tokens),
+        )
+
+    def _abort_pending(self) -> list[RequestOutput]:
+        outputs = []
+        while self._to_abort:
+            request = self._requests.get(self._to_abort.pop())
+            if request is not None:
+                self.scheduler.finish(request, RequestStatus.ABORTED, self.clock.now())
+                outputs.append(self._output(request, []))
+        return outputs
+
+    def _abort_now(self, names: Sequence[str]) -> None:
+        for name in names:
+            self.abort(name)
+        if not self._stepping:
+            self._abort_pending()
+
+    def _recover(self) -> None:
+        """A step broke off: rebuild the block lists, and end what had already met its stop condition."""
+        self.scheduler.recover()
+        for request in list(self.scheduler.waiting):
+            status = self._ending(request)
+            if status is not None:
+                self.scheduler.finish(request, status, self.clock.now())
+        for name, request in list(self._requests.items()):
+            if request.is_finished:
+                del self._requests[name], self._detokenizers[name]
+
+    def _emit(
+        self, batch: ScheduledBatch, result: StepResult, start: float, end: float, outputs: list[RequestOutput]
+    ) -> None:
+        pool = self.scheduler.cache.pool
+        event = StepEvent(
+            step=self._num_steps,
+            start=start,
+            end=end,
+            device_seconds=result.device_seconds,
+            num_decodes=len(batch.decodes),
+            num_prefills=len(batch.prefills),
+            num_prefill_tokens=batch.num_tokens - len(batch.decodes),
+            num_new_tokens=sum(token is not None for token in result.token_ids),
+            num_running=len(self.scheduler.running),
+            num_waiting=len(self.scheduler.waiting),
+            num_slots=batch.num_slots,
+            padding_tokens=batch.padding_tokens,
+            num_finished=sum(output.finished for output in outputs),
+            num_preempted=len(batch.preempted),
+            num_recomputed=batch.num_recomputed,
+            query_tokens=sum(request.num_prompt for request in batch.admitted),
+            hit_tokens=sum(request.num_cached for request in batch.admitted),
+            blocks_total=pool.num_blocks,
+            blocks_used=pool.num_used,
+            blocks_shared=pool.num_shared,
+            blocks_cached=pool.num_cached,
+            blocked_by=batch.blocked_by,
+        )
+        self._num_steps += 1
+        for observer in list(self.observers):
+            observer(event)
