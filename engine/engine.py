@@ -24,7 +24,6 @@ from engine.torch_runner import TorchRunner
 
 Observer = Callable[[StepEvent], None]
 Prompt = str | Sequence[int]
-FINISH_REASONS = {RequestStatus.STOPPED: "stop", RequestStatus.LENGTH: "length", RequestStatus.ABORTED: "abort"}
 
 
 def _simulated(config: EngineConfig, model: LoadedModel) -> Runner:
@@ -78,6 +77,7 @@ class Engine:
         self._requests: dict[str, Request] = {}
         self._detokenizers: dict[str, Detokenizer] = {}
         self._to_abort: list[str] = []
+        self._undelivered: list[RequestOutput] = []
         self._stepping = False
         self._closed = False
         self._num_steps = 0
@@ -131,22 +131,26 @@ class Engine:
             batch = self.scheduler.schedule(start)
             result = self.runner.execute(batch) if batch else StepResult([])
             now = self.clock.now()
-            outputs = self._complete(batch, result, now)
+            self._complete(batch, result, now)
+            while self._to_abort:
+                self._finish_aborted(self._to_abort.pop())
         except BaseException:
             self._recover()
             raise
         finally:
             self._stepping = False
-        outputs += self._abort_pending()
         if batch or batch.preempted:
-            self._emit(batch, result, start, now, outputs)
+            self._emit(batch, result, start, now)
+        outputs, self._undelivered = self._undelivered, []
         return outputs
 
     def has_unfinished(self) -> bool:
-        return self.scheduler.num_unfinished > 0 or bool(self._to_abort)
+        return bool(self._requests or self._undelivered)
 
     def next_wakeup(self) -> float | None:
         """When `step` will have work although it has none now; None means now, or never if nothing is unfinished."""
+        if self._to_abort or self._undelivered:
+            return None
         return self.scheduler.next_wakeup(self.clock.now())
 
     def abort(self, request_id: str) -> bool:
@@ -184,7 +188,7 @@ class Engine:
                             done[output.request_id] = output
                             bar.update()
         except BaseException:
-            self._abort_now(names)
+            self._abandon(names)
             raise
         return [done[name] for name in names]
 
@@ -199,7 +203,7 @@ class Engine:
                         finished = output.finished
                         yield output
         finally:
-            self._abort_now([name])
+            self._abandon([name])
 
     def reset_prefix_cache(self) -> None:
         """Forget every cached prefix that no running request holds."""
@@ -257,9 +261,8 @@ class Engine:
             self.clock.wait_until(wakeup)
         return self.step()
 
-    def _complete(self, batch: ScheduledBatch, result: StepResult, now: float) -> list[RequestOutput]:
+    def _complete(self, batch: ScheduledBatch, result: StepResult, now: float) -> None:
         self.scheduler.complete(batch, result.token_ids, now)
-        outputs = []
         for i, item in enumerate(batch.items):
             request = item.request
             if result.prompt_logprobs is not None and (known := result.prompt_logprobs[i]) is not None:
@@ -272,8 +275,7 @@ class Engine:
             status = self._ending(request)
             if status is not None:
                 self.scheduler.finish(request, status, now)
-            outputs.append(self._output(request, [token]))
-        return outputs
+            self._deliver(request, [token])
 
     def _ending(self, request: Request) -> RequestStatus | None:
         """Why the request ends with its newest token, or None."""
@@ -288,54 +290,38 @@ class Engine:
                 return RequestStatus.STOPPED
         return RequestStatus.LENGTH if request.num_output >= request.max_tokens else None
 
-    def _output(self, request: Request, new: list[int]) -> RequestOutput:
-        detokenizer, tokens = self._detokenizers[request.request_id], request.output_token_ids
+    def _deliver(self, request: Request, new: list[int]) -> None:
+        """Queue an output for the caller; it stays queued if the step breaks off before it is handed over."""
+        name = request.request_id
+        output = RequestOutput(new, request.is_finished, request, self._detokenizers[name].update)
+        self._undelivered.append(output)
         if request.is_finished:
-            del self._requests[request.request_id], self._detokenizers[request.request_id]
-        return RequestOutput(
-            request_id=request.request_id,
-            prompt_token_ids=request.prompt_token_ids,
-            token_ids=tokens,
-            new_token_ids=new,
-            finished=request.is_finished,
-            finish_reason=FINISH_REASONS.get(request.status),
-            num_cached=request.num_cached,
-            num_preemptions=request.num_preemptions,
-            logprobs=request.logprobs,
-            prompt_logprobs=request.prompt_logprobs,
-            timing=request.timing,
-            _decode=lambda: detokenizer.update(tokens),
-        )
+            del self._requests[name], self._detokenizers[name]
 
-    def _abort_pending(self) -> list[RequestOutput]:
-        outputs = []
-        while self._to_abort:
-            request = self._requests.get(self._to_abort.pop())
-            if request is not None:
-                self.scheduler.finish(request, RequestStatus.ABORTED, self.clock.now())
-                outputs.append(self._output(request, []))
-        return outputs
+    def _finish_aborted(self, name: str) -> None:
+        request = self._requests.get(name)
+        if request is not None:
+            self.scheduler.finish(request, RequestStatus.ABORTED, self.clock.now())
+            self._deliver(request, [])
 
-    def _abort_now(self, names: Sequence[str]) -> None:
+    def _abandon(self, names: Sequence[str]) -> None:
+        """Abort requests whose caller has left; nobody waits for their outputs."""
         for name in names:
-            self.abort(name)
-        if not self._stepping:
-            self._abort_pending()
+            self._finish_aborted(name)
+        gone = set(names)
+        self._undelivered = [output for output in self._undelivered if output.request_id not in gone]
 
     def _recover(self) -> None:
         """A step broke off: rebuild the block lists, and end what had already met its stop condition."""
         self.scheduler.recover()
-        for request in list(self.scheduler.waiting):
+        for request in list(self._requests.values()):
             status = self._ending(request)
-            if status is not None:
+            if status is not None and not request.is_finished:
                 self.scheduler.finish(request, status, self.clock.now())
-        for name, request in list(self._requests.items()):
             if request.is_finished:
-                del self._requests[name], self._detokenizers[name]
+                self._deliver(request, [])
 
-    def _emit(
-        self, batch: ScheduledBatch, result: StepResult, start: float, end: float, outputs: list[RequestOutput]
-    ) -> None:
+    def _emit(self, batch: ScheduledBatch, result: StepResult, start: float, end: float) -> None:
         pool = self.scheduler.cache.pool
         event = StepEvent(
             step=self._num_steps,
@@ -350,7 +336,7 @@ class Engine:
             num_waiting=len(self.scheduler.waiting),
             num_slots=batch.num_slots,
             padding_tokens=batch.padding_tokens,
-            num_finished=sum(output.finished for output in outputs),
+            num_finished=sum(output.finished for output in self._undelivered),
             num_preempted=len(batch.preempted),
             num_recomputed=batch.num_recomputed,
             query_tokens=sum(request.num_prompt for request in batch.admitted),

@@ -138,27 +138,62 @@ class RequestTiming:
         return self.finish - self.scheduled_arrival if self.finish is not None else None
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class RequestOutput:
-    """What a caller sees of a request after a step: the newest tokens and, when `finished`, why it ended.
+    """What a caller sees of a request after a step: `new_token_ids`, and a live view of everything so far.
 
-    `text` is decoded when it is read, so that a load test which never looks pays nothing for it.
-    finish_reason: "stop", "length", "abort", or None while running.
+    `text` is decoded when it is read and `timing` built when it is asked for, so that a load test which never looks
+    pays nothing for them.
     """
 
-    request_id: str
-    prompt_token_ids: list[int]
-    token_ids: list[int]
     new_token_ids: list[int]
     finished: bool
-    finish_reason: str | None
-    num_cached: int
-    num_preemptions: int
-    logprobs: list[TokenLogprobs]
-    prompt_logprobs: list[float]
-    timing: RequestTiming
-    _decode: Callable[[], str]
+    _request: Request
+    _decode: Callable[[list[int]], str]
+
+    @property
+    def request_id(self) -> str:
+        return self._request.request_id
+
+    @property
+    def prompt_token_ids(self) -> list[int]:
+        return self._request.prompt_token_ids
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self._request.output_token_ids
 
     @property
     def text(self) -> str:
-        return self._decode()
+        """The output as text, without the stop string that ended it. Not escaped: whoever shows it must."""
+        return self._decode(self._request.output_token_ids)
+
+    @property
+    def finish_reason(self) -> str | None:
+        """One of "stop", "length", "abort", or None while running."""
+        return FINISH_REASONS.get(self._request.status)
+
+    @property
+    def num_cached(self) -> int:
+        """Prompt tokens that a cached prefix spared."""
+        return self._request.num_cached
+
+    @property
+    def num_preemptions(self) -> int:
+        return self._request.num_preemptions
+
+    @property
+    def logprobs(self) -> list[TokenLogprobs]:
+        return self._request.logprobs
+
+    @property
+    def prompt_logprobs(self) -> list[float]:
+        """Natural-log probability of prompt tokens 1 .. num_prompt-1; empty unless the request asked."""
+        return self._request.prompt_logprobs
+
+    @property
+    def timing(self) -> RequestTiming:
+        return self._request.timing
+
+
+FINISH_REASONS = {RequestStatus.STOPPED: "stop", RequestStatus.LENGTH: "length", RequestStatus.ABORTED: "abort"}
