@@ -1,0 +1,69 @@
+"""Host-side stand-ins: requests without a model, and a device that remembers which token lies in which slot."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from engine.batch import ScheduledBatch
+from engine.cache import KVCache
+from engine.request import Request
+from engine.sampling_params import SamplingParams
+from engine.scheduler import Scheduler, SchedulerConfig
+
+
+def make_request(name: str, tokens: Sequence[int], *, max_tokens: int = 8, arrival: float = 0.0) -> Request:
+    return Request(
+        request_id=name,
+        prompt_token_ids=list(tokens),
+        params=SamplingParams(max_tokens=max_tokens),
+        scheduled_arrival=arrival,
+        arrival=arrival,
+        seed=hash(tuple(tokens)) & 0xFFFF,
+        max_tokens=max_tokens,
+    )
+
+
+def make_scheduler(
+    num_blocks: int = 16, block_size: int = 4, *, prefix_caching: bool = True, **options: object
+) -> Scheduler:
+    config = SchedulerConfig(**options)  # type: ignore[arg-type]
+    return Scheduler(config, KVCache(num_blocks, block_size, prefix_caching=prefix_caching))
+
+
+class SlotMemory:
+    """Executes a batch by writing tokens into slots, after checking that every slot it would read is right."""
+
+    def __init__(self, block_size: int) -> None:
+        self.block_size = block_size
+        self.slots: dict[tuple[int, int], int] = {}
+
+    def execute(self, batch: ScheduledBatch) -> list[int | None]:
+        for item in batch.items:
+            tokens = item.request.token_range(0, item.stop)
+            for position in range(item.start):
+                assert self.slots[self._slot(item.request, position)] == tokens[position], (
+                    f"{item.request.request_id} reads a wrong token at {position}"
+                )
+            for position in range(item.start, item.stop):
+                self.slots[self._slot(item.request, position)] = tokens[position]
+        return [next_token(item.request) if item.samples else None for item in batch.items]
+
+    def _slot(self, request: Request, position: int) -> tuple[int, int]:
+        return request.block_ids[position // self.block_size], position % self.block_size
+
+
+def next_token(request: Request) -> int:
+    """A function of the whole sequence, small enough that equal continuations happen."""
+    return (request.seed + sum(request.token_range(0, request.num_tokens))) % 3
+
+
+def run_step(scheduler: Scheduler, memory: SlotMemory, now: float = 0.0) -> ScheduledBatch:
+    from engine.request import RequestStatus
+
+    batch = scheduler.schedule(now)
+    if batch:
+        scheduler.complete(batch, memory.execute(batch), now)
+    for item in batch.items:
+        if item.request.num_output >= item.request.max_tokens:
+            scheduler.finish(item.request, RequestStatus.LENGTH, now)
+    return batch
