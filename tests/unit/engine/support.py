@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from engine.batch import ScheduledBatch
 from engine.cache import KVCache
-from engine.request import Request
+from engine.model_spec import ModelSpec
+from engine.request import Request, RequestStatus
 from engine.sampling_params import SamplingParams
 from engine.scheduler import Scheduler, SchedulerConfig
 
@@ -58,8 +59,6 @@ def next_token(request: Request) -> int:
 
 
 def run_step(scheduler: Scheduler, memory: SlotMemory, now: float = 0.0) -> ScheduledBatch:
-    from engine.request import RequestStatus
-
     batch = scheduler.schedule(now)
     if batch:
         scheduler.complete(batch, memory.execute(batch), now)
@@ -67,3 +66,42 @@ def run_step(scheduler: Scheduler, memory: SlotMemory, now: float = 0.0) -> Sche
         if item.request.num_output >= item.request.max_tokens:
             scheduler.finish(item.request, RequestStatus.LENGTH, now)
     return batch
+
+
+def tiny_spec() -> ModelSpec:
+    return ModelSpec(
+        name="tiny",
+        architecture="LlamaForCausalLM",
+        vocab_size=512,
+        hidden_size=128,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=64,
+        intermediate_size=256,
+        max_positions=4096,
+    )
+
+
+class Letters:
+    """A tokenizer whose every token is one letter."""
+
+    vocab_size = 512
+    eos_token_ids: tuple[int, ...] = ()
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(character) % 512 for character in text]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(chr(0x100 + token) for token in ids)
+
+
+class StubModel:
+    """What Engine needs of a LoadedModel when no weights are computed with."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self.spec = spec
+        self.tokenizer = Letters()
+
+    def close(self) -> None:
+        pass
