@@ -1,0 +1,121 @@
+"""Perplexity on the engine's own path, so that weight format, KV format and kernels all count."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tqdm.auto import tqdm
+
+from engine.errors import ConfigError
+from engine.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from engine.engine import Engine
+
+MIN_WINDOW = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Perplexity:
+    """exp of the mean negative log-likelihood per token over `tokens` predictions in `windows` windows.
+
+    low, high: 95 % interval from the spread between windows (normal approximation of their means); None for one
+    window. It tells how well the text pins down the model, and is wider than what formats differ by: two formats
+    over the same text are compared window by window, as `window_nll` (nats per token) allows.
+    """
+
+    value: float
+    tokens: int
+    windows: int
+    low: float | None
+    high: float | None
+    window_nll: tuple[float, ...]
+
+    @classmethod
+    def of(cls, logprobs: Sequence[Sequence[float]]) -> Perplexity:
+        """From the natural-log probabilities of each window's predicted tokens."""
+        tokens = sum(len(window) for window in logprobs)
+        mean = -math.fsum(value for window in logprobs for value in window) / tokens
+        window_nll = tuple(-math.fsum(window) / len(window) for window in logprobs)
+        low = high = None
+        if len(window_nll) > 1:
+            margin = 1.96 * statistics.stdev(window_nll) / math.sqrt(len(window_nll))
+            low, high = math.exp(mean - margin), math.exp(mean + margin)
+        return cls(math.exp(mean), tokens, len(window_nll), low, high, window_nll)
+
+    def ratio(self, baseline: Perplexity) -> tuple[float, float | None]:
+        """Perplexity over the baseline's on the same windows, and the half width of its 95 % interval."""
+        if self.windows != baseline.windows or self.tokens != baseline.tokens:
+            raise ValueError(
+                f"{self.windows} windows of {self.tokens:,} tokens cannot be compared with {baseline.windows} of "
+                f"{baseline.tokens:,}; measure both over the same text"
+            )
+        ratio = self.value / baseline.value
+        gaps = [a - b for a, b in zip(self.window_nll, baseline.window_nll, strict=True)]
+        if len(gaps) < 2:
+            return ratio, None
+        return ratio, ratio * 1.96 * statistics.stdev(gaps) / math.sqrt(len(gaps))
+
+    def __str__(self) -> str:
+        interval = "" if self.low is None else f" (95 %: {self.low:.3f} to {self.high:.3f})"
+        return f"perplexity {self.value:.3f}{interval} over {self.tokens:,} tokens"
+
+
+def perplexity(
+    engine: Engine,
+    text: str | None = None,
+    *,
+    max_tokens: int = 8192,
+    window: int = 512,
+    progress: bool = False,
+    stopped: Callable[[], bool] = lambda: False,
+) -> Perplexity:
+    """Perplexity of `text` (the held-out excerpt of the bundled model by default) as this engine computes it.
+
+    Windows of `window` tokens, spread evenly over the text until `max_tokens` of them are used, each without memory of
+    the one before. The engine must have nothing else to do. ConfigError for a model whose text means nothing, or a
+    text that is too short; InterruptedError when `stopped` says so.
+    """
+    if engine.config.runner == "simulated" or engine.model.is_synthetic:
+        raise ConfigError(
+            f"model {engine.config.model!r} has no perplexity here: its weights are random or nothing is computed; "
+            "use 'bundled', a local folder or a hub id with runner 'torch'"
+        )
+    if text is None:
+        from engine.bundled import heldout_text
+
+        text = heldout_text()
+    size = min(window, engine.session_len - 1)
+    if size < MIN_WINDOW or max_tokens < size:
+        raise ConfigError(
+            f"window is {window} and max_tokens {max_tokens}; window must be from {MIN_WINDOW} to max_tokens, and "
+            f"session_len ({engine.session_len}) must leave room for {MIN_WINDOW + 1} tokens"
+        )
+    windows = cut_windows(engine.tokenizer.encode(text), size, max_tokens)
+    params = SamplingParams(prompt_logprobs=True, max_tokens=1, ignore_eos=True)
+    logprobs: list[list[float]] = []
+    batch = max(1, engine.config.max_batched_tokens // size)
+    with tqdm(total=len(windows), disable=not progress, desc="perplexity", unit="window", leave=False) as bar:
+        for first in range(0, len(windows), batch):
+            if stopped():
+                raise InterruptedError("the perplexity measurement was stopped")
+            outputs = engine.generate(windows[first : first + batch], params)
+            logprobs += [list(output.prompt_logprobs) for output in outputs]
+            bar.update(len(outputs))
+    return Perplexity.of(logprobs)
+
+
+def cut_windows(tokens: Sequence[int], size: int, max_tokens: int) -> list[Sequence[int]]:
+    """Windows of `size` tokens without overlap, evenly spread; a text shorter than one window is one window."""
+    if len(tokens) < MIN_WINDOW:
+        raise ConfigError(f"the text has {len(tokens)} tokens; perplexity needs at least {MIN_WINDOW}")
+    if len(tokens) <= size:
+        return [tokens]
+    count = min(len(tokens) // size, max(1, max_tokens // size))
+    gap = (len(tokens) - count * size) / max(1, count - 1)
+    starts = [round(i * (size + gap)) for i in range(count)]
+    return [tokens[start : start + size] for start in starts]

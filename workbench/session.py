@@ -1,0 +1,273 @@
+"""Runs workloads on engines, one after another, and keeps what can be used again."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import traceback
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from tqdm.auto import tqdm
+
+from engine.clock import VirtualClock
+from engine.config import EngineConfig
+from engine.errors import CheckpointError, ConfigError, RequestError
+from workbench.driver import LoadDriver
+from workbench.metrics import SLO
+from workbench.quality import Perplexity, perplexity
+from workbench.run import Run, Status
+from workbench.workload import WorkItem, Workload
+
+if TYPE_CHECKING:
+    import pandas
+
+    from engine.engine import Engine
+    from engine.loader import LoadedModel
+
+logger = logging.getLogger(__name__)
+UNDERSTOOD = (ConfigError, CheckpointError, RequestError, OSError)
+WARM_UP_REQUESTS = 4
+WARM_UP_TOKENS = 4
+
+
+class SessionBusy(RuntimeError):
+    """A session drives one run at a time."""
+
+
+class Session:
+    """Experiments on one machine, one run at a time; a context manager.
+
+    `run` blocks, `start` returns at once; both give a Run, kept in `runs`. The model stays loaded between runs, and so
+    does the engine while its config is unchanged (its prefix cache is emptied, so that runs do not help each other).
+    A run that cannot be made ends as "failed" with one sentence, and the session goes on.
+    """
+
+    def __init__(self) -> None:
+        self.runs: list[Run] = []
+        self._engine: Engine | None = None
+        self._model: LoadedModel | None = None
+        self._model_key: tuple[object, ...] = ()
+        self._qualities: dict[tuple[object, ...], Perplexity] = {}
+        self._lock = threading.Lock()
+        self._active: Run | None = None
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    @property
+    def active(self) -> Run | None:
+        """The run in progress, if any."""
+        return self._active
+
+    def run(
+        self,
+        config: EngineConfig | None = None,
+        workload: Workload | str = "dialogue service",
+        slo: SLO | None = None,
+        *,
+        label: str | None = None,
+        quality: bool = False,
+        progress: bool = True,
+    ) -> Run:
+        """Drive a run to its end in this thread, with a progress bar.
+
+        quality: also measure the perplexity, once per combination of formats. An interrupt aborts the requests, keeps
+        what was measured as a "stopped" run, and is passed on; the session stays usable.
+        """
+        run = self._admit(config, workload, slo, label)
+        self._execute(run, quality=quality, progress=progress, polite=False)
+        return run
+
+    def start(
+        self,
+        config: EngineConfig | None = None,
+        workload: Workload | str = "dialogue service",
+        slo: SLO | None = None,
+        *,
+        label: str | None = None,
+        quality: bool = False,
+    ) -> Run:
+        """Begin a run in a thread of its own and return at once; `run.snapshot()` tells how it goes."""
+        run = self._admit(config, workload, slo, label)
+        options = {"quality": quality, "progress": False, "polite": True}
+        self._thread = threading.Thread(
+            target=self._execute, args=(run,), kwargs=options, name=f"inferlab-run-{run.id}", daemon=True
+        )
+        self._thread.start()
+        return run
+
+    def stop(self, timeout: float | None = None) -> bool:
+        """Stop the run in progress and wait for its last step; True when nothing runs any more."""
+        run = self._active
+        if run is None:
+            return True
+        run.stop()
+        thread = self._thread
+        if thread is None or thread is threading.current_thread():
+            return run.is_over
+        thread.join(timeout)
+        return not thread.is_alive()
+
+    def frame(self) -> pandas.DataFrame:
+        """All runs as a table, one row each, indexed by the run's number."""
+        import pandas
+
+        rows = [run.row() for run in self.runs]
+        return pandas.DataFrame(rows).set_index("run") if rows else pandas.DataFrame()
+
+    def close(self) -> None:
+        """Stop what runs, join its thread, and give all memory back; a second call does nothing."""
+        with self._lock:
+            self._closed = True
+        self.stop()
+        self._drop_engine()
+        self._drop_model()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _admit(
+        self, config: EngineConfig | None, workload: Workload | str, slo: SLO | None, label: str | None
+    ) -> Run:
+        if isinstance(workload, str):
+            workload = Workload.preset(workload)
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("the session is closed; open a new one")
+            if self._active is not None:
+                raise SessionBusy(f"run {self._active.id} is still going on; stop it or wait for it first")
+            run = Run(len(self.runs) + 1, config or EngineConfig(), workload, slo or SLO(), label)
+            self.runs.append(run)
+            self._active = run
+        return run
+
+    def _execute(self, run: Run, *, quality: bool, progress: bool, polite: bool) -> None:
+        status: Status = "failed"
+        error: str | None = None
+        try:
+            self._measure(run, quality=quality, progress=progress, polite=polite)
+            status = "stopped" if run.stop_requested.is_set() else "done"
+        except KeyboardInterrupt:
+            status = "stopped"
+            raise
+        except UNDERSTOOD as problem:
+            error = _sentence(problem)
+            self._drop_engine()
+        except Exception as problem:  # the thread must not die in silence, whatever it meets
+            error = f"{type(problem).__name__}: {_sentence(problem)}"
+            run.traceback = traceback.format_exc()
+            if not _out_of_memory(problem):
+                logger.exception("run %d failed", run.id)
+            self._drop_engine()
+            self._drop_model()
+        finally:
+            if status == "stopped":
+                run.note("stopped before its end: the figures cover the requests that had finished")
+            run.end(status, error)
+            with self._lock:
+                self._active = None
+
+    def _measure(self, run: Run, *, quality: bool, progress: bool, polite: bool) -> None:
+        engine, is_new = self._engine_for(run)
+        items = work_items(engine, run.workload)
+        if is_new and not isinstance(engine.clock, VirtualClock):
+            self._warm_up(engine, run, items)
+        with tqdm(total=len(items), disable=not progress, desc=run.label, unit="req") as bar:
+            LoadDriver(engine, run, items, polite=polite).drive(bar.update)
+        run.measured_memory = engine.measured_memory()
+        if quality and not run.stop_requested.is_set():
+            run.phase = "measuring perplexity"
+            self._measure_quality(engine, run, progress)
+
+    def _engine_for(self, run: Run) -> tuple[Engine, bool]:
+        """The engine for this run's config, and whether it is new."""
+        from engine.engine import Engine  # here, because it imports torch
+        from engine.loader import load_model
+
+        config = run.config
+        # A simulated engine costs nothing to build, and a clock that starts at 0 makes its runs equal to the last bit.
+        if self._engine is not None and self._engine.config == config and config.runner != "simulated":
+            self._engine.reset_prefix_cache()
+            run.note("engine reused from the run before, prefix cache emptied")
+            is_new = False
+        else:
+            self._drop_engine()
+            key = (config.model, config.runner, config.seed, config.session_len)
+            if self._model is not None and key != self._model_key:
+                self._drop_model()
+            if self._model is None:
+                self._model, self._model_key = load_model(config), key
+            run.phase = "building the engine"
+            self._engine, is_new = Engine(config, model=self._model), True
+        engine = self._engine
+        run.description, run.memory = engine.description, engine.memory
+        run.is_synthetic = engine.model.is_synthetic or config.runner == "simulated"
+        if run.is_synthetic:
+            run.note("random weights or none: speed and memory count, text and quality do not")
+        return engine, is_new
+
+    def _warm_up(self, engine: Engine, run: Run, items: Sequence[WorkItem]) -> None:
+        """First steps allocate, compile and tune; they are not part of what is measured."""
+        run.phase = "warming up"
+        from engine.sampling_params import SamplingParams
+
+        chosen = [item.prompt_token_ids for item in items[:WARM_UP_REQUESTS]]
+        engine.generate(chosen, SamplingParams(max_tokens=WARM_UP_TOKENS, ignore_eos=True))
+        engine.reset_prefix_cache()
+        run.note(f"warmed up with {len(chosen)} unmeasured requests of {WARM_UP_TOKENS} tokens")
+
+    def _measure_quality(self, engine: Engine, run: Run, progress: bool) -> None:
+        if run.is_synthetic:
+            return
+        c = run.config
+        key = (c.model, c.weights, c.group_size, c.kv, c.device, c.impl, c.session_len)
+        if key not in self._qualities:
+            try:
+                self._qualities[key] = perplexity(engine, progress=progress, stopped=run.stop_requested.is_set)
+            except InterruptedError:
+                return
+            finally:
+                engine.reset_prefix_cache()
+        run.perplexity = self._qualities[key]
+
+    def _drop_engine(self) -> None:
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+
+    def _drop_model(self) -> None:
+        if self._model is not None:
+            self._model.close()
+            self._model = None
+
+
+def work_items(engine: Engine, workload: Workload) -> list[WorkItem]:
+    """The workload for this engine: held-out Python for the bundled model, random token ids for any other."""
+    text = None
+    if engine.config.model == "bundled" and not workload.prompts:
+        from engine.bundled import heldout_text
+
+        text = heldout_text()
+    return workload.requests(
+        vocab_size=engine.spec.vocab_size,
+        session_len=engine.session_len,
+        encode=engine.tokenizer.encode,
+        text=text,
+        avoid=engine.spec.eos_token_ids,
+    )
+
+
+def _sentence(error: BaseException) -> str:
+    """The first line of an error, or its name."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"

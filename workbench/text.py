@@ -1,0 +1,44 @@
+"""Quantities as a person reads them; an absent one is a dash, never a zero."""
+
+from __future__ import annotations
+
+ABSENT = "–"
+
+
+def seconds(value: float | None) -> str:
+    """Three digits in the unit that fits: 182 ms, 1.25 s."""
+    if value is None:
+        return ABSENT
+    if abs(value) < 0.9995e-3:
+        return f"{value * 1e6:.3g} µs"
+    return f"{value * 1e3:.3g} ms" if abs(value) < 0.9995 else f"{value:,.3g} s" if value < 999.5 else f"{value:,.0f} s"
+
+
+def size(value: float | None) -> str:
+    """Bytes in decimal units, as data sheets give them: 9.12 MB, 141 GB."""
+    if value is None:
+        return ABSENT
+    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if abs(value) >= 0.9995 * factor:
+            return f"{value / factor:.3g} {unit}"
+    return f"{value:.0f} bytes"
+
+
+def percent(share: float | None) -> str:
+    """A share in 0..1 as per cent; small ones keep a digit, so that little does not look like nothing."""
+    if share is None:
+        return ABSENT
+    value = 100.0 * share
+    return f"{value:.1f} %" if 0.0 < abs(value) < 9.95 else f"{value:.0f} %"
+
+
+def number(value: float | None) -> str:
+    """Three digits or the whole number: 0.123, 12.3, 1,240."""
+    if value is None:
+        return ABSENT
+    return f"{value:,.0f}" if abs(value) >= 99.95 or value == int(value) else f"{value:.3g}"
+
+
+def count(value: int, noun: str) -> str:
+    """1 request, 2 requests."""
+    return f"{value:,} {noun}" + ("" if value == 1 else "s")
