@@ -14,12 +14,15 @@ import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from engine.config import EngineConfig
-    from engine.engine import Engine
-    from engine.errors import CheckpointError, ConfigError, RequestError
-    from engine.loader import load_model
-    from engine.request import RequestOutput
-    from engine.sampling_params import SamplingParams
+    from engine.batch import StepEvent as StepEvent
+    from engine.config import EngineConfig as EngineConfig
+    from engine.engine import Engine as Engine
+    from engine.errors import CheckpointError as CheckpointError
+    from engine.errors import ConfigError as ConfigError
+    from engine.errors import RequestError as RequestError
+    from engine.loader import load_model as load_model
+    from engine.request import RequestOutput as RequestOutput
+    from engine.sampling_params import SamplingParams as SamplingParams
 
 _HOMES = {
     "CheckpointError": "engine.errors",

@@ -33,8 +33,8 @@ class ScheduledBatch:
 
     num_slots: rows a padded implementation of the same policy would hold (finished members of a static batch count).
     padding_tokens: tokens such an implementation would compute for nothing in this step.
-    preempted: requests that lost their blocks in this step and went back to the waiting line; num_recomputed: the tokens
-        they will have to compute again.
+    preempted: requests that lost their blocks in this step and went back to the waiting line.
+    num_recomputed: the tokens they will have to compute again.
     blocked_by: why more requests were not admitted: "blocks", "batch size", "token budget", "batch policy", or None
         when nobody was left waiting.
     """
@@ -66,8 +66,8 @@ class StepResult:
 
     token_ids: the new token of each item that samples, None for prompt chunks that do not reach the end.
     logprobs: as token_ids; None where the request did not ask.
-    prompt_logprobs: for an item whose request asks, log-probabilities of the known tokens start+1 .. min(stop, num_prompt-1),
-        each given all before it; None otherwise.
+    prompt_logprobs: for an item whose request asks, log-probabilities of the known tokens start+1 up to
+        min(stop, num_prompt-1), each given all before it; None otherwise.
     device_seconds: time the device (or the cost model) spent; None when the runner cannot tell it from host time.
     """
 

@@ -86,7 +86,8 @@ class BlockPool:
         assert len(free) == self.num_free, "a block stands twice among the free ones"
         for block in range(self.num_blocks):
             count = self.ref_counts[block]
-            assert count == holders.get(block, 0), f"block {block}: {count = }, held by {holders.get(block, 0)} requests"
+            held_by = holders.get(block, 0)
+            assert count == held_by, f"block {block}: {count = }, held by {held_by} requests"
             assert (count == 0) == (block in free), f"block {block}: {count = }, free: {block in free}"
         shared = sum(count > 1 for count in self.ref_counts)
         assert self.num_shared == shared, f"{self.num_shared = }, counted {shared}"

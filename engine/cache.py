@@ -137,7 +137,8 @@ class KVCache:
         self.pool.check_integrity(holders)
         assert len(self._by_content) == len(self._entries), "the index and its entries differ in number"
         for block, entry in self._entries.items():
-            assert self._by_content[entry.parent, entry.tokens] == block, f"block {block} is findable under other tokens"
+            found = self._by_content[entry.parent, entry.tokens]
+            assert found == block, f"block {block} and block {found} are findable under the same tokens"
         cached = sum(self.pool.is_free(block) for block in self._entries)
         assert cached == self.pool.num_cached, f"{cached} findable free blocks, the pool counts {self.pool.num_cached}"
 

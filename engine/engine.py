@@ -252,7 +252,8 @@ class Engine:
             )
         wrong = [token for token in tokens if not 0 <= token < self.spec.vocab_size]
         if wrong:
-            raise RequestError(f"token id {wrong[0]} is outside the vocabulary; ids are 0 to {self.spec.vocab_size - 1}")
+            last = self.spec.vocab_size - 1
+            raise RequestError(f"token id {wrong[0]} is outside the vocabulary; ids are 0 to {last}")
         return tokens
 
     def _step_or_wait(self) -> list[RequestOutput]:

@@ -37,7 +37,7 @@ GPUS: dict[str, GPU] = {
     "l40s": GPU("NVIDIA L40S", 48 * 10**9, 0.864e12, 362e12, "NVIDIA L40S data sheet, 2023"),
     "l4": GPU("NVIDIA L4", 24 * 10**9, 0.3e12, 121e12, "NVIDIA L4 data sheet, 2023"),
     "t4": GPU("NVIDIA T4", 16 * 10**9, 0.32e12, 65e12, "NVIDIA T4 data sheet, 2018 (fp16)"),
-    "rtx4090": GPU("NVIDIA GeForce RTX 4090", 24 * 10**9, 1.008e12, 165e12, "NVIDIA Ada architecture white paper, 2022"),
+    "rtx4090": GPU("NVIDIA GeForce RTX 4090", 24 * 10**9, 1.008e12, 165e12, "NVIDIA Ada white paper, 2022"),
 }
 BANDWIDTH_EFFICIENCY = 0.85
 COMPUTE_EFFICIENCY = 0.70
@@ -64,14 +64,15 @@ class SimulatedRunner:
             block_bytes=block_size * spec.kv_bytes_per_token(config.kv),
             block_size=block_size,
         )
-        self._weight_bytes = self.memory.weights_total - (0 if spec.tie_embeddings else self.memory.weights["embeddings"])
+        looked_up = 0 if spec.tie_embeddings else self.memory.weights["embeddings"]
+        self._weight_bytes = self.memory.weights_total - looked_up
         self._kv_bytes = spec.kv_bytes_per_token(config.kv)
 
     @property
     def description(self) -> str:
         return (
-            f"simulated {self.gpu.name} ({self.gpu.bandwidth / 1e12:g} TB/s, {self.gpu.bf16_flops / 1e12:g} TFLOP/s bf16; "
-            f"{self.gpu.source}), virtual clock, no model is run"
+            f"simulated {self.gpu.name} ({self.gpu.bandwidth / 1e12:g} TB/s, {self.gpu.bf16_flops / 1e12:g} TFLOP/s "
+            f"bf16; {self.gpu.source}), virtual clock, no model is run"
         )
 
     def step_seconds(self, batch: ScheduledBatch) -> float:

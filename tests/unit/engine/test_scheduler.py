@@ -136,7 +136,8 @@ def test_dynamic_batch_waits_for_its_window_and_groups_similar_lengths() -> None
 
 @pytest.mark.parametrize("batching", ["static", "dynamic", "continuous"])
 def test_every_policy_serves_everybody(batching: str) -> None:
-    scheduler, memory = make_scheduler(num_blocks=12, batching=batching, max_batch_size=3, max_batched_tokens=16), SlotMemory(4)
+    scheduler = make_scheduler(num_blocks=12, batching=batching, max_batch_size=3, max_batched_tokens=16)
+    memory = SlotMemory(4)
     requests = [make_request(str(i), [i] * (1 + 3 * (i % 5)), max_tokens=1 + i % 6) for i in range(20)]
     for request in requests:
         scheduler.add(request)
