@@ -1,0 +1,260 @@
+"""A model folder, checked before it is used: config.json against the tensors that are really there.
+
+Only safetensors are read, and no code of the checkpoint is run. Every defect is a CheckpointError of one sentence.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from engine.decoder import layer_shapes, outer_shapes
+from engine.errors import CheckpointError
+from engine.model_spec import ModelSpec
+from engine.rope import check_rope
+
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+HEAD_DIMS = (64, 128)
+_SIZES = (
+    "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size", "max_positions"
+)  # fmt: skip
+INDEX = "model.safetensors.index.json"
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+_PROJECTIONS = {
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "o": ("self_attn.o_proj",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
+    "input_norm": ("input_layernorm",),
+    "post_norm": ("post_attention_layernorm",),
+    "q_norm": ("self_attn.q_norm",),
+    "k_norm": ("self_attn.k_norm",),
+}
+_OUTER = {"embeddings": "model.embed_tokens.weight", "final_norm": "model.norm.weight", "lm_head": "lm_head.weight"}
+
+
+def read_spec(folder: Path) -> ModelSpec:
+    """The dimensions that config.json states, refused by name where this engine does not compute them."""
+    raw = _read_json(folder / "config.json")
+    name = folder.name
+    architecture = (raw.get("architectures") or ["(none named)"])[0]
+    if architecture not in ARCHITECTURES:
+        raise CheckpointError(
+            f"{folder}: architecture {architecture} is not supported; these are: {', '.join(ARCHITECTURES)}"
+        )
+    if "quantization_config" in raw:
+        method = (raw["quantization_config"] or {}).get("quant_method", "unnamed")
+        raise CheckpointError(
+            f"{folder} is quantized already (method {method!r}); only 16- and 32-bit checkpoints are read, "
+            "choose int8 or int4 by the engine's own weights option"
+        )
+    config = _transformers_config(folder)
+    heads = int(config.num_attention_heads)
+    window = _window(config)
+    max_positions = int(config.max_position_embeddings)
+    spec = ModelSpec(
+        name=name,
+        architecture=architecture,
+        vocab_size=int(config.vocab_size),
+        hidden_size=int(config.hidden_size),
+        num_layers=int(config.num_hidden_layers),
+        num_heads=heads,
+        num_kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
+        head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // heads),
+        intermediate_size=int(config.intermediate_size),
+        max_positions=max_positions if window is None else min(max_positions, window),
+        rms_norm_eps=float(config.rms_norm_eps),
+        tie_embeddings=bool(config.tie_word_embeddings),
+        attention_bias=architecture == "Qwen2ForCausalLM" or bool(getattr(config, "attention_bias", False)),
+        output_bias=architecture != "Qwen2ForCausalLM" and bool(getattr(config, "attention_bias", False)),
+        mlp_bias=bool(getattr(config, "mlp_bias", False)),
+        qk_norm=architecture == "Qwen3ForCausalLM",
+        sliding_window=window,
+        rope=dict(config.rope_parameters),
+        eos_token_ids=_eos_token_ids(folder, config),
+    )
+    _check_dimensions(folder, spec, str(config.hidden_act))
+    return spec
+
+
+def _check_dimensions(folder: Path, spec: ModelSpec, activation: str) -> None:
+    for size in _SIZES:
+        if getattr(spec, size) < 1:
+            raise CheckpointError(f"{folder}: {size} is {getattr(spec, size)} in config.json; it must be at least 1")
+    if spec.num_heads % spec.num_kv_heads:
+        raise CheckpointError(f"{folder}: {spec.num_heads} heads cannot share {spec.num_kv_heads} KV heads evenly")
+    if spec.head_dim not in HEAD_DIMS:
+        raise CheckpointError(f"{folder}: head_dim is {spec.head_dim}; it must be one of {HEAD_DIMS}")
+    if activation != "silu":
+        raise CheckpointError(f"{folder}: hidden_act is {activation!r}; only 'silu' is supported")
+    check_rope(spec)
+
+
+def _window(config: Any) -> int | None:
+    """Sliding window in tokens where some layer really uses one."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if window is None or not getattr(config, "use_sliding_window", True):
+        return None
+    return int(window) if kinds is None or "sliding_attention" in kinds else None
+
+
+def _transformers_config(folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # huggingface_hub's strict dataclasses raise their own kinds
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{folder / 'config.json'} is refused by transformers: {reason}") from error
+
+
+def _eos_token_ids(folder: Path, config: Any) -> tuple[int, ...]:
+    stated: list[Any] = [getattr(config, "eos_token_id", None)]
+    if (folder / "generation_config.json").is_file():
+        stated.append(_read_json(folder / "generation_config.json").get("eos_token_id"))
+    ids: set[int] = set()
+    for value in stated:
+        ids.update(value if isinstance(value, list) else [] if value is None else [int(value)])
+    return tuple(sorted(ids))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise CheckpointError(f"{path.parent} has no {path.name}")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # also UnicodeDecodeError
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a {type(value).__name__}, not an object")
+    return value
+
+
+def expected_tensors(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Names and shapes that a checkpoint in transformers' layout must hold."""
+    tensors = {_OUTER[name]: shape for name, shape in outer_shapes(spec).items()}
+    rows = {
+        "self_attn.q_proj": spec.num_heads * spec.head_dim,
+        "self_attn.k_proj": spec.num_kv_heads * spec.head_dim,
+        "self_attn.v_proj": spec.num_kv_heads * spec.head_dim,
+        "mlp.gate_proj": spec.intermediate_size,
+        "mlp.up_proj": spec.intermediate_size,
+    }
+    for layer in range(spec.num_layers):
+        for part, fused in layer_shapes(spec).items():
+            for name, leaf in _sources(part):
+                tensors[f"model.layers.{layer}.{name}.{leaf}"] = (rows.get(name, fused[0]), *fused[1:])
+    return tensors
+
+
+def _sources(part: str) -> list[tuple[str, str]]:
+    """(module, "weight" or "bias") of the tensors that make up one canonical part."""
+    leaf = "bias" if part.endswith("_bias") else "weight"
+    return [(module, leaf) for module in _PROJECTIONS[part.removesuffix("_bias")]]
+
+
+class CheckpointWeights:
+    """A checkpoint's tensors in host memory as stored: read once, so that each weight format quantizes the original."""
+
+    def __init__(self, folder: Path, spec: ModelSpec) -> None:
+        self.folder = folder
+        self._tensors = _read_tensors(folder, expected_tensors(spec), tied=spec.tie_embeddings)
+
+    def __call__(self, name: str, layer: int | None, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        """The canonical tensor in its stored dtype; parts that the engine fuses are joined on the host."""
+        if layer is None:
+            return self._tensors[_OUTER[name]]
+        parts = [self._tensors[f"model.layers.{layer}.{module}.{leaf}"] for module, leaf in _sources(name)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self._tensors.values())
+
+    def close(self) -> None:
+        self._tensors = {}
+
+
+def _read_tensors(folder: Path, expected: Mapping[str, tuple[int, ...]], *, tied: bool) -> dict[str, Tensor]:
+    """All headers are checked before the first tensor is read."""
+    files = _safetensors_files(folder)
+    found: dict[str, Path] = {}
+    for path in files:
+        for name in _check_header(path, expected, tied):
+            found[name] = path
+    missing = [name for name in expected if name not in found]
+    if missing:
+        raise CheckpointError(f"{folder}: {_few(missing)} missing, config.json asks for {len(expected)} tensors")
+    tensors: dict[str, Tensor] = {}
+    for path in files:
+        with safe_open(path, framework="pt") as held:
+            for name in [name for name, home in found.items() if home == path]:
+                tensors[name] = held.get_tensor(name).clone()  # a copy, so that closing the file unmaps it
+                if not bool(torch.isfinite(tensors[name]).all()):
+                    raise CheckpointError(f"{path}: tensor {name} holds NaN or infinity")
+    return tensors
+
+
+def _check_header(path: Path, expected: Mapping[str, tuple[int, ...]], tied: bool) -> list[str]:
+    """Names of the wanted tensors in one file, whose shapes and dtypes are right."""
+    try:
+        opened = safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged or truncated ({path.stat().st_size:,} bytes): {error}") from error
+    with opened as held:
+        names = [name for name in held.keys() if not _ignorable(name, tied)]  # noqa: SIM118 (not a dict)
+        unexpected = [name for name in names if name not in expected]
+        if unexpected:
+            raise CheckpointError(f"{path}: {_few(unexpected)} not expected by config.json")
+        for name in names:
+            view = held.get_slice(name)
+            shape, dtype = tuple(view.get_shape()), view.get_dtype()
+            if shape != expected[name]:
+                raise CheckpointError(
+                    f"{path}: tensor {name} has shape {list(shape)}, config.json asks for {list(expected[name])}"
+                )
+            if dtype not in _DTYPES:
+                raise CheckpointError(f"{path}: tensor {name} is stored as {dtype}; {', '.join(_DTYPES)} are read")
+    return names
+
+
+def _ignorable(name: str, tied: bool) -> bool:
+    """Tensors that older checkpoints carry and nobody reads: rotary tables, and a copy of tied embeddings."""
+    return name.endswith("rotary_emb.inv_freq") or (tied and name == _OUTER["lm_head"])
+
+
+def _safetensors_files(folder: Path) -> list[Path]:
+    if (folder / INDEX).is_file():
+        index = _read_json(folder / INDEX).get("weight_map")
+        if not isinstance(index, dict) or not index:
+            raise CheckpointError(f"{folder / INDEX} has no weight_map")
+        files = [folder / name for name in sorted({str(name) for name in index.values()})]
+        for path in files:
+            if path.parent != folder or not path.is_file():
+                raise CheckpointError(f"{folder / INDEX} names {path.name}, which is not in the folder")
+        return files
+    files = sorted(folder.glob("*.safetensors"))
+    if files:
+        return files
+    pickled = sorted(path.name for pattern in _PICKLED for path in folder.glob(pattern))
+    if pickled:
+        raise CheckpointError(
+            f"{folder} holds pickled weights only ({pickled[0]}); a pickle can run code, so only safetensors are read"
+        )
+    raise CheckpointError(f"{folder} has no weights: no *.safetensors file is there")
+
+
+def _few(names: list[str]) -> str:
+    """'tensor a is', or 'tensors a, b and 3 more are'."""
+    shown = ", ".join(names[:2])
+    if len(names) == 1:
+        return f"tensor {shown} is"
+    return f"tensors {shown}{f' and {len(names) - 2} more' if len(names) > 2 else ''} are"

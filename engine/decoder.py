@@ -1,0 +1,239 @@
+"""One decoder for the Llama family: Llama, Mistral, Qwen2, Qwen3.
+
+It computes a flat batch of tokens from many sequences at once, decodes first, then prompt chunks; which sequence a
+token belongs to is known only to rotary positions, KV slots and attention. Matrices are fused (q, k, v; gate, up), and
+a layer's result joins the residual in the same operation as the next norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.errors import ConfigError
+from engine.model_spec import ModelSpec
+from engine.step_inputs import StepInputs
+from kernels import (
+    KVLayer,
+    PackedWeight,
+    add_rms_norm,
+    decode_attention,
+    linear,
+    pack_weight,
+    prefill_attention,
+    rms_norm,
+    rope,
+    silu_mul,
+    write_kv,
+)
+
+ReadWeight = Callable[[str, int | None, tuple[int, ...], torch.device], Tensor]
+"""(canonical name, layer or None, shape, device) -> that tensor; the names are in `layer_shapes` and `outer_shapes`."""
+
+
+def layer_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Canonical names and shapes of what one layer holds."""
+    shapes: dict[str, tuple[int, ...]] = {"input_norm": (spec.hidden_size,), "post_norm": (spec.hidden_size,)}
+    shapes.update(spec.linears())
+    if spec.attention_bias:
+        shapes["qkv_bias"] = (spec.qkv_size,)
+    if spec.output_bias:
+        shapes["o_bias"] = (spec.hidden_size,)
+    if spec.mlp_bias:
+        shapes["gate_up_bias"] = (2 * spec.intermediate_size,)
+        shapes["down_bias"] = (spec.hidden_size,)
+    if spec.qk_norm:
+        shapes["q_norm"] = shapes["k_norm"] = (spec.head_dim,)
+    return shapes
+
+
+def outer_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Canonical names and shapes of what the model holds outside its layers."""
+    table = (spec.vocab_size, spec.hidden_size)
+    shapes: dict[str, tuple[int, ...]] = {"embeddings": table, "final_norm": (spec.hidden_size,)}
+    if not spec.tie_embeddings:
+        shapes["lm_head"] = table
+    return shapes
+
+
+_NORMS = ("input_norm", "post_norm", "q_norm", "k_norm")
+_ATTENTION_BIASES = ("qkv_bias", "o_bias")
+_MLP_BIASES = ("gate_up_bias", "down_bias")
+_VECTORS = _NORMS + _ATTENTION_BIASES + _MLP_BIASES
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP of one layer."""
+
+    def __init__(
+        self, spec: ModelSpec, impl: str, weights: dict[str, PackedWeight], vectors: dict[str, Tensor]
+    ) -> None:
+        super().__init__()
+        self.impl = impl
+        self.eps = spec.rms_norm_eps
+        self.heads, self.kv_heads, self.head_dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
+        self.scale = spec.head_dim**-0.5
+        self.qkv, self.o = weights["qkv"], weights["o"]
+        self.gate_up, self.down = weights["gate_up"], weights["down"]
+        for name in _VECTORS:
+            self.register_buffer(name, vectors.get(name), persistent=False)
+
+    input_norm: Tensor
+    post_norm: Tensor
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    qkv_bias: Tensor | None
+    o_bias: Tensor | None
+    gate_up_bias: Tensor | None
+    down_bias: Tensor | None
+
+    def matrices(self) -> dict[str, PackedWeight]:
+        return {"qkv": self.qkv, "o": self.o, "gate_up": self.gate_up, "down": self.down}
+
+    def vectors(self) -> dict[str, Tensor]:
+        return {name: held for name in _VECTORS if (held := getattr(self, name)) is not None}
+
+    def nbytes(self, *names: str) -> int:
+        return sum(held.nbytes for name in names if (held := getattr(self, name)) is not None)
+
+    def forward(self, x: Tensor, step: StepInputs, kv: KVLayer, cos_sin: Tensor) -> Tensor:
+        """Normed hidden states [T, hidden] -> the attention's output before it joins the residual."""
+        heads, kv_heads, dim, impl = self.heads, self.kv_heads, self.head_dim, self.impl
+        qkv = linear(x, self.qkv, self.qkv_bias, impl=impl).view(-1, heads + 2 * kv_heads, dim)
+        q, k, v = qkv.split((heads, kv_heads, kv_heads), 1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q = rms_norm(q, self.q_norm, self.eps, impl=impl)
+            k = rms_norm(k, self.k_norm, self.eps, impl=impl)
+        q, k = rope(q, k, step.positions, cos_sin, impl=impl)
+        write_kv(kv, k, v, step.slots, impl=impl)
+        return linear(self.attend(q, step, kv).flatten(1), self.o, self.o_bias, impl=impl)
+
+    def attend(self, q: Tensor, step: StepInputs, kv: KVLayer) -> Tensor:
+        """q [T, heads, head_dim] against the cache -> the same shape."""
+        n = step.num_decodes
+        tables, lengths, starts = step.block_tables, step.lengths, step.query_starts
+        if n == q.shape[0]:
+            return decode_attention(q, kv, tables, lengths, self.scale, impl=self.impl)
+        if n == 0:
+            return prefill_attention(q, kv, tables, starts, lengths, self.scale, impl=self.impl)
+        decoded = decode_attention(q[:n], kv, tables[:n], lengths[:n], self.scale, impl=self.impl)
+        prefilled = prefill_attention(q[n:], kv, tables[n:], starts, lengths[n:], self.scale, impl=self.impl)
+        return torch.cat((decoded, prefilled))
+
+    def mlp(self, x: Tensor) -> Tensor:
+        gate_up = linear(x, self.gate_up, self.gate_up_bias, impl=self.impl)
+        return linear(silu_mul(gate_up, impl=self.impl), self.down, self.down_bias, impl=self.impl)
+
+
+class Decoder(nn.Module):
+    """The whole model in one weight format.
+
+    impl: as in `kernels`; "torch" is the reference and computes in float32, everything else in bfloat16.
+    """
+
+    embeddings: Tensor
+    final_norm: Tensor
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        impl: str,
+        layers: Sequence[DecoderLayer],
+        embeddings: Tensor,
+        final_norm: Tensor,
+        lm_head: PackedWeight,
+    ) -> None:
+        super().__init__()
+        self.spec, self.impl = spec, impl
+        self.layers = nn.ModuleList(layers)
+        self.register_buffer("embeddings", embeddings, persistent=False)
+        self.register_buffer("final_norm", final_norm, persistent=False)
+        self.lm_head = lm_head
+        self._layers = tuple(layers)  # iterating a ModuleList costs more than a small layer's kernels on a CPU
+
+    @property
+    def device(self) -> torch.device:
+        return self.embeddings.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the activations."""
+        return torch.float32 if self.impl == "torch" else torch.bfloat16
+
+    def forward(self, step: StepInputs, kv: Sequence[KVLayer], cos_sin: Tensor) -> Tensor:
+        """Write keys and values of every token; return the final hidden states [S, hidden] of `step.rows`."""
+        impl, eps = self.impl, self.spec.rms_norm_eps
+        residual = F.embedding(step.tokens, self.embeddings).to(self.dtype)
+        x = rms_norm(residual, self._layers[0].input_norm, eps, impl=impl)
+        last = len(self._layers) - 1
+        for i, layer in enumerate(self._layers):
+            x = layer(x, step, kv[i], cos_sin)
+            if i == last and step.rows.shape[0] < x.shape[0]:  # nobody reads the other tokens' results
+                x, residual = x[step.rows], residual[step.rows]
+            x, residual = add_rms_norm(x, residual, layer.post_norm, eps, impl=impl)
+            x = layer.mlp(x)
+            following = self.final_norm if i == last else self._layers[i + 1].input_norm
+            x, residual = add_rms_norm(x, residual, following, eps, impl=impl)
+        return x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[S, hidden] -> [S, vocab] in the activations' dtype."""
+        return linear(hidden, self.lm_head, impl=self.impl)
+
+    def reference(self) -> Decoder:
+        """The same weights, dequantized as they are used, computed in float32 by the readable implementation."""
+        layers = [DecoderLayer(self.spec, "torch", layer.matrices(), layer.vectors()) for layer in self._layers]
+        return Decoder(self.spec, "torch", layers, self.embeddings, self.final_norm, self.lm_head)
+
+    def weight_bytes(self) -> dict[str, int]:
+        """Bytes really held, by part. On a CPU a tied lm_head counts where oneDNN needs its own layout of the table."""
+        tied = self.lm_head.data.layout == torch.strided and self.lm_head.data.data_ptr() == self.embeddings.data_ptr()
+        return {
+            "embeddings": self.embeddings.nbytes,
+            "attention": sum(layer.nbytes("qkv", "o", *_ATTENTION_BIASES) for layer in self._layers),
+            "mlp": sum(layer.nbytes("gate_up", "down", *_MLP_BIASES) for layer in self._layers),
+            "norms": sum(layer.nbytes(*_NORMS) for layer in self._layers) + self.final_norm.nbytes,
+            "lm_head": 0 if tied else self.lm_head.nbytes,
+        }
+
+
+def build_decoder(
+    spec: ModelSpec, read: ReadWeight, *, weights: str, group_size: int, device: torch.device, impl: str
+) -> Decoder:
+    """Read, fuse, quantize and lay out the weights, one tensor at a time so that no second copy of the model exists.
+
+    Raises ConfigError where a matrix cannot be stored as `weights` with `group_size`.
+    """
+    reference = impl == "torch"
+    dtype = torch.float32 if reference else torch.bfloat16
+
+    def vector(name: str, layer: int | None, shape: tuple[int, ...]) -> Tensor:
+        return read(name, layer, shape, device).to(device=device, dtype=dtype)
+
+    def matrix(name: str, layer: int, shape: tuple[int, ...]) -> PackedWeight:
+        tensor = read(name, layer, shape, device)
+        if reference and weights == "bf16":
+            return _plain(tensor.to(device))
+        try:
+            return pack_weight(tensor, weights, group_size=group_size, device=device)
+        except ValueError as error:
+            raise ConfigError(f"{spec.name}: {name} {list(shape)} of layer {layer} as {weights}: {error}") from error
+
+    layers = []
+    shapes = layer_shapes(spec)
+    for i in range(spec.num_layers):
+        packed = {name: matrix(name, i, shape) for name, shape in shapes.items() if len(shape) == 2}
+        vectors = {name: vector(name, i, shape) for name, shape in shapes.items() if len(shape) == 1}
+        layers.append(DecoderLayer(spec, impl, packed, vectors))
+    outer = {name: vector(name, None, shape) for name, shape in outer_shapes(spec).items()}
+    table = outer.get("lm_head", outer["embeddings"])
+    lm_head = _plain(table) if reference else pack_weight(table, "bf16", device=device)
+    return Decoder(spec, impl, layers, outer["embeddings"], outer["final_norm"], lm_head)
+
+
+def _plain(weight: Tensor) -> PackedWeight:
+    """float32 [N, K] as it is: the reference keeps what the checkpoint held."""
+    return PackedWeight("bf16", "plain", (weight.shape[0], weight.shape[1]), weight.float())

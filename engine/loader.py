@@ -1,0 +1,150 @@
+"""From a model's name to something that runs: `load_model` finds, checks and reads; `LoadedModel` builds decoders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from engine.checkpoint import CheckpointWeights, read_spec
+from engine.config import EngineConfig
+from engine.decoder import Decoder, build_decoder
+from engine.errors import CheckpointError, ConfigError
+from engine.model_spec import ModelSpec
+from engine.shapes import SyntheticWeights, synthetic_spec
+from engine.tokenizer import ByteTokenizer, PretrainedTokenizer, Tokenizer
+
+SYNTHETIC = "synthetic:"
+HUB_PATTERNS = ("*.safetensors", "*.json", "tokenizer.model", "merges.txt")
+
+
+class WeightSource(Protocol):
+    """Gives any weight at high precision, as often as a decoder is built."""
+
+    def __call__(self, name: str, layer: int | None, shape: tuple[int, ...], device: torch.device) -> Tensor: ...
+
+    @property
+    def nbytes(self) -> int:
+        """Host memory held between builds."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class LoadedModel:
+    """A model that is read and checked. Decoders come from it in any weight format; the one built last is kept.
+
+    Engines may share it: an engine that was given a LoadedModel leaves it open. `close` may be called twice.
+    """
+
+    def __init__(self, spec: ModelSpec, tokenizer: Tokenizer, weights: WeightSource | None, source: str) -> None:
+        self.spec = spec
+        self.tokenizer = tokenizer
+        self.source = source
+        self._weights = weights
+        self._built: tuple[tuple[object, ...], Decoder] | None = None
+
+    @property
+    def is_synthetic(self) -> bool:
+        """Random weights: speed and memory are real, text and quality are not."""
+        return self.source.startswith(SYNTHETIC)
+
+    @property
+    def host_bytes(self) -> int:
+        """Host memory of the weights kept at high precision."""
+        return 0 if self._weights is None else self._weights.nbytes
+
+    def decoder(self, *, weights: str, group_size: int, device: torch.device, impl: str) -> Decoder:
+        """The decoder in that format, built anew unless it was built last. ConfigError where it cannot be built."""
+        key = (weights, group_size if weights == "int4" else None, device, impl)
+        if self._built is not None and self._built[0] == key:
+            return self._built[1]
+        if self._weights is None:
+            raise ConfigError(f"model {self.source!r} was loaded for simulation, or is closed: it has no weights")
+        self.release()
+        built = build_decoder(
+            self.spec, self._weights, weights=weights, group_size=group_size, device=device, impl=impl
+        )
+        self._built = (key, built)
+        return built
+
+    def release(self) -> None:
+        """Forget the decoder built last; its memory returns when its last user lets go."""
+        self._built = None
+
+    def close(self) -> None:
+        self.release()
+        if self._weights is not None:
+            self._weights.close()
+        self._weights = None
+
+    def __enter__(self) -> LoadedModel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def load_model(config: EngineConfig) -> LoadedModel:
+    """Find and check `config.model`; with `config.runner == "simulated"` no weights are read.
+
+    ConfigError for an unknown shape or a name that leads nowhere, CheckpointError for a folder that cannot be used.
+    """
+    simulated = config.runner == "simulated"
+    if config.model.startswith(SYNTHETIC):
+        spec = synthetic_spec(config.model.removeprefix(SYNTHETIC))
+        weights = None if simulated else SyntheticWeights(spec, config.seed)
+        return LoadedModel(spec, ByteTokenizer(spec.vocab_size), weights, config.model)
+    folder, source = _find(config.model)
+    spec = read_spec(folder)
+    if config.session_len is not None and spec.sliding_window is not None and config.session_len > spec.sliding_window:
+        raise ConfigError(
+            f"session_len is {config.session_len}; {source} attends within a sliding window, which is supported for "
+            f"sessions that fit into it: at most {spec.sliding_window} tokens"
+        )
+    tokenizer = PretrainedTokenizer(folder, spec.eos_token_ids)
+    if tokenizer.vocab_size > spec.vocab_size:
+        raise CheckpointError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size:,} tokens, vocab_size is {spec.vocab_size:,}"
+        )
+    return LoadedModel(spec, tokenizer, None if simulated else CheckpointWeights(folder, spec), source)
+
+
+def _find(model: str) -> tuple[Path, str]:
+    """The folder of a model, and how to name it: "bundled", a path, or a hub id."""
+    if model == "bundled":
+        from engine.bundled import MODEL_DIR
+
+        return MODEL_DIR, "bundled"
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder, str(folder)
+    if folder.exists():
+        raise CheckpointError(f"model is {model!r}, a file; give the folder that holds config.json and the safetensors")
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise ConfigError(
+            f"model is {model!r}; it must be 'bundled', 'synthetic:<shape>', a folder that exists, or a hub id "
+            "'owner/name'"
+        )
+    return _download(model)
+
+
+def _download(repo: str) -> tuple[Path, str]:
+    """A hub snapshot: weights, config and tokenizer. Without a connection the copy in the cache is used, and said."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+    patterns = list(HUB_PATTERNS)
+    try:
+        return Path(snapshot_download(repo, allow_patterns=patterns)), repo
+    except (HFValidationError, RepositoryNotFoundError) as error:
+        raise ConfigError(f"model is {repo!r}; the hub has no such model, and there is no such folder") from error
+    except Exception as error:  # whatever the transport raises; the cache may still serve
+        reason = f"{type(error).__name__}"
+    try:
+        folder = Path(snapshot_download(repo, allow_patterns=patterns, local_files_only=True))
+    except Exception as error:
+        raise ConfigError(f"model is {repo!r}; the hub cannot be reached ({reason}), no copy is here") from error
+    return folder, f"{repo} (the hub could not be reached: local copy)"

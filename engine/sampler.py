@@ -1,0 +1,162 @@
+"""Choosing the next token for a whole batch on the device.
+
+Each request and position has one uniform number, computed on the host from (request.seed, position) by a counter-based
+generator, and the device inverts the distribution at it. So the choice does not depend on what a request was batched
+with, nor on how often it was preempted; only its logits can.
+
+Tokens that are exactly as likely as the last one kept by top-k or top-p are kept as well: an arbitrary choice between
+equals would differ between devices and batch sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from engine.errors import RequestError
+from engine.request import Request, TokenLogprobs
+from engine.step_inputs import Arrays
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+class NonFiniteLogitsError(RequestError):
+    """The model answered with NaN or infinity for `request_ids`; the rest of the batch can go on without them."""
+
+    def __init__(self, request_ids: Sequence[str]) -> None:
+        self.request_ids = tuple(request_ids)
+        super().__init__(f"the logits of request {', '.join(self.request_ids)} are not finite: no token can be chosen")
+
+
+def uniforms(seeds: Sequence[int], positions: Sequence[int]) -> NDArray[np.float64]:
+    """One number in [0, 1) per (seed, position): SplitMix64 (Steele, Lea, Flood, 2014) of the seed, then the position."""
+    state = np.array([seed & 0xFFFFFFFFFFFFFFFF for seed in seeds], np.uint64)
+    mixed = _mix(_mix(state + _GOLDEN) + np.array(positions, np.uint64) * _GOLDEN)
+    return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingPlan:
+    """What the host knows of one step's sampling. `arrays` travel with the step's inputs; greedy batches have none.
+
+    drawn: rows that are not greedy, with their temperature, top_k (vocab where off), top_p, min_p and uniform number.
+    penalized: rows with a repetition penalty; seen_rows, seen_ids: their tokens so far.
+    """
+
+    arrays: Arrays
+    max_top_k: int
+    top_p: bool
+    min_p: bool
+
+    @classmethod
+    def of(cls, requests: Sequence[Request], vocab_size: int) -> SamplingPlan:
+        """`requests` sample one token each, in the order of the logits' rows."""
+        arrays: Arrays = {}
+        drawn = [i for i, request in enumerate(requests) if request.params.temperature != 0.0]
+        params = [requests[i].params for i in drawn]
+        if drawn:
+            arrays["drawn"] = np.array(drawn)
+            arrays["temperature"] = np.array([p.temperature for p in params])
+            arrays["top_k"] = np.array([min(p.top_k or vocab_size, vocab_size) for p in params])
+            arrays["top_p"] = np.array([p.top_p for p in params])
+            arrays["min_p"] = np.array([p.min_p for p in params])
+            chosen = [requests[i] for i in drawn]
+            arrays["uniform"] = uniforms([r.seed for r in chosen], [r.num_tokens for r in chosen])
+        penalized = [i for i, request in enumerate(requests) if request.params.repetition_penalty != 1.0]
+        if penalized:
+            seen = [np.unique(requests[i].token_range(0, requests[i].num_tokens)) for i in penalized]
+            arrays["penalized"] = np.array(penalized)
+            arrays["penalty"] = np.array([requests[i].params.repetition_penalty for i in penalized], np.float32)
+            arrays["seen_rows"] = np.arange(len(penalized)).repeat([len(ids) for ids in seen])
+            arrays["seen_ids"] = np.concatenate(seen)
+        ks = [p.top_k for p in params if 0 < p.top_k < vocab_size]
+        return cls(arrays, max(ks, default=0), any(p.top_p < 1.0 for p in params), any(p.min_p > 0.0 for p in params))
+
+
+def sample(logits: Tensor, plan: SamplingPlan, staged: Mapping[str, Tensor]) -> Tensor:
+    """logits [S, vocab], any float -> int64 [S]; -1 where a row holds NaN or its largest value is infinite.
+
+    staged: `plan.arrays` on the logits' device.
+    """
+    highest, tokens = logits.max(-1)
+    if "penalized" in staged:
+        rows, logits = staged["penalized"], logits.float()
+        logits = logits.index_copy(0, rows, _penalize(logits[rows], staged))
+        tokens = logits.argmax(-1)
+    if "drawn" in staged:
+        tokens = tokens.index_copy(0, staged["drawn"], _draw(logits[staged["drawn"]].float(), plan, staged))
+    return torch.where(highest.isfinite(), tokens, -1)
+
+
+def _penalize(logits: Tensor, staged: Mapping[str, Tensor]) -> Tensor:
+    """Divide positive and multiply negative logits of seen tokens; seen ids are unique per row."""
+    where = (staged["seen_rows"], staged["seen_ids"])
+    held, penalty = logits[where], staged["penalty"][staged["seen_rows"]]
+    return logits.index_put(where, torch.where(held > 0, held / penalty, held * penalty))
+
+
+def _draw(logits: Tensor, plan: SamplingPlan, staged: Mapping[str, Tensor]) -> Tensor:
+    """float32 [R, vocab] -> int64 [R], by inverting the cumulative distribution in vocabulary order."""
+    logits = (logits - logits.amax(-1, keepdim=True)).double() / staged["temperature"][:, None]
+    cumulative = filter_logits(logits, plan, staged).softmax(-1).cumsum(-1)
+    target = staged["uniform"] * cumulative[:, -1]
+    return torch.searchsorted(cumulative, target[:, None], right=True)[:, 0].clamp_(max=logits.shape[1] - 1)
+
+
+def filter_logits(logits: Tensor, plan: SamplingPlan, staged: Mapping[str, Tensor]) -> Tensor:
+    """Set what top-k, then top-p, then min-p drop to -inf; logits [R, vocab], already divided by the temperature."""
+    dropped = float("-inf")
+    if plan.max_top_k:
+        limited = staged["top_k"] <= plan.max_top_k
+        best = logits.topk(plan.max_top_k).values
+        floor = best.gather(1, staged["top_k"].clamp(max=plan.max_top_k)[:, None] - 1)
+        logits = logits.masked_fill((logits < floor) & limited[:, None], dropped)
+    if plan.top_p:
+        ranked = logits.sort(descending=True).values
+        probabilities = ranked.softmax(-1)
+        before = probabilities.cumsum(-1) - probabilities
+        count = (before < staged["top_p"][:, None]).sum(-1, keepdim=True)
+        floor = ranked.gather(1, count - 1)
+        logits = logits.masked_fill((logits < floor) & (staged["top_p"] < 1.0)[:, None], dropped)
+    if plan.min_p:
+        floor = logits.amax(-1, keepdim=True) + staged["min_p"].log()[:, None]
+        logits = logits.masked_fill(logits < floor, dropped)
+    return logits
+
+
+def token_logprobs(logits: Tensor, tokens: Tensor, requests: Sequence[Request]) -> list[TokenLogprobs | None]:
+    """Chosen and most likely tokens under the model's own distribution (before temperature and filters), in float32.
+
+    One entry per request, None for those that did not ask; [] when nobody did.
+    """
+    asked = [i for i, request in enumerate(requests) if request.params.logprobs is not None]
+    if not asked:
+        return []
+    answers: list[TokenLogprobs | None] = [None] * len(requests)
+    counts = [requests[i].params.logprobs or 0 for i in asked]
+    rows = torch.tensor(asked, device=logits.device)
+    distribution = logits[rows].float().log_softmax(-1)
+    chosen = tokens[rows]
+    values = distribution.gather(1, chosen[:, None])[:, 0].tolist()
+    top = distribution.topk(min(max(counts), logits.shape[1]))
+    best = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    for i, count, token, value, (ids, logprobs) in zip(asked, counts, chosen.tolist(), values, best, strict=True):
+        answers[i] = TokenLogprobs(token, value, tuple(zip(ids[:count], logprobs[:count], strict=True)))
+    return answers
+
+
+def known_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
+    """float32 [S]: log-probability of `targets` int64 [S] under logits [S, vocab]."""
+    wide = logits.float()
+    return wide.gather(1, targets[:, None])[:, 0] - wide.logsumexp(-1)

@@ -1,0 +1,291 @@
+"""The runner that computes, on a CPU or a GPU: decoder, KV pool, sampler, and one copy to the device per step."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+
+from engine.batch import ScheduledBatch, ScheduledRequest, StepResult
+from engine.clock import Clock, MonotonicClock
+from engine.config import EngineConfig
+from engine.decoder import Decoder
+from engine.errors import ConfigError
+from engine.loader import LoadedModel
+from engine.memory import MemoryPlan, plan_memory
+from engine.model_spec import ModelSpec
+from engine.request import TokenLogprobs
+from engine.rope import cos_sin_table
+from engine.sampler import NonFiniteLogitsError, SamplingPlan, known_logprobs, sample, token_logprobs
+from engine.step_inputs import Arrays, Staging, StepInputs, step_arrays
+from kernels import KVLayer, allocate_kv
+
+CPU_POOL = 1 << 30
+"""Most bytes that the engine takes for KV and reserve on a CPU when no limit is given."""
+PROMPT_ROWS = 256
+"""Rows of logits held at once when prompt log-probabilities are asked for: 256 x 150,000 float32 are 150 MB."""
+
+
+class TorchRunner:
+    """See `engine.runner.Runner`. Borrows the decoder from `model`; owns the KV pool and the rotary table."""
+
+    def __init__(self, config: EngineConfig, model: LoadedModel) -> None:
+        """ConfigError where the device is missing, the memory does not suffice, or a format does not fit the model."""
+        self.device = resolve_device(config.device)
+        check_impl(config.impl, self.device)
+        self.config = config
+        self._spec = model.spec
+        self._clock = MonotonicClock()
+        self._host_bytes = model.host_bytes
+        with torch.inference_mode():
+            decoder = model.decoder(
+                weights=config.weights, group_size=config.group_size, device=self.device, impl=config.impl
+            )
+            self._memory = self._plan(decoder)
+            length = min(config.session_len or self._spec.max_positions, self._memory.tokens_that_fit)
+            self._cos_sin: Tensor | None = cos_sin_table(self._spec, length, self.device)
+            self._kv = self._allocate()
+        self._decoder: Decoder | None = decoder
+        self._staging = Staging(self.device)
+        self._timer = _CudaTimer() if self.device.type == "cuda" else None
+        self._baseline = torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def _plan(self, decoder: Decoder) -> MemoryPlan:
+        config, spec = self.config, self._spec
+        weights = decoder.weight_bytes()
+        workspace = workspace_bytes(spec, config, decoder.dtype.itemsize)
+        return plan_memory(
+            limit=config.memory_limit or default_limit(self.device, sum(weights.values()), workspace),
+            weights=weights,
+            workspace=workspace,
+            cache_ratio=config.cache_ratio,
+            block_bytes=self._block_size * spec.kv_bytes_per_token(config.kv),
+            block_size=self._block_size,
+        )
+
+    @property
+    def _block_size(self) -> int:
+        return self.config.block_size or (64 if self.device.type == "cuda" else 16)
+
+    def _allocate(self) -> list[KVLayer]:
+        spec, plan = self._spec, self._memory
+        shape = (plan.num_blocks, plan.block_size, spec.num_kv_heads, spec.head_dim)
+        try:
+            return [allocate_kv(self.config.kv, *shape, self.device) for _ in range(spec.num_layers)]
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(
+                f"the KV pool of {plan.kv:,} bytes does not fit on {self.device} beside what other programs hold "
+                "there; lower cache_ratio or memory_limit"
+            ) from error
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self._spec
+
+    @property
+    def clock(self) -> Clock:
+        return self._clock
+
+    @property
+    def memory(self) -> MemoryPlan:
+        return self._memory
+
+    @property
+    def description(self) -> str:
+        config = self.config
+        group = f" group {config.group_size}" if config.weights == "int4" else ""
+        return (
+            f"{_device_name(self.device)}, {_path(config.impl, self.device)}; weights {config.weights}{group}, "
+            f"KV {config.kv}, block {self._memory.block_size}"
+        )
+
+    @torch.inference_mode()
+    def execute(self, batch: ScheduledBatch) -> StepResult:
+        """Raises NonFiniteLogitsError, naming the requests, where the model answers with NaN."""
+        if self._decoder is None or self._cos_sin is None:
+            raise RuntimeError("the runner is closed")
+        if self._timer is not None:
+            self._timer.start()
+        items = batch.items
+        sampled = [item.request for item in items if item.samples]
+        scored = _scored(items)
+        plan = SamplingPlan.of(sampled, self._spec.vocab_size)
+        arrays = step_arrays(items, len(batch.decodes), self._memory.block_size)
+        if scored:
+            _add_scored(arrays, scored)
+        arrays.update(plan.arrays)
+        staged = self._staging(arrays)
+        step = StepInputs(**{name: staged[name] for name in _STEP_FIELDS}, num_decodes=len(batch.decodes))
+        hidden = self._decoder(step, self._kv, self._cos_sin)
+        known = self._score(hidden[len(sampled) :], staged["targets"]) if scored else []
+        logits = self._decoder.logits(hidden[: len(sampled)])
+        tokens = sample(logits, plan, staged)
+        chosen = tokens.tolist()  # waits for the device
+        if chosen and min(chosen) < 0:
+            raise NonFiniteLogitsError([r.request_id for r, token in zip(sampled, chosen, strict=True) if token < 0])
+        seconds = self._timer.stop() if self._timer is not None else None
+        return _result(items, chosen, token_logprobs(logits, tokens, sampled), scored, known, seconds)
+
+    def _score(self, hidden: Tensor, targets: Tensor) -> list[float]:
+        """Log-probabilities of `targets` after each hidden state, a bounded number of rows at a time."""
+        decoder = self._decoder
+        assert decoder is not None
+        parts = zip(hidden.split(PROMPT_ROWS), targets.split(PROMPT_ROWS), strict=True)
+        values: list[float] = torch.cat([known_logprobs(decoder.logits(h), t) for h, t in parts]).tolist()
+        return values
+
+    def measured_memory(self) -> dict[str, int]:
+        """Bytes of the tensors alive; "workspace" is the CUDA allocator's peak beyond them since the start.
+
+        "host_copy" is the checkpoint kept in host memory, from which another weight format can be built. On a CPU
+        nobody counts the workspace, so it is left out.
+        """
+        if self._decoder is None:
+            return {}
+        parts = {f"weights.{name}": size for name, size in self._decoder.weight_bytes().items()}
+        parts = {"weights": sum(parts.values()), "kv": sum(layer.nbytes for layer in self._kv), **parts}
+        if self.device.type == "cuda":
+            parts["workspace"] = max(torch.cuda.max_memory_allocated(self.device) - self._baseline, 0)
+        if self._host_bytes:
+            parts["host_copy"] = self._host_bytes
+        return parts
+
+    def close(self) -> None:
+        if self._decoder is None:
+            return
+        self._decoder = self._cos_sin = None
+        self._kv = []
+        self._staging = Staging(self.device)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+_STEP_FIELDS = ("tokens", "positions", "slots", "block_tables", "lengths", "query_starts", "rows")
+
+
+@dataclass(frozen=True, slots=True)
+class _Scored:
+    """An item whose request asks for prompt log-probabilities: its rows from `first_row` on predict `targets`."""
+
+    index: int
+    first_row: int
+    targets: list[int]
+
+
+def _scored(items: Sequence[ScheduledRequest]) -> list[_Scored]:
+    scored, row = [], 0
+    for i, item in enumerate(items):
+        request = item.request
+        if request.params.prompt_logprobs and item.start + 1 < request.num_prompt:
+            scored.append(_Scored(i, row, request.prompt_token_ids[item.start + 1 : item.stop + 1]))
+        row += item.num_new
+    return scored
+
+
+def _add_scored(arrays: Arrays, scored: Sequence[_Scored]) -> None:
+    """Ask for the hidden states that predict known prompt tokens, behind those that are sampled from."""
+    wanted = [np.arange(s.first_row, s.first_row + len(s.targets)) for s in scored]
+    arrays["rows"] = np.concatenate((arrays["rows"], *wanted))
+    arrays["targets"] = np.array([token for s in scored for token in s.targets], np.int64)
+
+
+def _result(
+    items: Sequence[ScheduledRequest],
+    tokens: Sequence[int],
+    logprobs: Sequence[TokenLogprobs | None],
+    scored: Sequence[_Scored],
+    known: Sequence[float],
+    seconds: float | None,
+) -> StepResult:
+    """Spread what was computed for the sampling items, in order, over all items."""
+    if len(tokens) == len(items) and not scored:
+        return StepResult(tokens, logprobs or None, None, seconds)
+    following, chances = iter(tokens), iter(logprobs or [None] * len(tokens))
+    samples = [item.samples for item in items]
+    prompts: list[Sequence[float] | None] = [None] * len(items)
+    first = 0
+    for s in scored:
+        prompts[s.index] = known[first : first + len(s.targets)]
+        first += len(s.targets)
+    return StepResult(
+        [next(following) if yes else None for yes in samples],
+        [next(chances) if yes else None for yes in samples] if logprobs else None,
+        prompts if scored else None,
+        seconds,
+    )
+
+
+class _CudaTimer:
+    """Device time of one step between two events; `stop` waits for the device."""
+
+    def __init__(self) -> None:
+        self._events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+    def start(self) -> None:
+        self._events[0].record()
+
+    def stop(self) -> float:
+        self._events[1].record()
+        self._events[1].synchronize()
+        return float(self._events[0].elapsed_time(self._events[1])) / 1e3
+
+
+def resolve_device(name: str) -> torch.device:
+    """ "auto" takes a GPU where there is one. ConfigError for "cuda" without a CUDA device."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is 'cuda', but torch finds no CUDA device here; use 'auto' or 'cpu'")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def check_impl(impl: str, device: torch.device) -> None:
+    """ConfigError where `impl` cannot run on `device`."""
+    needs = {"aten": "cpu", "triton": "cuda"}.get(impl, device.type)
+    if needs != device.type:
+        raise ConfigError(f"impl is {impl!r}, which needs device {needs!r}, not {device.type!r}; 'auto' always fits")
+
+
+def default_limit(device: torch.device, weights: int, workspace: int) -> int:
+    """Bytes the engine may use when nobody says: what the GPU has free now (weights counted as ours), or on a CPU the
+    weights, the workspace, and at most 1 GiB more or half of the RAM that is available."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + weights
+    return weights + workspace + min(CPU_POOL, psutil.virtual_memory().available // 2)
+
+
+def workspace_bytes(spec: ModelSpec, config: EngineConfig, itemsize: int) -> int:
+    """Upper estimate of what one step allocates: activations of its tokens, and logits of the rows that are sampled.
+
+    Alive at once in a layer: the residual and two hidden states, q, k and v before and after rotation, gate_up and its
+    product. Logits count in the activations' dtype, in float32 and three times in float64 (sorted, softmax, cumulative).
+    """
+    tokens = config.max_batched_tokens
+    if not config.chunked_prefill:  # a prompt is then computed whole, however long
+        tokens = max(tokens, config.session_len or spec.max_positions)
+    per_token = 4 * spec.hidden_size + 2 * spec.qkv_size + 3 * spec.intermediate_size
+    rows = max(config.max_batch_size, PROMPT_ROWS)
+    return tokens * per_token * itemsize + rows * spec.vocab_size * (itemsize + 4 + 3 * 8)
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def _path(impl: str, device: torch.device) -> str:
+    """The implementation in use, and whether a faster one exists."""
+    fast = "triton" if device.type == "cuda" else "aten"
+    if impl == "torch":
+        return f"impl torch in float32: the reference path, not the fast one ({fast})"
+    return f"impl {fast} in bfloat16"
