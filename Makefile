@@ -6,10 +6,11 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PYTEST := $(PY) -m pytest -p no:cacheprovider -rs
 PIP_FLAGS := $(if $(CPU),--extra-index-url https://download.pytorch.org/whl/cpu)
-INSTALL = $(PY) -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
+# In a terminal pip shows its progress bars; a log gets warnings and errors only.
+INSTALL = quiet=--quiet; [ -t 1 ] && quiet=; \
+    $(PY) -m pip install $$quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
 INSTALLED := $(VENV)/.installed
 INSTALLED_TEST := $(VENV)/.installed-test
-LAB := notebooks/00_quickstart.ipynb
 
 .PHONY: lab demo test lint types unit notebooks browser clean
 .NOTPARALLEL:
@@ -17,15 +18,14 @@ LAB := notebooks/00_quickstart.ipynb
 # As root JupyterLab wants to be told so; without a display it prints its address instead of opening a browser.
 # The token stays on, the server listens on this machine only and asks nobody for news or updates.
 lab: $(INSTALLED)
-	@set -- --ServerApp.ip=127.0.0.1 \
-	    --LabApp.check_for_updates_class=jupyterlab.handlers.announcements.NeverCheckForUpdate \
-	    --LabApp.news_url=; \
+	@set -- --ServerApp.ip=127.0.0.1 --LabApp.default_url=/lab/tree/notebooks/00_quickstart.ipynb --LabApp.news_url=None \
+	    --LabApp.check_for_updates_class=jupyterlab.handlers.announcements.NeverCheckForUpdate; \
 	if [ "$$(id -u)" = 0 ]; then set -- "$$@" --allow-root; fi; \
 	if [ "$$(uname)" = Linux ] && [ -z "$$DISPLAY$$WAYLAND_DISPLAY" ]; then \
 	    echo "No display here: JupyterLab prints its address below; open it in a browser."; \
 	    set -- "$$@" --no-browser; \
 	fi; \
-	exec $(PY) -m jupyterlab "$$@" $(LAB)
+	exec $(PY) -m jupyterlab "$$@"
 
 demo: $(INSTALLED)
 	@$(PY) -m workbench.demo
