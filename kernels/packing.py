@@ -82,7 +82,7 @@ def unpack_planes(packed: PackedWeight) -> QuantizedWeight:
     n, k = packed.shape
     words = packed.data.transpose(1, 2).reshape(-1, k // packed.group_size, 1, packed.group_size // 4)[:n]
     shifts = torch.arange(0, 16, 4, device=words.device, dtype=torch.int16).view(1, 1, 4, 1)
-    codes = ((words >> shifts) & 15).to(torch.uint8).view(n, k)
+    codes = ((words >> shifts) & 15).to(torch.uint8).reshape(n, k)
     scale = packed.scale.t()[:n].contiguous()
     return QuantizedWeight("int4", codes, (scale & ~0xFF).view(torch.float32), (scale & 0xFF).to(torch.uint8), packed.group_size)
 

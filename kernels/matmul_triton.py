@@ -1,0 +1,56 @@
+"""The CUDA variants of `linear`, and the one function that picks by M."""
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .a16w4 import a16w4_partials, dequantize_rows, reduce_splits
+from .packing import PLANE_ROWS, PackedWeight
+from .skinny import skinny_partials
+from .tuning import plain_config, planes_config
+
+# Above these rows the weight is dequantized once (in slices) and multiplied by cuBLAS; bf16 goes to cuBLAS directly.
+FUSED_ROWS = {"bf16": 16, "int8": 64, "int4": 64}
+DEQUANTIZED_ELEMENTS = 1 << 25  # 64 MB of bf16 workspace at a time
+
+
+def linear_triton(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+    """x [M, K] bf16, weight in its CUDA layout -> bf16 [M, N]."""
+    if weight.layout != {"bf16": "plain", "int8": "plain", "int4": "planes"}[weight.format]:
+        raise ValueError(f"linear: impl 'triton' cannot read the layout {weight.layout!r} of {weight.format}")
+    x = x.contiguous()
+    if x.shape[0] == 0:
+        return x.new_empty(0, weight.shape[0])
+    if x.shape[0] > FUSED_ROWS[weight.format]:
+        return F.linear(x, weight.data, bias) if weight.format == "bf16" else _dequantize_once(x, weight, bias)
+    partials = linear_partials(x, weight)
+    if partials.shape[0] == 1:
+        return partials[0] if bias is None else partials[0].add_(bias)
+    return reduce_splits(partials, bias)
+
+
+def linear_partials(x: Tensor, weight: PackedWeight) -> Tensor:
+    """The split-K partials [SPLITS, M, N] of x @ weight.T, for a consumer that sums them (float32; bf16 where there is one split)."""
+    (m, k), n = x.shape, weight.shape[0]
+    if weight.layout == "planes":
+        assert weight.group_size is not None
+        return a16w4_partials(x, weight, planes_config(m, n, k, weight.group_size))
+    return skinny_partials(x, weight, plain_config(m, n, k, weight.data.element_size()))
+
+
+def _dequantize_once(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+    (m, k), n = x.shape, weight.shape[0]
+    rows = min(n, max(PLANE_ROWS, DEQUANTIZED_ELEMENTS // k // PLANE_ROWS * PLANE_ROWS))
+    dense = torch.empty(rows, k, dtype=torch.bfloat16, device=x.device)
+    y = torch.empty(m, n, dtype=torch.bfloat16, device=x.device)
+    for first in range(0, n, rows):
+        count = min(rows, n - first)
+        if weight.layout == "planes":
+            dequantize_rows(weight, first, dense[:count])
+        else:
+            assert weight.scale is not None
+            torch.mul(weight.data[first:first + count], weight.scale[first:first + count, None], out=dense[:count])
+        part = slice(first, first + count)
+        y[:, part] = F.linear(x, dense[:count], None if bias is None else bias[part])
+    return y

@@ -1,0 +1,79 @@
+"""What the Triton kernels share: dots and code-to-float tricks that also run in Triton's interpreter.
+
+The interpreter has no inline assembly and gets bf16 arithmetic wrong, so every kernel takes `INTERP: tl.constexpr` and these helpers
+use plain float32 arithmetic under it; on a GPU the same source compiles to the fast form.
+"""
+# ruff: noqa: N803  (Triton's constexpr parameters are upper case by custom)
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .dispatch import interpreted
+
+INTERP = interpreted()
+
+
+def next_power_of_2(n: int) -> int:
+    return int(triton.next_power_of_2(n))
+
+
+@triton.jit
+def dot(a, b, acc, INTERP: tl.constexpr):
+    """a @ b + acc in float32."""
+    if INTERP:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    return tl.dot(a, b, acc)
+
+
+@triton.jit
+def to_bf16(x, INTERP: tl.constexpr):
+    """float32 -> bf16, to nearest even in the interpreter too (which would truncate)."""
+    if INTERP:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = bits + 0x7FFF + ((bits >> 16) & 1)
+        return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return x.to(tl.bfloat16)
+
+
+@triton.jit
+def nibbles_bf16(words, SHIFT: tl.constexpr, INTERP: tl.constexpr):
+    """bf16 128 + code of the 4-bit plane at bit SHIFT of int16 words: 0x4300 | code is that number exactly."""
+    if INTERP:
+        return (((words >> SHIFT) & 15) | 0x4300).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    if SHIFT == 0:
+        return tl.inline_asm_elementwise("lop3.b32 $0, $1, 0x000f000f, 0x43004300, 0xea;", "=r,r", [words],
+                                         dtype=tl.bfloat16, is_pure=True, pack=2)
+    elif SHIFT == 4:
+        return tl.inline_asm_elementwise("{ .reg .b32 t; shr.u32 t, $1, 4; lop3.b32 $0, t, 0x000f000f, 0x43004300, 0xea; }", "=r,r", [words],
+                                         dtype=tl.bfloat16, is_pure=True, pack=2)
+    elif SHIFT == 8:
+        return tl.inline_asm_elementwise("{ .reg .b32 t; shr.u32 t, $1, 8; lop3.b32 $0, t, 0x000f000f, 0x43004300, 0xea; }", "=r,r", [words],
+                                         dtype=tl.bfloat16, is_pure=True, pack=2)
+    else:
+        return tl.inline_asm_elementwise("{ .reg .b32 t; shr.u32 t, $1, 12; lop3.b32 $0, t, 0x000f000f, 0x43004300, 0xea; }", "=r,r", [words],
+                                         dtype=tl.bfloat16, is_pure=True, pack=2)
+
+
+@triton.jit
+def codes_fp16(words, PLANE: tl.constexpr, BITS: tl.constexpr, INTERP: tl.constexpr):
+    """fp16 1024 + code of one plane of int16 words (BITS 4 or 8): 0x6400 | code is that number exactly."""
+    if INTERP:
+        return (((words >> (PLANE * BITS)) & ((1 << BITS) - 1)) | 0x6400).to(tl.int16).to(tl.float16, bitcast=True)
+    if BITS == 8:
+        if PLANE == 0:
+            return tl.inline_asm_elementwise("prmt.b32 $0, $1, 0x64646464, 0x4240;", "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2)
+        else:
+            return tl.inline_asm_elementwise("prmt.b32 $0, $1, 0x64646464, 0x4341;", "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2)
+    elif PLANE == 0:
+        return tl.inline_asm_elementwise("lop3.b32 $0, $1, 0x000f000f, 0x64006400, 0xea;", "=r,r", [words],
+                                         dtype=tl.float16, is_pure=True, pack=2)
+    elif PLANE == 1:
+        return tl.inline_asm_elementwise("{ .reg .b32 t; shr.u32 t, $1, 4; lop3.b32 $0, t, 0x000f000f, 0x64006400, 0xea; }", "=r,r", [words],
+                                         dtype=tl.float16, is_pure=True, pack=2)
+    elif PLANE == 2:
+        return tl.inline_asm_elementwise("{ .reg .b32 t; shr.u32 t, $1, 8; lop3.b32 $0, t, 0x000f000f, 0x64006400, 0xea; }", "=r,r", [words],
+                                         dtype=tl.float16, is_pure=True, pack=2)
+    else:
+        return tl.inline_asm_elementwise("{ .reg .b32 t; shr.u32 t, $1, 12; lop3.b32 $0, t, 0x000f000f, 0x64006400, 0xea; }", "=r,r", [words],
+                                         dtype=tl.float16, is_pure=True, pack=2)

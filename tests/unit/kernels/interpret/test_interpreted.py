@@ -1,0 +1,47 @@
+"""The Triton kernels in Triton's interpreter, on the CPU. Needs TRITON_INTERPRET=1 at import, so `test_triton_interpreted.py` runs
+this folder in a process of its own."""
+from __future__ import annotations
+
+import pytest
+
+from tests.unit.kernels import checks
+
+LAYOUT = {"bf16": "plain", "int8": "plain", "int4": "planes"}
+
+
+@pytest.mark.parametrize("format, group_size", [("bf16", 128), ("int8", 128), ("int4", 128), ("int4", 64)])
+@pytest.mark.parametrize("m, n, k", [(1, 100, 256), (5, 64, 512), (16, 130, 256), (17, 64, 384), (70, 72, 256)])
+def test_linear(format: str, group_size: int, m: int, n: int, k: int) -> None:
+    checks.check_linear(m, n, k, format, group_size, "cpu", impl="triton", layout=LAYOUT[format], bias=m == 5)
+
+
+@pytest.mark.parametrize("format", ["int8", "int4"])
+@pytest.mark.parametrize("m", [3, 40])
+def test_linear_integers_exact(format: str, m: int) -> None:
+    checks.check_linear_exact(m, 80, 256, format, 64, "cpu", impl="triton", layout=LAYOUT[format])
+
+
+def test_linear_ragged_k() -> None:
+    checks.check_linear(3, 40, 200, "bf16", 128, "cpu", impl="triton", layout="plain")
+
+
+@pytest.mark.parametrize("format", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("head_dim, group, block_size, heads_outside", [(64, 3, 16, True), (128, 4, 64, True), (64, 1, 128, False)])
+def test_decode(format: str, head_dim: int, group: int, block_size: int, heads_outside: bool) -> None:
+    checks.check_decode(format, [130, 0], block_size, 2, group, head_dim, "cpu", impl="triton", heads_outside=heads_outside)
+
+
+@pytest.mark.parametrize("format", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("head_dim, group, block_size", [(64, 3, 16), (128, 2, 128)])
+def test_prefill(format: str, head_dim: int, group: int, block_size: int) -> None:
+    checks.check_prefill(format, [(1, 40), (0, 20), (70, 90), (33, 33)], block_size, 2, group, head_dim, "cpu", impl="triton", heads_outside=True)
+
+
+@pytest.mark.parametrize("format", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("heads_outside", [True, False])
+def test_write(format: str, heads_outside: bool) -> None:
+    checks.check_write(format, 16, 2, 64, "cpu", impl="triton", heads_outside=heads_outside)
+
+
+def test_elementwise() -> None:
+    checks.check_elementwise(3, 200, 6, 2, 64, "cpu", impl="triton")
