@@ -132,9 +132,7 @@ class Session:
     ) -> None:
         self.close()
 
-    def _admit(
-        self, config: EngineConfig | None, workload: Workload | str, slo: SLO | None, label: str | None
-    ) -> Run:
+    def _admit(self, config: EngineConfig | None, workload: Workload | str, slo: SLO | None, label: str | None) -> Run:
         if isinstance(workload, str):
             workload = Workload.preset(workload)
         with self._lock:

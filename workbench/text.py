@@ -9,6 +9,8 @@ def seconds(value: float | None) -> str:
     """Three digits in the unit that fits: 182 ms, 1.25 s."""
     if value is None:
         return ABSENT
+    if abs(value) < 0.5e-9:  # the noise of adding up, or nothing
+        return "0 s"
     if abs(value) < 0.9995e-3:
         return f"{value * 1e6:.3g} µs"
     return f"{value * 1e3:.3g} ms" if abs(value) < 0.9995 else f"{value:,.3g} s" if value < 999.5 else f"{value:,.0f} s"

@@ -95,9 +95,7 @@ class TimeSeries:
             if seconds <= 0.0:
                 continue
             rate = window.hit / window.query if window.query else None
-            points.append(
-                Sample(ends, window.tokens / seconds, window.running, window.waiting, window.kv_used, rate)
-            )
+            points.append(Sample(ends, window.tokens / seconds, window.running, window.waiting, window.kv_used, rate))
         return tuple(points)
 
     def _halve(self) -> None:

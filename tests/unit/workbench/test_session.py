@@ -1,0 +1,257 @@
+"""Sessions on simulated GPUs: exact, repeatable, stoppable, and alive after every failure."""
+
+import threading
+from dataclasses import replace
+
+import pytest
+
+from engine.clock import MonotonicClock
+from engine.config import EngineConfig
+from engine.errors import RequestError
+from workbench import Session, Workload
+from workbench.driver import LoadDriver
+from workbench.metrics import SLO
+from workbench.run import Run
+from workbench.session import SessionBusy, work_items
+
+CONFIG = EngineConfig(model="synthetic:0.5b", runner="simulated", gpu="l4", max_batch_size=8)
+SHORT = Workload.preset("dialogue service", num_requests=20, rate=20.0)
+ENDLESS = Workload(num_requests=5000, concurrency=8, input_len=(8, 8), output_len=(64, 64))
+
+
+@pytest.fixture
+def session():
+    with Session() as session:
+        yield session
+
+
+def started(session, workload=ENDLESS):
+    """A run in its thread, once it has finished a request."""
+    run = session.start(CONFIG, workload)
+    while not run.snapshot().finished and not run.wait(0.01):
+        pass
+    return run
+
+
+def test_a_run_is_exact_and_repeatable(session):
+    first, second = (session.run(CONFIG, SHORT, progress=False) for _ in range(2))
+    assert first.status == "done" and first.error is None
+    assert first.metrics == second.metrics and first.samples == second.samples
+    m = first.metrics
+    assert m.num_finished == 20 and m.duration > 1.0 - 1e-9  # the last of them arrives after 20 / 20 seconds
+    expected = sum(item.params.max_tokens for item in items_of(CONFIG, SHORT))
+    assert m.output_tokens == expected and m.tokens_per_s == pytest.approx(expected / m.duration)
+
+
+def items_of(config, workload):
+    from engine.engine import Engine
+
+    with Engine(config) as engine:
+        return work_items(engine, workload)
+
+
+def test_one_request_takes_what_the_cost_model_says(session):
+    run = session.run(CONFIG, Workload(num_requests=1, concurrency=1, output_len=(5, 5)), progress=False)
+    m = run.metrics
+    assert m.num_steps == 5 and m.itl.count == 4
+    assert m.latency.p50 == pytest.approx(m.step_s) and m.busy == pytest.approx(1.0)
+    assert m.ttft.p50 + 4 * m.tpot.p50 == pytest.approx(m.latency.p50)
+    assert m.host_s == pytest.approx(0.0, abs=1e-12)
+
+
+def test_latency_counts_from_the_scheduled_arrival(session):
+    """Two requests sent at the same moment through a batch of one: the second waits for all of the first."""
+    one_by_one = replace(CONFIG, max_batch_size=1)
+    burst = Workload(num_requests=2, rate=1e9, input_len=(16, 16), output_len=(4, 4))
+    m = session.run(one_by_one, burst, progress=False).metrics
+    assert m.num_steps == 8
+    assert m.latency.values[1] == pytest.approx(m.step_s, rel=1e-6)
+    assert m.ttft.values[1] > m.latency.values[0]
+
+
+def test_a_closed_loop_keeps_its_concurrency(session):
+    workload = Workload(num_requests=30, concurrency=3, output_len=(8, 8), input_len=(16, 16))
+    m = session.run(CONFIG, workload, progress=False).metrics
+    assert m.peak_batch == 3 and m.num_finished == 30 and m.peak_waiting == 0
+    assert m.mean_batch == pytest.approx(3.0, rel=0.02)
+
+
+def test_the_policies_do_what_they_are_for(session):
+    burst = Workload(num_requests=64, rate=1e6, input_len=(8, 16), output_len=(2, 64))
+    static, continuous = (
+        session.run(replace(CONFIG, batching=name), burst, progress=False).metrics for name in ("static", "continuous")
+    )
+    assert static.occupancy < 0.8 < 1.0 == continuous.occupancy
+    assert static.padding_waste > 0.2 > 0.0 == continuous.padding_waste
+    assert continuous.tokens_per_s > 1.3 * static.tokens_per_s
+    dynamic = session.run(replace(CONFIG, batching="dynamic", batch_window=0.5), SHORT, progress=False)
+    assert dynamic.status == "done" and dynamic.metrics.num_finished == 20
+
+
+def test_start_returns_at_once_and_reports_while_it_runs(session):
+    run = started(session)
+    snapshot = run.snapshot()
+    assert snapshot.status == "running" and not snapshot.is_over and session.active is run
+    assert 0 < snapshot.finished < snapshot.total == 5000
+    assert snapshot.metrics.tokens_per_s > 0 and snapshot.samples and snapshot.memory.tokens_that_fit > 0
+    assert snapshot.sentence.endswith(".")
+
+
+def test_stop_ends_a_run_and_keeps_what_it_measured(session):
+    run = started(session)
+    assert session.stop(timeout=60)
+    assert run.status == "stopped" and run.wait(0) and session.active is None
+    assert 0 < run.metrics.num_finished < 5000
+    assert "stopped before its end" in run.notes[-1]
+    assert not session._engine.has_unfinished() and not session._engine.observers
+    session._engine.check_integrity()
+    again = session.run(CONFIG, SHORT, progress=False)
+    assert again.status == "done" and again.metrics.num_finished == 20
+
+
+class Idle:
+    """An engine on the machine's clock with nothing to do: whoever drives it waits."""
+
+    def __init__(self):
+        self.clock = MonotonicClock()
+        self.observers = []
+
+    def next_wakeup(self):
+        return None
+
+
+def test_stop_also_ends_the_wait_for_an_arrival():
+    run = Run(1, CONFIG, Workload(num_requests=1, rate=1e-6), SLO())
+    items = SHORT.requests(vocab_size=9, session_len=999)[:1]
+    driver = LoadDriver(Idle(), run, [replace(items[0], arrival=1e6)])
+    thread = threading.Thread(target=driver.drive, daemon=True)
+    thread.start()
+    run.stop()
+    thread.join(timeout=60)
+    assert not thread.is_alive()
+
+
+def test_one_run_at_a_time(session):
+    run = started(session)
+    with pytest.raises(SessionBusy, match="run 1 is still going on"):
+        session.run(CONFIG, SHORT)
+    assert len(session.runs) == 1 and not run.is_over
+
+
+def test_an_interrupt_is_passed_on_and_the_session_stays_usable(session, monkeypatch):
+    steps = 0
+    plain = Run.on_step
+
+    def interrupted(self, event):
+        nonlocal steps
+        steps += 1
+        plain(self, event)
+        if steps == 30:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "on_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        session.run(CONFIG, SHORT, progress=False)
+    assert session.runs[0].status == "stopped" and session.runs[0].metrics.num_steps == 30
+    session._engine.check_integrity()
+    assert not session._engine.has_unfinished()
+    assert session.run(CONFIG, SHORT, progress=False).status == "done"
+
+
+@pytest.mark.parametrize(
+    ("config", "workload", "said"),
+    [
+        (replace(CONFIG, gpu="abacus"), SHORT, "gpu is 'abacus'; it must be one of"),
+        (replace(CONFIG, memory_limit=1 << 20), SHORT, "memory_limit is 1,048,576 bytes"),
+        (replace(CONFIG, model="synthetic:9000b"), SHORT, "9000b"),
+        (replace(CONFIG, model="nowhere"), SHORT, "model is 'nowhere'"),
+        (replace(CONFIG, session_len=64), SHORT, "at most session_len (64)"),
+    ],
+)
+def test_a_run_that_cannot_be_made_fails_with_one_sentence(session, config, workload, said):
+    run = session.run(config, workload, progress=False)
+    assert run.status == "failed" and said in run.error and "\n" not in run.error and run.traceback is None
+    assert run.snapshot().sentence == run.error and run.error in run.summary()
+    assert session.run(CONFIG, SHORT, progress=False).status == "done"
+
+
+@pytest.mark.parametrize("problem", [RuntimeError("the wire is cut\nsecond line"), MemoryError()])
+def test_a_failure_in_a_step_ends_only_the_run(session, monkeypatch, problem):
+    def broken(self, event):
+        raise problem
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "on_step", broken)
+        run = session.start(CONFIG, SHORT)
+        assert run.wait(60)
+    assert run.status == "failed" and "\n" not in run.error
+    assert run.error.startswith(type(problem).__name__) and "Traceback" in run.traceback
+    session._thread.join()
+    assert session.run(CONFIG, SHORT, progress=False).status == "done"
+
+
+def test_a_refused_request_does_not_hold_up_the_others(session, monkeypatch):
+    from engine.engine import Engine
+
+    plain = Engine.add_request
+
+    def picky(self, prompt, *args, **kwargs):
+        if len(prompt) % 2:
+            raise RequestError("odd prompts are refused")
+        return plain(self, prompt, *args, **kwargs)
+
+    monkeypatch.setattr(Engine, "add_request", picky)
+    run = session.run(CONFIG, replace(SHORT, rate=None, concurrency=2), progress=False)
+    m = run.metrics
+    assert run.status == "done" and m.num_rejected > 0 and m.num_finished + m.num_rejected == 20
+    assert run.snapshot().finished == 20 and "a request was refused: odd prompts are refused" in run.notes
+
+
+def test_a_second_run_reuses_the_model(session):
+    session.run(CONFIG, SHORT, progress=False)
+    model = session._model
+    session.run(replace(CONFIG, weights="int4", kv="int8"), SHORT, progress=False)
+    assert session._model is model
+    session.run(replace(CONFIG, model="synthetic:1.5b"), SHORT, progress=False)
+    assert session._model is not model
+
+
+def test_the_table_has_one_row_per_run_and_no_zero_for_what_is_absent(session):
+    session.run(CONFIG, SHORT, progress=False, label="mine")
+    session.run(replace(CONFIG, gpu="abacus"), SHORT, progress=False)
+    frame = session.frame()
+    assert list(frame.index) == [1, 2] and list(frame["status"]) == ["done", "failed"]
+    assert frame.loc[1, "label"] == "mine" and frame.loc[1, "tokens_per_s"] > 0
+    assert frame.loc[2, ["tokens_per_s", "ttft_p99_s", "weights_bytes", "perplexity"]].isna().all()
+    assert Session().frame().empty
+
+
+def test_the_summary_names_every_subject(session):
+    text = session.run(CONFIG, SHORT, SLO(ttft=0.5, tpot=0.1), progress=False).summary()
+    for word in ("engine", "workload", "memory", "SLO", "TTFT", "TPOT", "throughput", "cache", "batch", "limited by"):
+        assert f"\n  {word} " in text
+    assert "20 are too few for a p99" in text and "text and quality do not" in text
+    assert "quality     " not in text  # perplexity was not measured
+
+
+def test_close_stops_the_run_joins_its_thread_and_is_final():
+    session = Session()
+    run = started(session)
+    session.close()
+    session.close()
+    assert run.status == "stopped" and not session._thread.is_alive()
+    assert session._engine is None and session._model is None
+    with pytest.raises(RuntimeError, match="closed"):
+        session.start(CONFIG, SHORT)
+
+
+def test_readers_in_other_threads_see_whole_moments(session):
+    """tokens and steps of a snapshot belong together: every step of this load makes one token."""
+    run = session.start(CONFIG, Workload(num_requests=300, concurrency=1, input_len=(8, 8), output_len=(8, 8)))
+    seen = []
+    while not run.wait(0.001):
+        metrics = run.metrics
+        if metrics is not None:
+            assert metrics.output_tokens == metrics.num_steps
+            seen.append(metrics.num_steps)
+    assert seen == sorted(seen) and run.metrics.output_tokens == 2400
