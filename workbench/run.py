@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -77,11 +77,13 @@ class Run:
         self.memory: MemoryPlan | None = None
         self.measured_memory: Mapping[str, int] = {}
         self.perplexity: Perplexity | None = None
+        self.decode: Callable[[Sequence[int]], str] | None = None
         self.stop_requested = threading.Event()
         self._over = threading.Event()
         self._lock = threading.Lock()
         self._collector: MetricsCollector | None = None
         self._final: tuple[Metrics, tuple[Sample, ...]] | None = None
+        self._last_output: RequestOutput | None = None
 
     # Readers
 
@@ -108,6 +110,11 @@ class Run:
             **same, finished=finished, total=self.workload.num_requests, metrics=metrics, samples=samples,
             sentence=sentence,
         )  # fmt: skip
+
+    def sample(self) -> tuple[str, str] | None:
+        """Prompt and answer of the request that finished last. Whatever a model wrote: escape it before showing it."""
+        output, decode = self._last_output, self.decode
+        return None if output is None or decode is None else (decode(output.prompt_token_ids), output.text)
 
     def summary(self) -> str:
         """The run as text of a fixed form."""
@@ -149,6 +156,8 @@ class Run:
         assert self._collector is not None, "a finished request before the load began"
         with self._lock:
             self._collector.on_finish(output)
+        if output.finish_reason != "abort":
+            self._last_output = output
 
     def on_reject(self, reason: str) -> None:
         """The engine refused a request; the first reason is kept as a note."""

@@ -44,8 +44,10 @@ class Session:
     A run that cannot be made ends as "failed" with one sentence, and the session goes on.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, quality_tokens: int = 8192) -> None:
+        """quality_tokens: of held-out text that a perplexity is measured on."""
         self.runs: list[Run] = []
+        self._quality_tokens = quality_tokens
         self._engine: Engine | None = None
         self._model: LoadedModel | None = None
         self._model_key: tuple[object, ...] = ()
@@ -204,7 +206,7 @@ class Session:
             run.phase = "building the engine"
             self._engine, is_new = Engine(config, model=self._model), True
         engine = self._engine
-        run.description, run.memory = engine.description, engine.memory
+        run.description, run.memory, run.decode = engine.description, engine.memory, engine.tokenizer.decode
         run.is_synthetic = engine.model.is_synthetic or config.runner == "simulated"
         if run.is_synthetic:
             run.note("random weights or none: speed and memory count, text and quality do not")
@@ -227,7 +229,9 @@ class Session:
         key = (c.model, c.weights, c.group_size, c.kv, c.device, c.impl, c.session_len)
         if key not in self._qualities:
             try:
-                self._qualities[key] = perplexity(engine, progress=progress, stopped=run.stop_requested.is_set)
+                self._qualities[key] = perplexity(
+                    engine, max_tokens=self._quality_tokens, progress=progress, stopped=run.stop_requested.is_set
+                )
             except InterruptedError:
                 return
             finally:
