@@ -34,7 +34,7 @@ class NonFiniteLogitsError(RequestError):
 
 
 def uniforms(seeds: Sequence[int], positions: Sequence[int]) -> NDArray[np.float64]:
-    """One number in [0, 1) per (seed, position): SplitMix64 (Steele, Lea, Flood, 2014) of the seed, then the position."""
+    """One number in [0, 1) per (seed, position): SplitMix64 (Steele, Lea, Flood 2014) of seed, then position."""
     state = np.array([seed & 0xFFFFFFFFFFFFFFFF for seed in seeds], np.uint64)
     mixed = _mix(_mix(state + _GOLDEN) + np.array(positions, np.uint64) * _GOLDEN)
     return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53

@@ -267,7 +267,7 @@ def workspace_bytes(spec: ModelSpec, config: EngineConfig, itemsize: int) -> int
     """Upper estimate of what one step allocates: activations of its tokens, and logits of the rows that are sampled.
 
     Alive at once in a layer: the residual and two hidden states, q, k and v before and after rotation, gate_up and its
-    product. Logits count in the activations' dtype, in float32 and three times in float64 (sorted, softmax, cumulative).
+    product. Logits count in the activations' dtype, in float32 and three times in float64 (sorted, softmax, summed).
     """
     tokens = config.max_batched_tokens
     if not config.chunked_prefill:  # a prompt is then computed whole, however long
