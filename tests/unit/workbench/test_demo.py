@@ -1,0 +1,56 @@
+"""The demo's table and record, on a simulated GPU in place of the bundled model's arithmetic."""
+
+import json
+
+import pytest
+
+from workbench import demo, text
+
+
+@pytest.fixture(autouse=True)
+def simulated(monkeypatch):
+    from dataclasses import replace
+
+    monkeypatch.setattr(demo, "CONFIG", replace(demo.CONFIG, runner="simulated", gpu="l4"))
+
+
+def test_it_measures_every_pair_and_prints_an_aligned_table(capsys, tmp_path):
+    path = tmp_path / "demo.json"
+    assert demo.main(["--requests", "40", "--rate", "inf", "--quiet", "--json", str(path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    head = next(i for i, line in enumerate(lines) if line.startswith("weights  batching"))
+    rows = lines[head + 2 : head + 8]
+    assert [row.split()[:2] for row in rows] == [[w, b] for w in demo.WEIGHTS for b in demo.BATCHING]
+    assert len({len(row) for row in rows}) == 1  # columns end together
+    assert all(row.endswith(text.ABSENT) for row in rows)  # a simulated model has no perplexity, and no zero for it
+    assert sum("batching" in line and line.startswith("  ") for line in lines) >= 3
+    record = json.loads(path.read_text())
+    assert len(record["runs"]) == 6 and record["workload"]["rate"] == "inf" and record["workload"]["seed"] == 0
+    assert record["machine"]["versions"]["torch"] and "--requests 40" in record["machine"]["command"]
+    assert all(run["num_finished"] == 40 and run["perplexity"] is None for run in record["runs"])
+
+
+def test_a_run_that_fails_is_a_row_of_dashes_and_an_exit_code(capsys):
+    assert demo.main(["--model", "nowhere", "--quiet"]) == 1
+    out = capsys.readouterr().out
+    assert "bf16, static: model is 'nowhere'" in out and out.count("nowhere") >= 6
+
+
+def test_bad_options_are_refused_in_one_sentence(capsys):
+    with pytest.raises(SystemExit):
+        demo.main(["--rate", "-1"])
+    assert "rate is -1.0; it must be greater than 0" in capsys.readouterr().err
+
+
+def test_an_interrupt_shows_what_was_measured(capsys, monkeypatch):
+    plain, calls = demo.Session.run, []
+
+    def interrupted(self, *args, **kwargs):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(demo.Session, "run", interrupted)
+    assert demo.main(["--requests", "4", "--quiet"]) == 130
+    assert "bf16     static" in capsys.readouterr().out

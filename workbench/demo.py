@@ -1,0 +1,157 @@
+"""The main job in a terminal: weight formats x batching policies on the bundled model, as a table (`make demo`).
+
+python -m workbench.demo [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from tqdm import tqdm
+
+from engine.config import EngineConfig
+from workbench import text
+from workbench.metrics import SLO
+from workbench.quality import Perplexity
+from workbench.report import finite
+from workbench.run import Run
+from workbench.session import Session
+from workbench.workload import Workload
+
+WEIGHTS = ("bf16", "int8", "int4")
+BATCHING = ("static", "continuous")
+WORKLOAD = Workload(
+    name="demo", rate=16.0, num_requests=32, shared_len=32, input_len=(16, 64), output_len=(8, 64), seed=0
+)
+CONFIG = EngineConfig(max_batch_size=16)
+PERPLEXITY_TOKENS = 4096
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns 1 when a run failed, 130 after an interrupt; what was measured until then is still shown."""
+    parser = argparse.ArgumentParser(prog="python -m workbench.demo", description=__doc__.splitlines()[0])
+    parser.add_argument("--json", metavar="FILE", help="also write every figure, the versions and the machine to FILE")
+    parser.add_argument("--model", default=CONFIG.model, help="'bundled' (default), a folder, a hub id")
+    parser.add_argument("--requests", type=int, default=WORKLOAD.num_requests, help="requests per run")
+    parser.add_argument("--rate", type=float, default=WORKLOAD.rate, help="requests per second (inf: all at once)")
+    parser.add_argument("--seed", type=int, default=WORKLOAD.seed, help="of the workload")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    options = parser.parse_args(argv)
+    try:
+        workload = replace(WORKLOAD, num_requests=options.requests, rate=options.rate, seed=options.seed)
+    except ValueError as error:
+        parser.error(str(error))
+    interrupted = False
+    with Session(quality_tokens=PERPLEXITY_TOKENS) as session:
+        try:
+            measure(session, replace(CONFIG, model=options.model), workload, progress=not options.quiet)
+        except KeyboardInterrupt:
+            interrupted = True
+        print(report(session.runs))
+        if options.json:
+            write_json(options.json, session.runs, [] if argv is None else argv)
+    return 130 if interrupted else int(any(run.status == "failed" for run in session.runs))
+
+
+def measure(session: Session, config: EngineConfig, workload: Workload, *, progress: bool = True) -> None:
+    """Every weight format under every policy, one after another; perplexity once per weight format."""
+    pairs = [(weights, batching) for weights in WEIGHTS for batching in BATCHING]
+    with tqdm(total=len(pairs), disable=not progress, desc="runs", unit="run", file=sys.stderr) as bar:
+        for weights, batching in pairs:
+            bar.set_postfix_str(f"{weights} weights, {batching} batching")
+            chosen = replace(config, weights=weights, batching=batching)
+            session.run(chosen, workload, SLO(), label=f"{weights}, {batching}", quality=True, progress=progress)
+            bar.update()
+
+
+def report(runs: Sequence[Run]) -> str:
+    """The table, what limited each run, and how it was obtained."""
+    if not runs:
+        return "nothing was run"
+    first = runs[0].snapshot()
+    lines = [
+        f"{first.config.model}: {first.workload.num_requests} requests, {first.workload.arrivals_text}, "
+        f"seed {first.workload.seed}; max batch {first.config.max_batch_size}; {first.description or 'no engine'}",
+        "",
+        table([cells(run) for run in runs]),
+        "",
+        "TTFT counts from the scheduled arrival. Perplexity: held-out Python, measured once per weight format.",
+        "What limited each run:",
+        *(f"  {run.label}: {run.snapshot().sentence or run.status}" for run in runs),
+    ]
+    qualities = {run.config.weights: run.perplexity for run in runs if run.perplexity is not None}
+    return "\n".join([*lines, *_against_bf16(qualities)])
+
+
+def cells(run: Run) -> dict[str, str]:
+    """One row of the table as text; a dash where nothing was measured."""
+    m, plan, quality = run.metrics, run.memory, run.perplexity
+    ttft, tpot, latency = (m.ttft, m.tpot, m.latency) if m else (None, None, None)
+    return {
+        "weights": run.config.weights,
+        "batching": run.config.batching,
+        "weights mem": text.size(plan.weights_total if plan else None),
+        "KV pool": text.size(plan.kv if plan else None),
+        "TTFT p50": text.seconds(ttft.p50 if ttft else None),
+        "TTFT p99": text.seconds(ttft.p99 if ttft else None),
+        "TPOT p50": text.seconds(tpot.p50 if tpot else None),
+        "latency p99": text.seconds(latency.p99 if latency else None),
+        "tokens/s": text.number(m.tokens_per_s if m else None),
+        "perplexity": f"{quality.value:.3f}" if quality else text.ABSENT,
+    }
+
+
+def table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Aligned columns under their names: the first two to the left, figures to the right."""
+    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
+
+    def line(values: Mapping[str, str]) -> str:
+        padded = [
+            value.ljust(widths[name]) if i < 2 else value.rjust(widths[name])
+            for i, (name, value) in enumerate(values.items())
+        ]
+        return "  ".join(padded).rstrip()
+
+    head = line({name: name for name in rows[0]})
+    return "\n".join([head, "-" * len(head), *(line(row) for row in rows)])
+
+
+def _against_bf16(qualities: Mapping[str, Perplexity]) -> list[str]:
+    base = qualities.get("bf16")
+    lines = []
+    for weights, quality in qualities.items():
+        if base is None or quality is base:
+            continue
+        ratio, margin = quality.ratio(base)
+        spread = "" if margin is None else f" (95 %: +-{100 * margin:.2f})"
+        lines.append(
+            f"Perplexity {weights} against bf16: {100 * (ratio - 1):+.2f} %{spread} over {quality.tokens:,} tokens"
+        )
+    return lines
+
+
+def write_json(path: str, runs: Sequence[Run], argv: Sequence[str]) -> None:
+    """Figures of all runs with everything needed to repeat them."""
+    from engine.machine import describe_machine
+
+    record: dict[str, Any] = {
+        "machine": describe_machine(argv or None),
+        "workload": {name: finite(value) for name, value in asdict(runs[0].workload).items()} if runs else None,
+        "engine": runs[0].description if runs else None,
+        "runs": [
+            {name: finite(value) for name, value in run.row().items()} | {"sentence": run.snapshot().sentence}
+            for run in runs
+        ],
+    }
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(record, file, indent=1)
+        file.write("\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
