@@ -26,7 +26,7 @@ from .triton_common import INTERP, dot, nibbles_bf16, to_bf16
 from .tuning import SkinnyConfig
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "groups_per_split"])
 def a16w4_kernel(x, words, scales, out, M, N, N_PADDED, K, groups_per_split, ROWS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                  G: tl.constexpr, STAGES: tl.constexpr, INTERP: tl.constexpr):
     W: tl.constexpr = G // 4

@@ -22,7 +22,7 @@ from torch import Tensor
 from .kv_cache import KVLayer
 from .kv_cache_triton import scale_strides
 from .triton_common import INTERP, codes_fp16, dot, next_power_of_2, to_bf16
-from .tuning import decode_config
+from .tuning import DecodeConfig, decode_config
 
 ROWS = 16  # query rows of one program: a tensor-core tile
 
@@ -31,9 +31,10 @@ ROWS = 16  # query rows of one program: a tensor-core tile
 def key_scores(q0, q1, q2, q3, words, BITS: tl.constexpr, zeros, INTERP: tl.constexpr):
     """q . k for a tile of key words [TILE, W] -> [rows, TILE]; for codes, q . (1024 + code)."""
     if BITS == 16:
-        return dot(q0, tl.trans(words), zeros, INTERP)
-    s = dot(q0, tl.trans(codes_fp16(words, 0, BITS, INTERP)), zeros, INTERP)
-    s = dot(q1, tl.trans(codes_fp16(words, 1, BITS, INTERP)), s, INTERP)
+        s = dot(q0, tl.trans(words), zeros, INTERP)
+    else:
+        s = dot(q0, tl.trans(codes_fp16(words, 0, BITS, INTERP)), zeros, INTERP)
+        s = dot(q1, tl.trans(codes_fp16(words, 1, BITS, INTERP)), s, INTERP)
     if BITS == 4:
         s = dot(q2, tl.trans(codes_fp16(words, 2, BITS, INTERP)), s, INTERP)
         s = dot(q3, tl.trans(codes_fp16(words, 3, BITS, INTERP)), s, INTERP)
@@ -52,25 +53,28 @@ def load_plane(q, rows, inside, PLANE: tl.constexpr, BITS: tl.constexpr, D: tl.c
 def values_into(acc, p, words, PLANE: tl.constexpr, BITS: tl.constexpr, alpha, vmax, zeros, INTERP: tl.constexpr):
     """acc * alpha + p @ values of one plane."""
     if BITS == 16:
-        return dot(p, words, acc * alpha[:, None], INTERP)
-    return acc * alpha[:, None] + dot(p, codes_fp16(words, PLANE, BITS, INTERP), zeros, INTERP) * vmax
+        acc = dot(p, words, acc * alpha[:, None], INTERP)
+    else:
+        acc = acc * alpha[:, None] + dot(p, codes_fp16(words, PLANE, BITS, INTERP), zeros, INTERP) * vmax
+    return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_row"])
 def decode_kernel(q, key, value, key_scale, value_scale, tables, lengths, out, partial, partial_ml, scale, q_row, q_head, table_row,
                   key_block, key_token, key_head, value_block, value_token, value_head, scale_block, scale_token, scale_head,
                   H, GROUP: tl.constexpr, D: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, BLOCK: tl.constexpr,
-                  TILE: tl.constexpr, SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
+                  TILE: tl.constexpr, SPLIT: tl.constexpr, MIN_SPLIT: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
                   INTERP: tl.constexpr):
     KW: tl.constexpr = D * KEY_BITS // 16
     VW: tl.constexpr = D * VALUE_BITS // 16
     HEAD_TILES: tl.constexpr = (GROUP + ROWS - 1) // ROWS
     split, kv_head, b = tl.program_id(0), tl.program_id(1) // HEAD_TILES, tl.program_id(2)
+    splits = tl.num_programs(0)
     length = tl.load(lengths + b)
-    per_split = tl.maximum(MIN_SPLIT, tl.cdiv(tl.cdiv(length, SPLITS), TILE) * TILE)
+    per_split = tl.maximum(MIN_SPLIT, tl.cdiv(tl.cdiv(length, splits), TILE) * TILE)
     first = split * per_split
     last = tl.minimum(first + per_split, length)
-    if first < last or (SPLITS == 1):
+    if first < last or (not SPLIT):
         g = (tl.program_id(1) % HEAD_TILES) * ROWS + tl.arange(0, ROWS)
         head = kv_head * GROUP + g
         real = g < GROUP
@@ -137,7 +141,7 @@ def decode_kernel(q, key, value, key_scale, value_scale, tables, lengths, out, p
                     acc2 = values_into(acc2, weighted, v, 2, VALUE_BITS, alpha, vmax, value_zeros, INTERP)
                     acc3 = values_into(acc3, weighted, v, 3, VALUE_BITS, alpha, vmax, value_zeros, INTERP)
         row = b.to(tl.int64) * H + head
-        if SPLITS == 1:
+        if not SPLIT:
             norm = tl.where(denominator > 0, 1 / denominator, 0.0)  # length 0: zeros
             to = out + row[:, None] * D + j[None, :]
             tl.store(to, to_bf16((acc0 + shift[:, None]) * norm[:, None], INTERP), mask=real[:, None])
@@ -147,30 +151,30 @@ def decode_kernel(q, key, value, key_scale, value_scale, tables, lengths, out, p
                 tl.store(to + 2 * VW, to_bf16((acc2 + shift[:, None]) * norm[:, None], INTERP), mask=real[:, None])
                 tl.store(to + 3 * VW, to_bf16((acc3 + shift[:, None]) * norm[:, None], INTERP), mask=real[:, None])
         else:
-            to = partial + (row[:, None] * SPLITS + split) * D + j[None, :]
+            to = partial + (row[:, None] * splits + split) * D + j[None, :]
             tl.store(to, acc0 + shift[:, None], mask=real[:, None])
             if VALUE_BITS != 16:
                 tl.store(to + VW, acc1 + shift[:, None], mask=real[:, None])
             if VALUE_BITS == 4:
                 tl.store(to + 2 * VW, acc2 + shift[:, None], mask=real[:, None])
                 tl.store(to + 3 * VW, acc3 + shift[:, None], mask=real[:, None])
-            tl.store(partial_ml + (row * SPLITS + split) * 2, top, mask=real)
-            tl.store(partial_ml + (row * SPLITS + split) * 2 + 1, denominator, mask=real)
+            tl.store(partial_ml + (row * splits + split) * 2, top, mask=real)
+            tl.store(partial_ml + (row * splits + split) * 2 + 1, denominator, mask=real)
 
 
-@triton.jit
-def combine_kernel(partial, partial_ml, lengths, out, H, D: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr, PADDED: tl.constexpr,
+@triton.jit(do_not_specialize=["splits"])
+def combine_kernel(partial, partial_ml, lengths, out, H, splits, D: tl.constexpr, TILE: tl.constexpr, PADDED: tl.constexpr,
                    MIN_SPLIT: tl.constexpr, INTERP: tl.constexpr):
     """Merge the splits of one query head; splits past the length were never written and are not read."""
     row = tl.program_id(0).to(tl.int64)
     length = tl.load(lengths + row // H)
-    per_split = tl.maximum(MIN_SPLIT, tl.cdiv(tl.cdiv(length, SPLITS), TILE) * TILE)
+    per_split = tl.maximum(MIN_SPLIT, tl.cdiv(tl.cdiv(length, splits), TILE) * TILE)
     s, i = tl.arange(0, PADDED), tl.arange(0, D)
     live = s * per_split < length
-    live = live & (s < SPLITS)
-    top = tl.load(partial_ml + (row * SPLITS + s) * 2, mask=live, other=float("-inf"))
-    denominator = tl.load(partial_ml + (row * SPLITS + s) * 2 + 1, mask=live, other=0.0)
-    acc = tl.load(partial + (row * SPLITS + s)[:, None] * D + i[None, :], mask=live[:, None], other=0.0)
+    live = live & (s < splits)
+    top = tl.load(partial_ml + (row * splits + s) * 2, mask=live, other=float("-inf"))
+    denominator = tl.load(partial_ml + (row * splits + s) * 2 + 1, mask=live, other=0.0)
+    acc = tl.load(partial + (row * splits + s)[:, None] * D + i[None, :], mask=live[:, None], other=0.0)
     highest = tl.where(length > 0, tl.max(top, 0), 0.0)
     weight = tl.where(live, tl.exp2(top - highest), 0.0)
     total = tl.sum(weight * denominator, 0)
@@ -178,13 +182,14 @@ def combine_kernel(partial, partial_ml, lengths, out, H, D: tl.constexpr, TILE: 
     tl.store(out + row * D + i, to_bf16(y, INTERP))
 
 
-def decode_triton(q: Tensor, layer: KVLayer, block_tables: Tensor, lengths: Tensor, scale: float) -> Tensor:
+def decode_triton(q: Tensor, layer: KVLayer, block_tables: Tensor, lengths: Tensor, scale: float,
+                  config: DecodeConfig | None = None) -> Tensor:
     """q [B, H, D] bf16; lengths are read on the device only, so the launch is the same for every step (CUDA graphs)."""
     if q.dtype != torch.bfloat16 or q.stride(2) != 1:
         raise ValueError(f"decode_attention: impl 'triton' takes bfloat16 q with a contiguous last dimension, not {q.dtype} {q.stride()}")
     batch, heads, d = q.shape
     group = heads // layer.kv_heads
-    config = decode_config(layer.format.name, batch, layer.kv_heads, block_tables.shape[1] * layer.block_size)
+    config = config or decode_config(layer.format.name, batch, layer.kv_heads, block_tables.shape[1] * layer.block_size)
     out = torch.empty(batch, heads, d, dtype=q.dtype, device=q.device)
     splits = config.splits
     partial = torch.empty(batch, heads, splits, d, dtype=torch.float32, device=q.device) if splits > 1 else out
@@ -193,9 +198,9 @@ def decode_triton(q: Tensor, layer: KVLayer, block_tables: Tensor, lengths: Tens
     decode_kernel[grid](
         q, layer.key, layer.value, layer.key_scale, layer.value_scale, block_tables, lengths, out, partial, partial_ml, scale * 1.4426950408889634,
         q.stride(0), q.stride(1), block_tables.stride(0), *layer.key.stride()[:3], *layer.value.stride()[:3], *scale_strides(layer), heads,
-        group, d, layer.format.key.bits, layer.format.value.bits, layer.block_size, config.tile, splits, config.min_split, ROWS, config.stages,
+        group, d, layer.format.key.bits, layer.format.value.bits, layer.block_size, config.tile, splits > 1, config.min_split, ROWS, config.stages,
         INTERP, num_warps=config.warps, num_stages=config.stages)
     if splits > 1:
-        combine_kernel[(batch * heads,)](partial, partial_ml, lengths, out, heads, d, config.tile, splits, next_power_of_2(splits),
+        combine_kernel[(batch * heads,)](partial, partial_ml, lengths, out, heads, splits, d, config.tile, next_power_of_2(splits),
                                          config.min_split, INTERP, num_warps=4)
     return out

@@ -16,10 +16,10 @@ from .decode_triton import key_scores, load_plane, values_into
 from .kv_cache import KVLayer
 from .kv_cache_triton import scale_strides
 from .triton_common import INTERP, next_power_of_2, to_bf16
-from .tuning import prefill_config
+from .tuning import PrefillConfig, prefill_config
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_row", "B"])
 def prefill_kernel(q, key, value, key_scale, value_scale, tables, query_starts, lengths, out, scale, q_row, q_head, table_row,
                    key_block, key_token, key_head, value_block, value_token, value_head, scale_block, scale_token, scale_head,
                    B, H, GROUP: tl.constexpr, D: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, BLOCK: tl.constexpr,
@@ -103,13 +103,14 @@ def prefill_kernel(q, key, value, key_scale, value_scale, tables, query_starts, 
             tl.store(to + 3 * VW, to_bf16((acc3 + shift[:, None]) * norm[:, None], INTERP), mask=real[:, None])
 
 
-def prefill_triton(q: Tensor, layer: KVLayer, block_tables: Tensor, query_starts: Tensor, lengths: Tensor, scale: float) -> Tensor:
+def prefill_triton(q: Tensor, layer: KVLayer, block_tables: Tensor, query_starts: Tensor, lengths: Tensor, scale: float,
+                   config: PrefillConfig | None = None) -> Tensor:
     """q [T, H, D] bf16; see `attention.prefill_attention`."""
     if q.dtype != torch.bfloat16 or q.stride(2) != 1:
         raise ValueError(f"prefill_attention: impl 'triton' takes bfloat16 q with a contiguous last dimension, not {q.dtype} {q.stride()}")
     t, heads, d = q.shape
     batch = lengths.shape[0]
-    config = prefill_config(layer.format.name, d)
+    config = config or prefill_config(layer.format.name, d)
     out = torch.zeros(t, heads, d, dtype=q.dtype, device=q.device)  # padding rows give zeros
     grid = (heads, triton.cdiv(t, config.block_q) + batch)
     prefill_kernel[grid](

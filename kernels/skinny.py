@@ -19,7 +19,7 @@ from .triton_common import INTERP, dot, to_bf16
 from .tuning import SkinnyConfig
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def skinny_kernel(x, w, scale, out, M, N, K, k_per_split, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
                   STAGES: tl.constexpr, INTERP: tl.constexpr):
     tile_n, tile_m, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)

@@ -60,7 +60,7 @@ def codes_fp16(words, PLANE: tl.constexpr, BITS: tl.constexpr, INTERP: tl.conste
     """fp16 1024 + code of one plane of int16 words (BITS 4 or 8): 0x6400 | code is that number exactly."""
     if INTERP:
         return (((words >> (PLANE * BITS)) & ((1 << BITS) - 1)) | 0x6400).to(tl.int16).to(tl.float16, bitcast=True)
-    if BITS == 8:
+    if BITS == 8:  # bytes to the low halves of words whose high half is 0x64
         if PLANE == 0:
             return tl.inline_asm_elementwise("prmt.b32 $0, $1, 0x64646464, 0x4240;", "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2)
         else:

@@ -1,0 +1,47 @@
+"""The Triton kernels on a CUDA device, against float64."""
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.unit.kernels import checks
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and PyTorch sees none here")
+
+
+@pytest.mark.parametrize("format, group_size", [("bf16", 128), ("int8", 128), ("int4", 128), ("int4", 64)])
+@pytest.mark.parametrize("m", [1, 2, 5, 8, 16, 17, 64, 65, 256, 1000])
+@pytest.mark.parametrize("n, k", [(4096, 4096), (1000, 2304), (6144, 896 * 2)])
+def test_linear(m: int, n: int, k: int, format: str, group_size: int) -> None:
+    checks.check_linear(m, n, k, format, group_size, "cuda", impl="triton", bias=m == 5)
+
+
+@pytest.mark.parametrize("format", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("m", [1, 7, 16, 17, 33, 64, 128, 300])
+@pytest.mark.parametrize("n, k", [(128, 256), (4096, 1024), (1000, 4096), (72, 14336)])
+def test_linear_integers_exact(m: int, n: int, k: int, format: str) -> None:
+    checks.check_linear_exact(m, n, k, format, 128, "cuda", impl="triton")
+
+
+@pytest.mark.parametrize("format", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("head_dim, group, block_size", [(64, 3, 16), (64, 7, 32), (128, 4, 16), (128, 4, 64), (128, 1, 128), (128, 20, 64)])
+def test_decode(format: str, head_dim: int, group: int, block_size: int) -> None:
+    checks.check_decode(format, [1, 0, 64, 127, 130, 2000], block_size, 2, group, head_dim, "cuda", impl="triton")
+    checks.check_decode(format, [900] * 70, block_size, 8, group, head_dim, "cuda", impl="triton")
+
+
+@pytest.mark.parametrize("format", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("head_dim, group, block_size", [(64, 3, 16), (128, 4, 64), (128, 2, 128)])
+def test_prefill(format: str, head_dim: int, group: int, block_size: int) -> None:
+    checks.check_prefill(format, [(1, 40), (0, 20), (70, 90), (333, 333), (128, 1024), (5, 3000)], block_size, 2, group, head_dim, "cuda", impl="triton")
+
+
+@pytest.mark.parametrize("format", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_write(format: str, head_dim: int) -> None:
+    checks.check_write(format, 16, 2, head_dim, "cuda", impl="triton")
+
+
+@pytest.mark.parametrize("rows, width", [(1, 896), (7, 4096), (300, 14336)])
+def test_elementwise(rows: int, width: int) -> None:
+    checks.check_elementwise(rows, width, 28, 4, 128, "cuda", impl="triton")
