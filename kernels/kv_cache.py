@@ -143,7 +143,9 @@ def encode(x: Tensor, codec: Codec) -> tuple[Tensor, Tensor | None]:
     x = x.float()
     low = x.amin(-1).bfloat16()
     # Rounded up to bf16, so that the largest element never lies beyond the last code.
-    scale_bits = ((x.amax(-1) - low.float()).clamp_(min=0) / levels).view(torch.int32).add_(0xFFFF) & -0x10000
+    span = (x.amax(-1) - low.float()).clamp_(min=0)
+    # (Divided by a tensor: on CUDA, division by a number is multiplication by its rounded reciprocal.)
+    scale_bits = (span / torch.full_like(span, levels)).view(torch.int32).add_(0xFFFF) & -0x10000
     scale = scale_bits.view(torch.float32)
     scale = torch.where(scale > 0, scale, 1.0)  # a constant vector: every code is 0, the value is `low`
     codes = torch.floor((x - low.float()[..., None]) / scale[..., None] + 0.5).clamp_(0, levels).to(torch.int16)
