@@ -30,7 +30,14 @@ lab: $(INSTALLED)
 demo: $(INSTALLED)
 	@$(PY) -m workbench.demo
 
-test: lint types unit notebooks browser
+# Every part runs even where an earlier one failed; the unit tests come last, so that theirs are the closing lines.
+test: $(INSTALLED_TEST)
+	@failed=; \
+	for part in lint types notebooks browser unit; do \
+	    echo "== make $$part"; \
+	    $(MAKE) --no-print-directory $$part || failed="$$failed $$part"; \
+	done; \
+	if [ -n "$$failed" ]; then echo "Failed:$$failed"; exit 1; fi
 
 lint: $(INSTALLED_TEST)
 	$(PY) -m ruff check
@@ -38,8 +45,9 @@ lint: $(INSTALLED_TEST)
 types: $(INSTALLED_TEST)
 	$(PY) -m mypy
 
+# tests/gpu skips itself where there is no CUDA device.
 unit: $(INSTALLED_TEST)
-	$(PYTEST) tests/unit
+	$(PYTEST) --numprocesses logical --maxprocesses 4 --dist worksteal tests/unit tests/gpu
 
 notebooks: $(INSTALLED_TEST)
 	$(PYTEST) --nbval notebooks
