@@ -126,6 +126,19 @@ def import_time_switches(tree: ast.Module) -> Iterator[str]:
             yield f"line {node.lineno} looks at the environment when it is imported"
 
 
+def untyped_functions(tree: ast.Module) -> Iterator[str]:
+    """Functions without full annotations. Kernels are Triton's language: their tensor arguments carry none."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        if any("triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list):
+            continue
+        everything = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
+        everything += [argument for argument in (node.args.vararg, node.args.kwarg) if argument]
+        if node.returns is None or any(a.annotation is None and a.arg not in {"self", "cls"} for a in everything):
+            yield f"line {node.lineno}: {node.name} is not fully annotated"
+
+
 RULES: dict[str, tuple[Callable[[ast.Module], Iterator[str]], list[str]]] = {
     "unsafe loading": (
         unsafe_loading,
@@ -141,6 +154,7 @@ RULES: dict[str, tuple[Callable[[ast.Module], Iterator[str]], list[str]]] = {
         import_time_switches,
         ["import os\nX = os.environ['X']", "class A:\n    x = os.getenv('X')", "if os.environ.get('X'):\n    pass"],
     ),
+    "types": (untyped_functions, ["def f(x) -> int:\n    return x", "def f(x: int):\n    return x"]),
 }  # fmt: skip
 
 
@@ -160,7 +174,12 @@ def test_rules_let_ordinary_code_pass() -> None:
     ordinary = """
 import os
 import torch
-def f(model, path):
+@triton.jit
+def kernel(pointer, N: tl.constexpr):
+    pass
+
+
+def f(model: Model, path: str) -> Model:
     model.eval()
     home = os.environ.get("HOME")
     try:
