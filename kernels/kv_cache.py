@@ -63,8 +63,8 @@ class KVLayer:
     """One layer's paged keys and values, allocated once.
 
     key, value [num_blocks, block_size, kv_heads, words]: bfloat16, or int16 planes; key_scale, value_scale
-    [num_blocks, block_size, kv_heads] int32, or None. The shapes are views: in memory the heads of a block lie outside its tokens on
-    CUDA (a program streams one head) and inside them on the CPU (a block is one row to gather).
+    [num_blocks, block_size, kv_heads] int32, or None. The shapes are views; the memory order is the device's: blocks, heads, tokens on
+    CUDA (a program streams one head of a block), heads, blocks, tokens on the CPU (gathered blocks are a batch of matrices).
     """
 
     format: KVFormat
@@ -104,10 +104,10 @@ def kv_format(name: str) -> KVFormat:
 
 
 def allocate_kv(format: str, num_blocks: int, block_size: int, kv_heads: int, head_dim: int, device: torch.device | str,
-                heads_outside: bool | None = None) -> KVLayer:
+                order: str | None = None) -> KVLayer:
     """Allocate one layer of `num_blocks` blocks of `block_size` tokens, zeroed.
 
-    heads_outside: the memory order within a block, by default the device's own (see KVLayer).
+    order: the outermost dimension in memory, "block" or "head", instead of the device's own (see KVLayer).
     ValueError: unknown format; head_dim not 64 or 128; block_size not 16, 32, 64 or 128; a count below 1.
     """
     chosen = kv_format(format)
@@ -118,11 +118,11 @@ def allocate_kv(format: str, num_blocks: int, block_size: int, kv_heads: int, he
     if num_blocks < 1 or kv_heads < 1:
         raise ValueError(f"num_blocks and kv_heads must be at least 1, not {num_blocks} and {kv_heads}")
     device = torch.device(device)
-    outside = device.type != "cpu" if heads_outside is None else heads_outside
+    head_first = (order or ("head" if device.type == "cpu" else "block")) == "head"
 
     def zeros(dtype: torch.dtype, *last: int) -> Tensor:
-        if not outside:
-            return torch.zeros(num_blocks, block_size, kv_heads, *last, dtype=dtype, device=device)
+        if head_first:
+            return torch.zeros(kv_heads, num_blocks, block_size, *last, dtype=dtype, device=device).movedim(0, 2)
         return torch.zeros(num_blocks, kv_heads, block_size, *last, dtype=dtype, device=device).transpose(1, 2)
 
     def side(codec: Codec) -> tuple[Tensor, Tensor | None]:
@@ -204,10 +204,24 @@ def _write_torch(layer: KVLayer, k: Tensor, v: Tensor, slots: Tensor) -> None:
             scales.index_put_(where, new_scales)
 
 
+def _write_aten(layer: KVLayer, k: Tensor, v: Tensor, slots: Tensor) -> None:
+    """As the reference, for the CPU's memory order: each side is one index_copy_ along the slots of [heads, slots, words]."""
+    if layer.key.stride(2) < layer.key.stride(0):
+        raise ValueError("write_kv: impl 'aten' needs the CPU's memory order (heads outermost)")
+    if slots.numel() and int(slots.min()) < 0:
+        live = slots >= 0
+        k, v, slots = k[live], v[live], slots[live]
+    for x, codec, words, scales in ((k, layer.format.key, layer.key, layer.key_scale), (v, layer.format.value, layer.value, layer.value_scale)):
+        new_words, new_scales = encode(x, codec)
+        words.movedim(2, 0).flatten(1, 2).index_copy_(1, slots, new_words.transpose(0, 1))
+        if scales is not None and new_scales is not None:
+            scales.movedim(2, 0).flatten(1, 2).index_copy_(1, slots, new_scales.t())
+
+
 def _write_triton(layer: KVLayer, k: Tensor, v: Tensor, slots: Tensor) -> None:
     from .kv_cache_triton import write_kv_triton
 
     write_kv_triton(layer, k, v, slots)
 
 
-WRITE_KV = {"torch": _write_torch, "aten": _write_torch, "triton": _write_triton}
+WRITE_KV = {"torch": _write_torch, "aten": _write_aten, "triton": _write_triton}

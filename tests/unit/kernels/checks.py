@@ -89,10 +89,10 @@ def poison_layer(layer: kernels.KVLayer) -> None:
 
 
 def fill_cache(format: str, lengths: list[int], block_size: int, kv_heads: int, head_dim: int, device: str, *, impl: str = "torch",
-               heads_outside: bool | None = None) -> Cache:
+               order: str | None = None) -> Cache:
     per_row = max(1, max(-(-n // block_size) for n in lengths)) + 1
     blocks = per_row * len(lengths) + 3
-    layer = kernels.allocate_kv(format, blocks, block_size, kv_heads, head_dim, device, heads_outside)
+    layer = kernels.allocate_kv(format, blocks, block_size, kv_heads, head_dim, device, order)
     poison_layer(layer)
     order = torch.randperm(blocks, generator=torch.Generator().manual_seed(7))[:per_row * len(lengths)].view(len(lengths), per_row)
     tables = torch.full_like(order, -1)
@@ -117,7 +117,7 @@ def fill_cache(format: str, lengths: list[int], block_size: int, kv_heads: int, 
     return Cache(layer, tables.int().to(device), torch.tensor(lengths, dtype=torch.int32, device=device), keys, values)
 
 
-def check_write(format: str, block_size: int, kv_heads: int, head_dim: int, device: str, *, impl: str, heads_outside: bool | None = None) -> None:
+def check_write(format: str, block_size: int, kv_heads: int, head_dim: int, device: str, *, impl: str, order: str | None = None) -> None:
     """The same bits as the reference, for ordinary, constant, and huge vectors, a strided input and a padding row."""
     t = 6
     qkv = normal((t, 3 * kv_heads, head_dim), 8, device)
@@ -128,7 +128,7 @@ def check_write(format: str, block_size: int, kv_heads: int, head_dim: int, devi
     slots = torch.tensor([0, 5, block_size + 1, -1, 2 * block_size - 1, 2 * block_size], device=device)
     layers = []
     for how in (impl, "torch"):
-        layer = kernels.allocate_kv(format, 3, block_size, kv_heads, head_dim, device, heads_outside)
+        layer = kernels.allocate_kv(format, 3, block_size, kv_heads, head_dim, device, order)
         kernels.write_kv(layer, k, v, slots, impl=how)
         layers.append(layer)
     table = torch.arange(3, device=device)
@@ -149,8 +149,8 @@ def attention64(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def check_decode(format: str, lengths: list[int], block_size: int, kv_heads: int, group: int, head_dim: int, device: str, *, impl: str,
-                 heads_outside: bool | None = None) -> None:
-    cache = fill_cache(format, lengths, block_size, kv_heads, head_dim, device, heads_outside=heads_outside)
+                 order: str | None = None) -> None:
+    cache = fill_cache(format, lengths, block_size, kv_heads, head_dim, device, order=order)
     q = normal((len(lengths), kv_heads * group, head_dim), 5, device)
     poison(device)
     got = kernels.decode_attention(q, cache.layer, cache.tables, cache.lengths, head_dim ** -0.5, impl=impl)
@@ -160,14 +160,15 @@ def check_decode(format: str, lengths: list[int], block_size: int, kv_heads: int
             continue
         want = attention64(q[b:b + 1], cache.keys[b], cache.values[b], head_dim ** -0.5)
         error = relative_error(got[b:b + 1], want)
-        assert error < 8e-3, f"{format} length {n}: relative error {error:.2e}"
+        bound = 1.5e-2 if impl == "aten" else 8e-3  # the CPU path rounds scores to bf16
+        assert error < bound, f"{format} length {n}: relative error {error:.2e}"
 
 
 def check_prefill(format: str, chunks: list[tuple[int, int]], block_size: int, kv_heads: int, group: int, head_dim: int, device: str, *,
-                  impl: str, padding: int = 2, heads_outside: bool | None = None) -> None:
+                  impl: str, padding: int = 2, order: str | None = None) -> None:
     """chunks: (new tokens, all tokens) of each sequence."""
     cache = fill_cache(format, [n for _, n in chunks], block_size, kv_heads, head_dim, device,
-                       heads_outside=heads_outside)
+                       order=order)
     starts = [0]
     for t, _ in chunks:
         starts.append(starts[-1] + t)

@@ -26,21 +26,21 @@ def test_linear_ragged_k() -> None:
 
 
 @pytest.mark.parametrize("format", ["bf16", "int8", "int4"])
-@pytest.mark.parametrize("head_dim, group, block_size, heads_outside", [(64, 3, 16, True), (128, 4, 64, True), (64, 1, 128, False)])
-def test_decode(format: str, head_dim: int, group: int, block_size: int, heads_outside: bool) -> None:
-    checks.check_decode(format, [130, 0], block_size, 2, group, head_dim, "cpu", impl="triton", heads_outside=heads_outside)
+@pytest.mark.parametrize("head_dim, group, block_size, order", [(64, 3, 16, "block"), (128, 4, 64, "block"), (64, 1, 128, "head")])
+def test_decode(format: str, head_dim: int, group: int, block_size: int, order: str) -> None:
+    checks.check_decode(format, [130, 0], block_size, 2, group, head_dim, "cpu", impl="triton", order=order)
 
 
 @pytest.mark.parametrize("format", ["bf16", "int8", "int4"])
 @pytest.mark.parametrize("head_dim, group, block_size", [(64, 3, 16), (128, 2, 128)])
 def test_prefill(format: str, head_dim: int, group: int, block_size: int) -> None:
-    checks.check_prefill(format, [(1, 40), (0, 20), (70, 90), (33, 33)], block_size, 2, group, head_dim, "cpu", impl="triton", heads_outside=True)
+    checks.check_prefill(format, [(1, 40), (0, 20), (70, 90), (33, 33)], block_size, 2, group, head_dim, "cpu", impl="triton", order="block")
 
 
 @pytest.mark.parametrize("format", ["bf16", "int8", "int4"])
-@pytest.mark.parametrize("heads_outside", [True, False])
-def test_write(format: str, heads_outside: bool) -> None:
-    checks.check_write(format, 16, 2, 64, "cpu", impl="triton", heads_outside=heads_outside)
+@pytest.mark.parametrize("order", ["block", "head"])
+def test_write(format: str, order: str) -> None:
+    checks.check_write(format, 16, 2, 64, "cpu", impl="triton", order=order)
 
 
 def test_elementwise() -> None:
