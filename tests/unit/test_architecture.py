@@ -26,8 +26,8 @@ THIRD_PARTY = {
     "kernels": {"numpy", "torch", "triton"},
     "engine": {"huggingface_hub", "numpy", "psutil", "safetensors", "tokenizers", "torch", "tqdm", "transformers"},
     "workbench": {
-        "IPython", "anywidget", "ipywidgets", "numpy", "pandas", "plotly", "psutil", "torch", "tqdm", "traitlets",
-        "transformers",
+        "anywidget", "ipywidgets", "numpy", "pandas", "plotly", "psutil", "torch", "tqdm", "transformers",
+        "IPython", "comm", "jupyter_client", "traitlets",  # ipywidgets and JupyterLab stand on these
     },
 }  # fmt: skip
 PERMITTED = {
