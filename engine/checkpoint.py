@@ -215,8 +215,7 @@ def _check_header(path: Path, expected: Mapping[str, tuple[int, ...]], tied: boo
         if unexpected:
             raise CheckpointError(f"{path}: {_few(unexpected)} not expected by config.json")
         for name in names:
-            view = held.get_slice(name)
-            shape, dtype = tuple(view.get_shape()), view.get_dtype()
+            shape, dtype = _describe(held, name)
             if shape != expected[name]:
                 raise CheckpointError(
                     f"{path}: tensor {name} has shape {list(shape)}, config.json asks for {list(expected[name])}"
@@ -224,6 +223,12 @@ def _check_header(path: Path, expected: Mapping[str, tuple[int, ...]], tied: boo
             if dtype not in _DTYPES:
                 raise CheckpointError(f"{path}: tensor {name} is stored as {dtype}; {', '.join(_DTYPES)} are read")
     return names
+
+
+def _describe(held: Any, name: str) -> tuple[tuple[int, ...], str]:
+    """Shape and dtype from the header. A slice keeps the file mapped: none may outlive this call in a traceback."""
+    view = held.get_slice(name)
+    return tuple(view.get_shape()), view.get_dtype()
 
 
 def _ignorable(name: str, tied: bool) -> bool:
