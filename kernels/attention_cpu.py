@@ -15,24 +15,27 @@ from torch import Tensor
 
 from .kv_cache import Codec, KVLayer, decode, scale_and_low
 
-SPLIT_ELEMENTS = 1 << 21  # a padded batch above this many key elements is split by length where that saves a third of them
+# Rows are taken in order of length, in chunks of this many key elements: 1 MB of bf16 stays in a core's cache, is handed out by malloc
+# without touching new pages (64 x 200 tokens: twice as fast as all at once), and short rows are not padded to long ones.
+CHUNK_ELEMENTS = 1 << 19
 CAUSAL_ROWS = 256  # a whole prompt of at least this many tokens runs alone, so that the masked half is skipped
 
 
 def decode_cpu(q: Tensor, layer: KVLayer, block_tables: Tensor, lengths: Tensor, scale: float) -> Tensor:
     """See `attention.decode_attention`."""
     counts = lengths.tolist()
-    longest = max(counts, default=0)
-    if longest == 0:
-        return torch.zeros_like(q)
-    padded = longest * len(counts)
-    wasteful = padded > 1.5 * sum(counts) and padded * layer.kv_heads * layer.head_dim > SPLIT_ELEMENTS
-    if min(counts) > 0 and not wasteful:
+    per_token = layer.kv_heads * layer.head_dim
+    if counts and min(counts) > 0 and (len(counts) == 1 or len(counts) * max(counts) * per_token <= CHUNK_ELEMENTS):
         return _decode_padded(q, layer, block_tables, lengths, counts, scale)
     out = torch.zeros_like(q)
-    order = torch.argsort(lengths)[counts.count(0):]
-    for rows in order.chunk(2) if wasteful else (order,):
-        out[rows] = decode_cpu(q[rows], layer, block_tables[rows], lengths[rows], scale)
+    rows: list[int] = []
+    order = sorted((b for b, n in enumerate(counts) if n), key=counts.__getitem__)
+    for b, following in zip(order, [*order[1:], -1], strict=False):
+        rows.append(b)
+        if following < 0 or (len(rows) + 1) * counts[following] * per_token > CHUNK_ELEMENTS:
+            at = torch.tensor(rows)
+            out[at] = _decode_padded(q[at], layer, block_tables[at], lengths[at], [counts[b] for b in rows], scale)
+            rows = []
     return out
 
 
