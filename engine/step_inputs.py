@@ -92,6 +92,10 @@ class Staging:
     def __call__(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, Tensor]:
         if self.device.type == "cpu":
             return {name: torch.from_numpy(array) for name, array in arrays.items()}
+        return self.copy(arrays)
+
+    def copy(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, Tensor]:
+        """The arrays side by side in one buffer on the device, each behind a view of its own dtype and shape."""
         offsets, total = self._layout(arrays)
         pinned = self._buffer(total)
         host = pinned.numpy()
