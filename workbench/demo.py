@@ -28,7 +28,7 @@ BATCHING = ("static", "continuous")
 WORKLOAD = Workload(
     name="demo", rate=24.0, num_requests=48, shared_len=32, input_len=(16, 64), output_len=(8, 64), seed=0
 )
-CONFIG = EngineConfig(max_batch_size=16)
+CONFIG = EngineConfig(max_batch_size=16, memory_limit=128 * 10**6)
 PERPLEXITY_TOKENS = 4096
 
 
@@ -49,7 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     interrupted = False
     with Session(quality_tokens=PERPLEXITY_TOKENS) as session:
         try:
-            measure(session, replace(CONFIG, model=options.model), workload, progress=not options.quiet)
+            limit = CONFIG.memory_limit if options.model == CONFIG.model else None
+            config = replace(CONFIG, model=options.model, memory_limit=limit)
+            measure(session, config, workload, progress=not options.quiet)
         except KeyboardInterrupt:
             interrupted = True
         print(report(session.runs))
@@ -99,6 +101,7 @@ def cells(run: Run) -> dict[str, str]:
         "batching": run.config.batching,
         "weights mem": text.size(plan.weights_total if plan else None),
         "KV pool": text.size(plan.kv if plan else None),
+        "tokens fit": text.number(plan.tokens_that_fit if plan else None),
         "TTFT p50": text.seconds(ttft.p50 if ttft else None),
         "TTFT p99": text.seconds(ttft.p99 if ttft else None),
         "TPOT p50": text.seconds(tpot.p50 if tpot else None),

@@ -20,19 +20,21 @@ IDLE = 0.5
 def limiting_sentence(metrics: Metrics, config: EngineConfig, workload: Workload) -> str:
     """What kept the run from being faster.
 
-    The reason that kept requests waiting in the most steps wins, if it did so in more than RARELY of them; preemptions
-    always point at the KV pool. With nobody kept waiting it is the load, or the computation itself.
+    The reason that kept requests waiting in the most steps wins, if it did so in more than RARELY of them; a KV pool
+    that preempted goes before the others, for it also makes work. With nobody kept waiting it is the load, or the
+    computation itself.
     """
     if not metrics.num_steps:
         return "No step was computed."
-    reason, steps = max(metrics.blocked_steps.items(), key=lambda item: item[1], default=("", 0))
-    if metrics.num_preemptions:
-        reason, steps = "blocks", metrics.blocked_steps.get("blocks", metrics.num_preemptions)
-    share = steps / metrics.num_steps
-    explain = _REASONS.get(reason)
-    if explain is not None and (share > RARELY or metrics.num_preemptions):
-        return explain(metrics, config, text.percent(min(1.0, share)))
-    return _unblocked(metrics, workload)
+    shares = {reason: steps / metrics.num_steps for reason, steps in metrics.blocked_steps.items()}
+    often = [reason for reason, share in shares.items() if share > RARELY and reason in _REASONS]
+    if metrics.num_preemptions and ("blocks" in often or not often):
+        reason = "blocks"
+    elif often:
+        reason = max(often, key=shares.__getitem__)
+    else:
+        return _unblocked(metrics, workload)
+    return _REASONS[reason](metrics, config, text.percent(shares.get(reason, 0.0)))
 
 
 def _blocks(metrics: Metrics, config: EngineConfig, share: str) -> str:

@@ -55,6 +55,7 @@ class Session:
         self._lock = threading.Lock()
         self._active: Run | None = None
         self._thread: threading.Thread | None = None
+        self._driver: threading.Thread | None = None
         self._closed = False
 
     @property
@@ -101,15 +102,17 @@ class Session:
 
     def stop(self, timeout: float | None = None) -> bool:
         """Stop the run in progress and wait for its last step; True when nothing runs any more."""
-        run = self._active
-        if run is None:
-            return True
-        run.stop()
-        thread = self._thread
-        if thread is None or thread is threading.current_thread():
-            return run.is_over
-        thread.join(timeout)
-        return not thread.is_alive()
+        run, thread = self._active, self._thread
+        if run is not None:
+            run.stop()
+            if self._driver is threading.current_thread():  # called from within the run: it ends after this step
+                return False
+            if not run.wait(timeout):
+                return False
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(timeout)
+            return not thread.is_alive()
+        return True
 
     def frame(self) -> pandas.DataFrame:
         """All runs as a table, one row each, indexed by the run's number."""
@@ -150,6 +153,7 @@ class Session:
     def _execute(self, run: Run, *, quality: bool, progress: bool, polite: bool) -> None:
         status: Status = "failed"
         error: str | None = None
+        self._driver = threading.current_thread()
         try:
             self._measure(run, quality=quality, progress=progress, polite=polite)
             status = "stopped" if run.stop_requested.is_set() else "done"
@@ -169,9 +173,9 @@ class Session:
         finally:
             if status == "stopped":
                 run.note("stopped before its end: the figures cover the requests that had finished")
+            with self._lock:  # first, so that whoever waited for the end can start the next run at once
+                self._active = self._driver = None
             run.end(status, error)
-            with self._lock:
-                self._active = None
 
     def _measure(self, run: Run, *, quality: bool, progress: bool, polite: bool) -> None:
         engine, is_new = self._engine_for(run)

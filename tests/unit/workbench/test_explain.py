@@ -80,6 +80,18 @@ def test_computation_itself(session):
     assert text.startswith("Computation limited the run: nobody waited") and m.busy > 0.99
 
 
+def test_one_preemption_does_not_hide_a_batch_that_is_always_full():
+    m = replace(
+        MetricsCollector(0.0, SLO()).metrics(),
+        num_steps=100,
+        num_preemptions=1,
+        blocked_steps={"blocks": 1, "batch size": 90},
+    )
+    assert limiting_sentence(m, CONFIG, BURST).startswith("Batch full (8 requests) in 90 % of the steps")
+    rare = limiting_sentence(replace(m, blocked_steps={"blocks": 1}), CONFIG, BURST)
+    assert rare.startswith("KV pool full in 1.0 % of the steps: 1 preemption,")
+
+
 def test_nothing_computed():
     assert limiting_sentence(MetricsCollector(0.0, SLO()).metrics(), CONFIG, BURST) == "No step was computed."
 

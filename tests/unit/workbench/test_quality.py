@@ -60,6 +60,17 @@ def test_the_figure_agrees_with_transformers(engine):
     assert not engine.has_unfinished()
 
 
+def test_int8_weights_stay_within_one_per_cent_of_bf16():
+    from engine.engine import Engine
+
+    measured = []
+    for weights in ("bf16", "int8"):
+        with Engine(EngineConfig(weights=weights, device="cpu", memory_limit=200 * 10**6)) as engine:
+            measured.append(perplexity(engine, max_tokens=1024, window=256))
+    assert measured[0].value < 50.0  # the model has learnt something: a guess among its 4,096 tokens would be 4,096
+    assert measured[1].ratio(measured[0])[0] == pytest.approx(1.0, abs=0.01)
+
+
 def test_bad_values_and_stops(engine):
     with pytest.raises(ConfigError, match="window is 8"):
         perplexity(engine, window=8)

@@ -1,5 +1,6 @@
 """Sessions on simulated GPUs: exact, repeatable, stoppable, and alive after every failure."""
 
+import math
 import threading
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ from engine.errors import RequestError
 from workbench import Session, Workload
 from workbench.driver import LoadDriver
 from workbench.metrics import SLO
+from workbench.quality import Perplexity
 from workbench.run import Run
 from workbench.session import SessionBusy, work_items
 
@@ -186,7 +188,6 @@ def test_a_failure_in_a_step_ends_only_the_run(session, monkeypatch, problem):
         assert run.wait(60)
     assert run.status == "failed" and "\n" not in run.error
     assert run.error.startswith(type(problem).__name__) and "Traceback" in run.traceback
-    session._thread.join()
     assert session.run(CONFIG, SHORT, progress=False).status == "done"
 
 
@@ -216,6 +217,32 @@ def test_a_second_run_reuses_the_model(session):
     assert session._model is not model
 
 
+def test_on_this_machine_the_engine_is_warmed_up_reused_and_judged_once(session, monkeypatch):
+    from workbench import session as module
+
+    judged = []
+
+    def judge(engine, **options):
+        judged.append(engine.config)
+        return Perplexity.of([[-1.0], [-2.0]])
+
+    monkeypatch.setattr(module, "perplexity", judge)
+    config = EngineConfig(device="cpu", memory_limit=100 * 10**6)
+    load = Workload(num_requests=4, concurrency=2, shared_len=32, input_len=(4, 8), output_len=(2, 4))
+    first, second = (session.run(config, load, quality=True, progress=False) for _ in range(2))
+    assert first.status == second.status == "done", first.error or second.error
+    assert "warmed up with 4 unmeasured requests" in first.notes[0] and "engine reused" in second.notes[0]
+    for run in (first, second):
+        m = run.metrics
+        assert m.num_finished == 4 and 0 < m.hit_rate < 0.8  # the first two found nothing in the cache
+        assert m.output_tokens == sum(item.params.max_tokens for item in items_of(config, load))
+        assert run.measured_memory["kv"] > 0 and run.memory.kv > 0 and not run.is_synthetic
+        assert run.perplexity.value == pytest.approx(math.exp(1.5))
+    assert first.metrics.hit_rate == second.metrics.hit_rate and len(judged) == 1
+    third = session.run(replace(config, weights="int8"), load, quality=True, progress=False)
+    assert third.memory.weights_total < first.memory.weights_total and len(judged) == 2
+
+
 def test_the_table_has_one_row_per_run_and_no_zero_for_what_is_absent(session):
     session.run(CONFIG, SHORT, progress=False, label="mine")
     session.run(replace(CONFIG, gpu="abacus"), SHORT, progress=False)
@@ -243,6 +270,23 @@ def test_close_stops_the_run_joins_its_thread_and_is_final():
     assert session._engine is None and session._model is None
     with pytest.raises(RuntimeError, match="closed"):
         session.start(CONFIG, SHORT)
+
+
+def test_close_waits_for_a_blocking_run_in_another_thread():
+    session = Session()
+    thread = threading.Thread(target=session.run, args=(CONFIG, ENDLESS), kwargs={"progress": False}, daemon=True)
+    thread.start()
+    while session.active is None or not session.active.snapshot().finished:
+        thread.join(0.01)
+    session.close()
+    assert session.runs[0].status == "stopped" and session.runs[0].error is None
+    thread.join(timeout=60)
+    assert not thread.is_alive()
+
+
+def test_the_next_run_can_start_as_soon_as_one_is_over(session):
+    for _ in range(20):
+        assert session.start(CONFIG, Workload(num_requests=1, rate=1.0)).wait(60)
 
 
 def test_readers_in_other_threads_see_whole_moments(session):
