@@ -55,7 +55,7 @@ def test_the_figure_agrees_with_transformers(engine):
     with torch.inference_mode():
         losses = [model(ids, labels=ids).loss.item() for ids in (torch.tensor([list(w)]) for w in windows)]
     measured = perplexity(engine, max_tokens=256, window=64)
-    assert measured.window_nll == pytest.approx(losses, rel=1e-4)
+    assert measured.window_nll == pytest.approx(losses, rel=2e-3)  # keys and values are kept in bf16
     assert (measured.tokens, measured.windows) == (4 * 63, 4)
     assert not engine.has_unfinished()
 
