@@ -171,7 +171,7 @@ class Decoder(nn.Module):
         last = len(self._layers) - 1
         for i, layer in enumerate(self._layers):
             x = layer(x, step, kv[i], cos_sin)
-            if i == last and step.rows.shape[0] < x.shape[0]:  # nobody reads the other tokens' results
+            if i == last and step.num_decodes < x.shape[0]:  # of prompts only some rows are read, in their order
                 x, residual = x[step.rows], residual[step.rows]
             x, residual = add_rms_norm(x, residual, layer.post_norm, eps, impl=impl)
             x = layer.mlp(x)

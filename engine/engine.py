@@ -128,12 +128,12 @@ class Engine:
         start = self.clock.now()
         self._stepping = True
         try:
+            self._apply_aborts()
             batch = self.scheduler.schedule(start)
             result = self.runner.execute(batch) if batch else StepResult([])
             now = self.clock.now()
             self._complete(batch, result, now)
-            while self._to_abort:
-                self._finish_aborted(self._to_abort.pop())
+            self._apply_aborts()  # what was asked for while the step ran
         except BaseException:
             self._recover()
             raise
@@ -298,6 +298,10 @@ class Engine:
         self._undelivered.append(output)
         if request.is_finished:
             del self._requests[name], self._detokenizers[name]
+
+    def _apply_aborts(self) -> None:
+        while self._to_abort:
+            self._finish_aborted(self._to_abort.pop())
 
     def _finish_aborted(self, name: str) -> None:
         request = self._requests.get(name)
