@@ -22,13 +22,14 @@ import triton.language as tl
 from torch import Tensor
 
 from .packing import PLANE_ROWS, PackedWeight
-from .triton_common import INTERP, dot, nibbles_bf16, to_bf16
+from .triton_common import INTERP, await_previous, dot, early_launch, nibbles_bf16, to_bf16
 from .tuning import SkinnyConfig
 
 
 @triton.jit(do_not_specialize=["M", "groups_per_split"])
 def a16w4_kernel(x, words, scales, out, M, N, N_PADDED, K, groups_per_split, ROWS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                 G: tl.constexpr, STAGES: tl.constexpr, INTERP: tl.constexpr):
+                 G: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr, INTERP: tl.constexpr):
+    await_previous(EARLY)
     W: tl.constexpr = G // 4
     tile_n, tile_m, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     groups = K // G
@@ -91,7 +92,8 @@ def dequantize_kernel(words, scales, out, K, N_PADDED, first_row, rows, ROWS: tl
 
 
 @triton.jit
-def reduce_splits_kernel(partial, bias, out, size, N, SPLITS: tl.constexpr, BLOCK: tl.constexpr, INTERP: tl.constexpr):
+def reduce_splits_kernel(partial, bias, out, size, N, SPLITS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr, INTERP: tl.constexpr):
+    await_previous(EARLY)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for split in tl.static_range(SPLITS):
@@ -106,7 +108,8 @@ def reduce_splits(partial: Tensor, bias: Tensor | None = None) -> Tensor:
     splits, m, n = partial.shape
     out = torch.empty(m, n, dtype=torch.bfloat16, device=partial.device)
     block = 256 if m * n <= 1 << 17 else 1024
-    reduce_splits_kernel[(triton.cdiv(m * n, block),)](partial, bias, out, m * n, n, splits, block, INTERP, num_warps=block // 128)
+    reduce_splits_kernel[(triton.cdiv(m * n, block),)](partial, bias, out, m * n, n, splits, block, early_launch(), INTERP,
+                                                            num_warps=block // 128, launch_pdl=early_launch())
     return out
 
 
@@ -120,7 +123,7 @@ def a16w4_partials(x: Tensor, weight: PackedWeight, config: SkinnyConfig) -> Ten
     n_padded = weight.scale.shape[1]
     grid = (triton.cdiv(n_padded, config.block_n), triton.cdiv(m, config.block_m), splits)
     a16w4_kernel[grid](x, weight.data, weight.scale, out, m, n, n_padded, k, per_split, PLANE_ROWS, config.block_m, config.block_n, g,
-                       config.stages, INTERP, num_warps=config.warps, num_stages=config.stages)
+                       config.stages, early_launch(), INTERP, num_warps=config.warps, num_stages=config.stages, launch_pdl=early_launch())
     return out
 
 

@@ -6,10 +6,11 @@ scale is factored out of it, with k = ks * code + kl and v = vs * code + vl per 
     S[h, n] = ks[n] * ( q[h] . (1024 + code) )  +  qsum[h] * (kl[n] - 1024 * ks[n])
     O[h]    = sum_n p[n] * vs[n] * (1024 + code)  +  sum_n p[n] * (vl[n] - 1024 * vs[n])
 
-Each plane has its own slice of q and its own accumulator, so nothing is interleaved. p * vs is normalised by the tile's largest vs
-before it is rounded to fp16, and the correction uses the rounded numbers, so that the large 1024 cancels exactly.
+Each plane has its own slice of q and its own accumulator, so nothing is interleaved. p * vs is divided by the largest vs so far
+before it is rounded to fp16, and the correction sums the rounded numbers, so that the large 1024 cancels exactly. Full tiles run
+without masks; a masked tile at the end of the context follows.
 
-    grid [B, kv heads, splits]   q [16, D/planes] x planes   tile [TILE tokens, D/planes]   partial [B, H, splits, D] float32
+    grid [splits, kv heads, B]   q [16, D/planes] x planes   tile [TILE tokens, D/planes]   partial [B, H, splits, D] float32
 """
 # ruff: noqa: N803
 from __future__ import annotations
@@ -21,42 +22,122 @@ from torch import Tensor
 
 from .kv_cache import KVLayer
 from .kv_cache_triton import scale_strides
-from .triton_common import INTERP, codes_fp16, dot, next_power_of_2, to_bf16
+from .triton_common import INTERP, await_previous, codes_fp16, dot, early_launch, next_power_of_2, to_bf16
 from .tuning import DecodeConfig, decode_config
 
 ROWS = 16  # query rows of one program: a tensor-core tile
+LOG2_E = 1.4426950408889634  # softmax in powers of two
 
 
 @triton.jit
-def key_scores(q0, q1, q2, q3, words, BITS: tl.constexpr, zeros, INTERP: tl.constexpr):
-    """q . k for a tile of key words [TILE, W] -> [rows, TILE]; for codes, q . (1024 + code)."""
-    if BITS == 16:
-        s = dot(q0, tl.trans(words), zeros, INTERP)
-    else:
-        s = dot(q0, tl.trans(codes_fp16(words, 0, BITS, INTERP)), zeros, INTERP)
-        s = dot(q1, tl.trans(codes_fp16(words, 1, BITS, INTERP)), s, INTERP)
+def load_plane(q, rows, inside, scale, PLANE: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr):
+    """The slice of q [rows, D] that meets one plane of the keys: bf16 as it is, or fp16 with the scale applied."""
+    W: tl.constexpr = D * BITS // 16
+    x = tl.load(q + rows[:, None] + PLANE * W + tl.arange(0, W)[None, :], mask=inside[:, None], other=0.0)
+    return x if BITS == 16 else (x.to(tl.float32) * scale).to(tl.float16)
+
+
+@triton.jit
+def load_query(q, rows, inside, scale, BITS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr):
+    """q as one, two or four planes (the rest repeats the first and is not used), and the sum of its elements as rounded."""
+    q0 = load_plane(q, rows, inside, scale, 0, BITS, D)
+    q1, q2, q3 = q0, q0, q0
+    total = tl.zeros((ROWS,), tl.float32)
+    if BITS != 16:
+        q1 = load_plane(q, rows, inside, scale, 1, BITS, D)
+        total = tl.sum(q0.to(tl.float32), 1) + tl.sum(q1.to(tl.float32), 1)
     if BITS == 4:
-        s = dot(q2, tl.trans(codes_fp16(words, 2, BITS, INTERP)), s, INTERP)
-        s = dot(q3, tl.trans(codes_fp16(words, 3, BITS, INTERP)), s, INTERP)
+        q2 = load_plane(q, rows, inside, scale, 2, BITS, D)
+        q3 = load_plane(q, rows, inside, scale, 3, BITS, D)
+        total += tl.sum(q2.to(tl.float32), 1) + tl.sum(q3.to(tl.float32), 1)
+    return q0, q1, q2, q3, total
+
+
+@triton.jit
+def tile_at(base, tables, block_stride, token_stride, head_stride, kv_head, start, n, inside, BLOCK: tl.constexpr, TILE: tl.constexpr,
+            MASKED: tl.constexpr):
+    """Pointers to the TILE tokens from `start` on, through the block table."""
+    if BLOCK >= TILE:  # the tile lies in one block
+        block = tl.load(tables + start // BLOCK).to(tl.int64)
+        at = base + block * block_stride + kv_head * head_stride + (start % BLOCK + n) * token_stride
+    else:
+        if MASKED:
+            blocks = tl.load(tables + (start + n) // BLOCK, mask=inside, other=0).to(tl.int64)
+        else:
+            blocks = tl.load(tables + (start + n) // BLOCK).to(tl.int64)
+        at = base + blocks * block_stride + kv_head * head_stride + (n % BLOCK) * token_stride
+    return at
+
+
+@triton.jit
+def load_rows(at, inside, W: tl.constexpr, MASKED: tl.constexpr):
+    i = tl.arange(0, W)
+    if MASKED:
+        x = tl.load(at[:, None] + i[None, :], mask=inside[:, None], other=0)
+    else:
+        x = tl.load(at[:, None] + i[None, :])
+    return x
+
+
+@triton.jit
+def load_words(at, inside, MASKED: tl.constexpr):
+    """Scale words as float32 scale and low."""
+    word = tl.load(at, mask=inside, other=0) if MASKED else tl.load(at)
+    return (word & -0x10000).to(tl.float32, bitcast=True), (word << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def scores(q0, q1, q2, q3, q_sum, k, ks, kl, scale, zeros, BITS: tl.constexpr, INTERP: tl.constexpr):
+    """scale * q . k of a key tile [TILE, W] -> [rows, TILE]; for codes, q holds the scale already."""
+    if BITS == 16:
+        s = dot(q0, tl.trans(k), zeros, INTERP) * scale
+    else:
+        s = dot(q0, tl.trans(codes_fp16(k, 0, BITS, INTERP)), zeros, INTERP)
+        s = dot(q1, tl.trans(codes_fp16(k, 1, BITS, INTERP)), s, INTERP)
+        if BITS == 4:
+            s = dot(q2, tl.trans(codes_fp16(k, 2, BITS, INTERP)), s, INTERP)
+            s = dot(q3, tl.trans(codes_fp16(k, 3, BITS, INTERP)), s, INTERP)
+        s = s * ks[None, :] + q_sum[:, None] * (kl - 1024.0 * ks)[None, :]
     return s
 
 
 @triton.jit
-def load_plane(q, rows, inside, PLANE: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr):
-    """The slice of q [rows, D] that meets one plane of the keys, in the dtype of the dot."""
-    W: tl.constexpr = D * BITS // 16
-    x = tl.load(q + rows[:, None] + PLANE * W + tl.arange(0, W)[None, :], mask=inside[:, None], other=0.0)
-    return x if BITS == 16 else x.to(tl.float32).to(tl.float16)
+def accumulate(s, v, vs, vl, top, total, largest, weights, shift, a0, a1, a2, a3, BITS: tl.constexpr, INTERP: tl.constexpr):
+    """One step of the online softmax: scores s [rows, TILE] and a value tile into the running state.
+
+    State: top and total [rows], the maximum and the denominator; a0..a3, one accumulator per plane, in units of `largest`; weights,
+    the sum of what multiplied 1024 there; shift, the sum of p * vl."""
+    new_top = tl.maximum(top, tl.max(s, 1))
+    alpha = tl.exp2(top - new_top)
+    p = tl.exp2(s - new_top[:, None])
+    total = total * alpha + tl.sum(p, 1)
+    if BITS == 16:
+        a0 = dot(to_bf16(p, INTERP), v, a0 * alpha[:, None], INTERP)
+    else:
+        new_largest = tl.maximum(largest, tl.max(vs, 0))
+        weighted = (p * (vs * (1.0 / new_largest))[None, :]).to(tl.float16)
+        beta = alpha * (largest / new_largest)
+        largest = new_largest
+        weights = weights * beta + tl.sum(weighted.to(tl.float32), 1)
+        shift = shift * alpha + tl.sum(p * vl[None, :], 1)
+        a0 = dot(weighted, codes_fp16(v, 0, BITS, INTERP), a0 * beta[:, None], INTERP)
+        a1 = dot(weighted, codes_fp16(v, 1, BITS, INTERP), a1 * beta[:, None], INTERP)
+        if BITS == 4:
+            a2 = dot(weighted, codes_fp16(v, 2, BITS, INTERP), a2 * beta[:, None], INTERP)
+            a3 = dot(weighted, codes_fp16(v, 3, BITS, INTERP), a3 * beta[:, None], INTERP)
+    return new_top, total, largest, weights, shift, a0, a1, a2, a3
 
 
 @triton.jit
-def values_into(acc, p, words, PLANE: tl.constexpr, BITS: tl.constexpr, alpha, vmax, zeros, INTERP: tl.constexpr):
-    """acc * alpha + p @ values of one plane."""
-    if BITS == 16:
-        acc = dot(p, words, acc * alpha[:, None], INTERP)
-    else:
-        acc = acc * alpha[:, None] + dot(p, codes_fp16(words, PLANE, BITS, INTERP), zeros, INTERP) * vmax
-    return acc
+def store_planes(to, a0, a1, a2, a3, factor, shift, inside, W: tl.constexpr, BITS: tl.constexpr, INTERP: tl.constexpr):
+    """a * factor + shift of each plane to its slice of the rows at `to`."""
+    at = to[:, None] + tl.arange(0, W)[None, :]
+    for plane in tl.static_range(16 // BITS):
+        a = a0 if plane == 0 else a1 if plane == 1 else a2 if plane == 2 else a3
+        y = a * factor[:, None] + shift[:, None]
+        if to.dtype.element_ty == tl.bfloat16:
+            y = to_bf16(y, INTERP)
+        tl.store(at + plane * W, y, mask=inside[:, None])
 
 
 @triton.jit(do_not_specialize=["table_row"])
@@ -64,7 +145,8 @@ def decode_kernel(q, key, value, key_scale, value_scale, tables, lengths, out, p
                   key_block, key_token, key_head, value_block, value_token, value_head, scale_block, scale_token, scale_head,
                   H, GROUP: tl.constexpr, D: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, BLOCK: tl.constexpr,
                   TILE: tl.constexpr, SPLIT: tl.constexpr, MIN_SPLIT: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
-                  INTERP: tl.constexpr):
+                  EARLY: tl.constexpr, INTERP: tl.constexpr):
+    await_previous(EARLY)
     KW: tl.constexpr = D * KEY_BITS // 16
     VW: tl.constexpr = D * VALUE_BITS // 16
     HEAD_TILES: tl.constexpr = (GROUP + ROWS - 1) // ROWS
@@ -78,112 +160,74 @@ def decode_kernel(q, key, value, key_scale, value_scale, tables, lengths, out, p
         g = (tl.program_id(1) % HEAD_TILES) * ROWS + tl.arange(0, ROWS)
         head = kv_head * GROUP + g
         real = g < GROUP
-        q_at = b.to(tl.int64) * q_row + head * q_head
-        q0 = load_plane(q, q_at, real, 0, KEY_BITS, D)
-        q1, q2, q3 = q0, q0, q0
-        if KEY_BITS != 16:
-            q1 = load_plane(q, q_at, real, 1, KEY_BITS, D)
-        if KEY_BITS == 4:
-            q2 = load_plane(q, q_at, real, 2, KEY_BITS, D)
-            q3 = load_plane(q, q_at, real, 3, KEY_BITS, D)
-        q_sum = tl.zeros((ROWS,), tl.float32)
-        if KEY_BITS != 16:
-            q_sum = tl.sum(q0.to(tl.float32), 1) + tl.sum(q1.to(tl.float32), 1)
-        if KEY_BITS == 4:
-            q_sum += tl.sum(q2.to(tl.float32), 1) + tl.sum(q3.to(tl.float32), 1)
-        n, i, j = tl.arange(0, TILE), tl.arange(0, KW), tl.arange(0, VW)
+        tables += b.to(tl.int64) * table_row
+        q0, q1, q2, q3, q_sum = load_query(q, b.to(tl.int64) * q_row + head * q_head, real, scale, KEY_BITS, D, ROWS)
+        n = tl.arange(0, TILE)
         score_zeros = tl.zeros((ROWS, TILE), tl.float32)
-        value_zeros = tl.zeros((ROWS, VW), tl.float32)
-        acc0, acc1, acc2, acc3 = value_zeros, value_zeros, value_zeros, value_zeros
-        shift = tl.zeros((ROWS,), tl.float32)
+        a0 = tl.zeros((ROWS, VW), tl.float32)
+        a1, a2, a3 = a0, a0, a0
         top = tl.full((ROWS,), float("-inf"), tl.float32)
-        denominator = tl.zeros((ROWS,), tl.float32)
-        for start in tl.range(first, last, TILE, num_stages=STAGES):
-            inside = start + n < last
-            if BLOCK >= TILE:  # the tile lies in one block
-                block = tl.load(tables + b * table_row + start // BLOCK).to(tl.int64)
-                token = start % BLOCK + n
-                key_at = key + block * key_block + kv_head * key_head + token * key_token
-                value_at = value + block * value_block + kv_head * value_head + token * value_token
-                scale_at = block * scale_block + kv_head * scale_head + token * scale_token
-            else:
-                blocks = tl.load(tables + b * table_row + (start + n) // BLOCK, mask=inside, other=0).to(tl.int64)
-                token = n % BLOCK
-                key_at = key + blocks * key_block + kv_head * key_head + token * key_token
-                value_at = value + blocks * value_block + kv_head * value_head + token * value_token
-                scale_at = blocks * scale_block + kv_head * scale_head + token * scale_token
-            k = tl.load(key_at[:, None] + i[None, :], mask=inside[:, None], other=0)
-            v = tl.load(value_at[:, None] + j[None, :], mask=inside[:, None], other=0)
-            s = key_scores(q0, q1, q2, q3, k, KEY_BITS, score_zeros, INTERP)
+        total = tl.zeros((ROWS,), tl.float32)
+        weights, shift, largest = total, total, 1e-30
+        ks = tl.zeros((TILE,), tl.float32)
+        kl, vs, vl = ks, ks, ks
+        full = first + tl.maximum(last - first, 0) // TILE * TILE
+        for start in tl.range(first, full, TILE, num_stages=STAGES):
+            k = load_rows(tile_at(key, tables, key_block, key_token, key_head, kv_head, start, n, n, BLOCK, TILE, False), n, KW, False)
+            v = load_rows(tile_at(value, tables, value_block, value_token, value_head, kv_head, start, n, n, BLOCK, TILE, False), n, VW, False)
             if KEY_BITS != 16:
-                word = tl.load(key_scale + scale_at, mask=inside, other=0)
-                ks = (word & -0x10000).to(tl.float32, bitcast=True)
-                kl = (word << 16).to(tl.float32, bitcast=True)
-                s = s * ks[None, :] + q_sum[:, None] * (kl - 1024.0 * ks)[None, :]
-            s = tl.where(inside[None, :], s * scale, float("-inf"))
-            new_top = tl.maximum(top, tl.max(s, 1))
-            alpha = tl.exp2(top - new_top)
-            p = tl.exp2(s - new_top[:, None])
-            top = new_top
-            denominator = denominator * alpha + tl.sum(p, 1)
-            if VALUE_BITS == 16:
-                acc0 = values_into(acc0, to_bf16(p, INTERP), v, 0, VALUE_BITS, alpha, 1.0, value_zeros, INTERP)
-            else:
-                word = tl.load(value_scale + scale_at, mask=inside, other=0)
-                vs = (word & -0x10000).to(tl.float32, bitcast=True)
-                vl = (word << 16).to(tl.float32, bitcast=True)
-                vmax = tl.max(vs, 0)
-                weighted = (p * (vs / vmax)[None, :]).to(tl.float16)
-                shift = shift * alpha + tl.sum(p * vl[None, :] - weighted.to(tl.float32) * (1024.0 * vmax), 1)
-                acc0 = values_into(acc0, weighted, v, 0, VALUE_BITS, alpha, vmax, value_zeros, INTERP)
-                acc1 = values_into(acc1, weighted, v, 1, VALUE_BITS, alpha, vmax, value_zeros, INTERP)
-                if VALUE_BITS == 4:
-                    acc2 = values_into(acc2, weighted, v, 2, VALUE_BITS, alpha, vmax, value_zeros, INTERP)
-                    acc3 = values_into(acc3, weighted, v, 3, VALUE_BITS, alpha, vmax, value_zeros, INTERP)
+                ks, kl = load_words(tile_at(key_scale, tables, scale_block, scale_token, scale_head, kv_head, start, n, n, BLOCK, TILE, False), n, False)
+            if VALUE_BITS != 16:
+                vs, vl = load_words(tile_at(value_scale, tables, scale_block, scale_token, scale_head, kv_head, start, n, n, BLOCK, TILE, False), n, False)
+            s = scores(q0, q1, q2, q3, q_sum, k, ks, kl, scale, score_zeros, KEY_BITS, INTERP)
+            top, total, largest, weights, shift, a0, a1, a2, a3 = accumulate(s, v, vs, vl, top, total, largest, weights, shift, a0, a1, a2, a3,
+                                                                             VALUE_BITS, INTERP)
+        if full < last:
+            inside = full + n < last
+            k = load_rows(tile_at(key, tables, key_block, key_token, key_head, kv_head, full, n, inside, BLOCK, TILE, True), inside, KW, True)
+            v = load_rows(tile_at(value, tables, value_block, value_token, value_head, kv_head, full, n, inside, BLOCK, TILE, True), inside, VW, True)
+            if KEY_BITS != 16:
+                ks, kl = load_words(tile_at(key_scale, tables, scale_block, scale_token, scale_head, kv_head, full, n, inside, BLOCK, TILE, True), inside, True)
+            if VALUE_BITS != 16:
+                vs, vl = load_words(tile_at(value_scale, tables, scale_block, scale_token, scale_head, kv_head, full, n, inside, BLOCK, TILE, True), inside, True)
+            s = scores(q0, q1, q2, q3, q_sum, k, ks, kl, scale, score_zeros, KEY_BITS, INTERP)
+            s = tl.where(inside[None, :], s, float("-inf"))
+            top, total, largest, weights, shift, a0, a1, a2, a3 = accumulate(s, v, vs, vl, top, total, largest, weights, shift, a0, a1, a2, a3,
+                                                                             VALUE_BITS, INTERP)
         row = b.to(tl.int64) * H + head
-        if not SPLIT:
-            norm = tl.where(denominator > 0, 1 / denominator, 0.0)  # length 0: zeros
-            to = out + row[:, None] * D + j[None, :]
-            tl.store(to, to_bf16((acc0 + shift[:, None]) * norm[:, None], INTERP), mask=real[:, None])
-            if VALUE_BITS != 16:
-                tl.store(to + VW, to_bf16((acc1 + shift[:, None]) * norm[:, None], INTERP), mask=real[:, None])
-            if VALUE_BITS == 4:
-                tl.store(to + 2 * VW, to_bf16((acc2 + shift[:, None]) * norm[:, None], INTERP), mask=real[:, None])
-                tl.store(to + 3 * VW, to_bf16((acc3 + shift[:, None]) * norm[:, None], INTERP), mask=real[:, None])
-        else:
-            to = partial + (row[:, None] * splits + split) * D + j[None, :]
-            tl.store(to, acc0 + shift[:, None], mask=real[:, None])
-            if VALUE_BITS != 16:
-                tl.store(to + VW, acc1 + shift[:, None], mask=real[:, None])
-            if VALUE_BITS == 4:
-                tl.store(to + 2 * VW, acc2 + shift[:, None], mask=real[:, None])
-                tl.store(to + 3 * VW, acc3 + shift[:, None], mask=real[:, None])
+        factor = tl.full((ROWS,), 1.0, tl.float32)
+        if VALUE_BITS != 16:
+            factor *= largest
+            shift -= weights * (largest * 1024.0)
+        if SPLIT:
+            store_planes(partial + (row * splits + split) * D, a0, a1, a2, a3, factor, shift, real, VW, VALUE_BITS, INTERP)
             tl.store(partial_ml + (row * splits + split) * 2, top, mask=real)
-            tl.store(partial_ml + (row * splits + split) * 2 + 1, denominator, mask=real)
+            tl.store(partial_ml + (row * splits + split) * 2 + 1, total, mask=real)
+        else:
+            norm = tl.where(total > 0, 1 / tl.where(total > 0, total, 1.0), 0.0)  # length 0: zeros
+            store_planes(out + row * D, a0, a1, a2, a3, factor * norm, shift * norm, real, VW, VALUE_BITS, INTERP)
 
 
 @triton.jit(do_not_specialize=["splits"])
 def combine_kernel(partial, partial_ml, lengths, out, H, splits, D: tl.constexpr, TILE: tl.constexpr, PADDED: tl.constexpr,
-                   MIN_SPLIT: tl.constexpr, INTERP: tl.constexpr):
+                   MIN_SPLIT: tl.constexpr, EARLY: tl.constexpr, INTERP: tl.constexpr):
     """Merge the splits of one query head; splits past the length were never written and are not read."""
+    await_previous(EARLY)
     row = tl.program_id(0).to(tl.int64)
     length = tl.load(lengths + row // H)
     per_split = tl.maximum(MIN_SPLIT, tl.cdiv(tl.cdiv(length, splits), TILE) * TILE)
     s, i = tl.arange(0, PADDED), tl.arange(0, D)
-    live = s * per_split < length
-    live = live & (s < splits)
+    live = (s * per_split < length) & (s < splits)
     top = tl.load(partial_ml + (row * splits + s) * 2, mask=live, other=float("-inf"))
-    denominator = tl.load(partial_ml + (row * splits + s) * 2 + 1, mask=live, other=0.0)
+    total = tl.load(partial_ml + (row * splits + s) * 2 + 1, mask=live, other=0.0)
     acc = tl.load(partial + (row * splits + s)[:, None] * D + i[None, :], mask=live[:, None], other=0.0)
     highest = tl.where(length > 0, tl.max(top, 0), 0.0)
     weight = tl.where(live, tl.exp2(top - highest), 0.0)
-    total = tl.sum(weight * denominator, 0)
-    y = tl.sum(acc * weight[:, None], 0) / tl.where(length > 0, total, 1.0)
-    tl.store(out + row * D + i, to_bf16(y, INTERP))
+    denominator = tl.where(length > 0, tl.sum(weight * total, 0), 1.0)
+    tl.store(out + row * D + i, to_bf16(tl.sum(acc * weight[:, None], 0) / denominator, INTERP))
 
 
-def decode_triton(q: Tensor, layer: KVLayer, block_tables: Tensor, lengths: Tensor, scale: float,
-                  config: DecodeConfig | None = None) -> Tensor:
+def decode_triton(q: Tensor, layer: KVLayer, block_tables: Tensor, lengths: Tensor, scale: float, config: DecodeConfig | None = None) -> Tensor:
     """q [B, H, D] bf16; lengths are read on the device only, so the launch is the same for every step (CUDA graphs)."""
     if q.dtype != torch.bfloat16 or q.stride(2) != 1:
         raise ValueError(f"decode_attention: impl 'triton' takes bfloat16 q with a contiguous last dimension, not {q.dtype} {q.stride()}")
@@ -191,16 +235,16 @@ def decode_triton(q: Tensor, layer: KVLayer, block_tables: Tensor, lengths: Tens
     group = heads // layer.kv_heads
     config = config or decode_config(layer.format.name, batch, layer.kv_heads, block_tables.shape[1] * layer.block_size)
     out = torch.empty(batch, heads, d, dtype=q.dtype, device=q.device)
-    splits = config.splits
+    splits, early = config.splits, early_launch()
     partial = torch.empty(batch, heads, splits, d, dtype=torch.float32, device=q.device) if splits > 1 else out
     partial_ml = torch.empty(batch, heads, splits, 2, dtype=torch.float32, device=q.device) if splits > 1 else out
     grid = (splits, layer.kv_heads * triton.cdiv(group, ROWS), batch)
     decode_kernel[grid](
-        q, layer.key, layer.value, layer.key_scale, layer.value_scale, block_tables, lengths, out, partial, partial_ml, scale * 1.4426950408889634,
+        q, layer.key, layer.value, layer.key_scale, layer.value_scale, block_tables, lengths, out, partial, partial_ml, scale * LOG2_E,
         q.stride(0), q.stride(1), block_tables.stride(0), *layer.key.stride()[:3], *layer.value.stride()[:3], *scale_strides(layer), heads,
         group, d, layer.format.key.bits, layer.format.value.bits, layer.block_size, config.tile, splits > 1, config.min_split, ROWS, config.stages,
-        INTERP, num_warps=config.warps, num_stages=config.stages)
+        early, INTERP, num_warps=config.warps, num_stages=config.stages, launch_pdl=early, maxnreg=config.registers)
     if splits > 1:
         combine_kernel[(batch * heads,)](partial, partial_ml, lengths, out, heads, splits, d, config.tile, next_power_of_2(splits),
-                                         config.min_split, INTERP, num_warps=4)
+                                         config.min_split, early, INTERP, num_warps=2 if splits <= 16 else 4, launch_pdl=early)
     return out

@@ -15,13 +15,14 @@ import triton.language as tl
 from torch import Tensor
 
 from .packing import PackedWeight
-from .triton_common import INTERP, dot, to_bf16
+from .triton_common import INTERP, await_previous, dot, early_launch, to_bf16
 from .tuning import SkinnyConfig
 
 
 @triton.jit(do_not_specialize=["M"])
 def skinny_kernel(x, w, scale, out, M, N, K, k_per_split, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
-                  STAGES: tl.constexpr, INTERP: tl.constexpr):
+                  STAGES: tl.constexpr, EARLY: tl.constexpr, INTERP: tl.constexpr):
+    await_previous(EARLY)
     tile_n, tile_m, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     m, n, i = tile_m * BM + tl.arange(0, BM), tile_n * BN + tl.arange(0, BN), tl.arange(0, BK)
     first = split * k_per_split
@@ -58,5 +59,5 @@ def skinny_partials(x: Tensor, weight: PackedWeight, config: SkinnyConfig) -> Te
     out = torch.empty(splits, m, n, dtype=torch.float32 if splits > 1 else torch.bfloat16, device=x.device)
     grid = (triton.cdiv(n, config.block_n), triton.cdiv(m, config.block_m), splits)
     skinny_kernel[grid](x, weight.data, weight.scale, out, m, n, k, per_split, config.block_m, config.block_n, bk, k % bk == 0,
-                        config.stages, INTERP, num_warps=config.warps, num_stages=config.stages)
+                        config.stages, early_launch(), INTERP, num_warps=config.warps, num_stages=config.stages, launch_pdl=early_launch())
     return out

@@ -6,16 +6,36 @@ use plain float32 arithmetic under it; on a GPU the same source compiles to the 
 # ruff: noqa: N803  (Triton's constexpr parameters are upper case by custom)
 from __future__ import annotations
 
+from functools import lru_cache
+
+import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .dispatch import interpreted
 
 INTERP = interpreted()
 
 
+@lru_cache(maxsize=1)
+def early_launch() -> bool:
+    """Whether kernels are launched before their predecessor ends (programmatic dependent launch, Hopper and later)."""
+    return not INTERP and torch.cuda.get_device_capability() >= (9, 0)
+
+
 def next_power_of_2(n: int) -> int:
     return int(triton.next_power_of_2(n))
+
+
+@triton.jit
+def await_previous(EARLY: tl.constexpr):
+    """First statement of every kernel launched early: wait for the previous kernel's memory, let the next one be launched.
+
+    Every program must come here, idle ones too: a kernel that ends without having waited would let its successor overtake."""
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
 
 
 @triton.jit

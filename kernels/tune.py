@@ -31,7 +31,8 @@ Task = tuple[str, dict[str, Any], list[Any]]  # operation, arguments of its prob
 def planes_candidates(m: int) -> list[SkinnyConfig]:
     bm = 8 if m <= 8 else 16 if m <= 16 else 32 if m <= 32 else 64
     if m <= 16:
-        return [SkinnyConfig(bm, bn, s, w, st) for bn, w, st, s in product((32, 64, 128), (1, 2, 4), (3, 4, 5, 6, 8), (1, 2, 4, 8)) if 16 <= bn // w <= 64]
+        return [SkinnyConfig(bm, bn, s, w, st) for bn, w, st, s in product((32, 64, 128), (1, 2, 4), (3, 4, 5), (1, 2, 3, 4, 6, 8, 10, 16))
+                if 16 <= bn // w <= 64]
     return [SkinnyConfig(b, bn, s, w, st) for b, bn, w, st, s in product((bm // 2, bm), (64, 128), (2, 4, 8), (2, 3, 4), (1, 2, 4))
             if 16 <= bn // w]
 
@@ -47,7 +48,9 @@ def plain_candidates(m: int, element_bytes: int) -> list[SkinnyConfig]:
 
 def decode_candidates(batch: int, kv_heads: int) -> list[DecodeConfig]:
     wanted = [max(1, round(132 * c / (batch * kv_heads))) for c in (1, 2, 3, 4, 6, 8)]
-    return [DecodeConfig(tile, s, 128, w, st) for tile, w, st, s in product((32, 64, 128), (1, 2, 4), (2, 3, 4), sorted(set(wanted))) if tile // w <= 64]
+    return [DecodeConfig(tile, s, 128, w, st, registers)
+            for tile, w, st, s, registers in product((32, 64, 128), (1, 2, 4), (2, 3, 4), sorted(set(wanted)), (None, 128, 168))
+            if 16 <= tile // w <= 64]
 
 
 def _runner(op: str, arguments: dict[str, Any]) -> Callable[[Any], problems.Calls]:
@@ -102,7 +105,7 @@ def tasks(ops: list[str], most: int) -> list[Task]:
     """What is tuned: the shapes of `problems.SHAPES` at the M where a configuration changes, and decode attention;
     at most `most` candidates of each, drawn with a fixed seed."""
     found: list[Task] = []
-    for format, element_bytes, rows in (("int4", 0, (1, 16, 64)), ("bf16", 2, (1, 16)), ("int8", 1, (1, 16, 64))):
+    for format, element_bytes, rows in (("int4", 0, (1, 16)), ("bf16", 2, (1, 16)), ("int8", 1, (1, 16, 64))):
         if format in ops:
             for m, (n, k) in product(rows, problems.SHAPES.values()):
                 found.append(("matmul", {"format": format, "m": m, "n": n, "k": k},

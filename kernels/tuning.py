@@ -38,13 +38,14 @@ def plain_config(m: int, n: int, k: int, element_bytes: int) -> SkinnyConfig:
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """Decode attention: tokens per tile, splits of the context, and the fewest tokens a split is worth."""
+    """Decode attention: tokens per tile, splits of the context, the fewest tokens a split is worth, and a limit on registers."""
 
     tile: int
     splits: int
     min_split: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 def decode_config(format: str, batch: int, kv_heads: int, max_tokens: int, multiprocessors: int = 132) -> DecodeConfig:
