@@ -31,6 +31,7 @@ class EngineConfig:
         seconds out of requests of similar length), "continuous" (requests join and leave at every step).
     prefix_caching: reuse the blocks of equal prefixes. chunked_prefill: split prompts over steps to fit the budget.
     runner: "torch" computes; "simulated" runs a cost model of `gpu` on a virtual clock.
+    graphs: replay decode steps as CUDA graphs on a GPU; off runs them eagerly, with the same results.
     device: "auto", "cpu" or "cuda". impl: "auto", or "torch" for the readable reference path.
     seed: of everything random in the engine.
     """
@@ -53,6 +54,7 @@ class EngineConfig:
     gpu: str = "h200"
     device: str = "auto"
     impl: str = "auto"
+    graphs: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -96,7 +96,7 @@ class Staging:
 
     def copy(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, Tensor]:
         """The arrays side by side in one buffer on the device, each behind a view of its own dtype and shape."""
-        offsets, total = self._layout(arrays)
+        offsets, total = lay_out(arrays)
         pinned = self._buffer(total)
         host = pinned.numpy()
         for name, array in arrays.items():
@@ -104,15 +104,7 @@ class Staging:
         moved = pinned[:total].to(self.device, non_blocking=True)
         if self._copied is not None:
             self._copied.record()
-        return {name: _view(moved, offsets[name], array) for name, array in arrays.items()}
-
-    @staticmethod
-    def _layout(arrays: Mapping[str, NDArray[Any]]) -> tuple[dict[str, int], int]:
-        offsets, total = {}, 0
-        for name, array in arrays.items():
-            offsets[name] = total
-            total += -(-array.nbytes // _ALIGN) * _ALIGN
-        return offsets, total
+        return {name: view_as(moved, offsets[name], array) for name, array in arrays.items()}
 
     def _buffer(self, size: int) -> Tensor:
         if self._copied is not None:
@@ -124,6 +116,16 @@ class Staging:
         return self._pinned
 
 
-def _view(moved: Tensor, offset: int, array: NDArray[Any]) -> Tensor:
+def lay_out(arrays: Mapping[str, NDArray[Any]]) -> tuple[dict[str, int], int]:
+    """Byte offsets of arrays side by side in one buffer, and the buffer's size."""
+    offsets, total = {}, 0
+    for name, array in arrays.items():
+        offsets[name] = total
+        total += -(-array.nbytes // _ALIGN) * _ALIGN
+    return offsets, total
+
+
+def view_as(moved: Tensor, offset: int, array: NDArray[Any]) -> Tensor:
+    """The bytes of `moved` from `offset` on, with dtype and shape of `array`."""
     dtype = torch.from_numpy(np.empty(0, array.dtype)).dtype
     return moved[offset : offset + array.nbytes].view(dtype).view(array.shape)

@@ -16,6 +16,7 @@ from engine.clock import Clock, MonotonicClock
 from engine.config import EngineConfig
 from engine.decoder import Decoder
 from engine.errors import ConfigError
+from engine.graphs import DecodeGraphs
 from engine.loader import LoadedModel
 from engine.memory import MemoryPlan, plan_memory
 from engine.model_spec import ModelSpec
@@ -52,6 +53,9 @@ class TorchRunner:
             self._kv = self._allocate()
         self._decoder: Decoder | None = decoder
         self._staging = Staging(self.device)
+        self._graphs: DecodeGraphs | None = None
+        if config.graphs and self.device.type == "cuda" and config.impl != "torch":
+            self._graphs = DecodeGraphs(decoder, self._kv, self._cos_sin)
         self._timer = _CudaTimer() if self.device.type == "cuda" else None
         self._baseline = torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
         if self.device.type == "cuda":
@@ -103,8 +107,14 @@ class TorchRunner:
         group = f" group {config.group_size}" if config.weights == "int4" else ""
         return (
             f"{_device_name(self.device)}, {_path(config.impl, self.device)}; weights {config.weights}{group}, "
-            f"KV {config.kv}, block {self._memory.block_size}"
+            f"KV {config.kv}, block {self._memory.block_size}{self._replay}"
         )
+
+    @property
+    def _replay(self) -> str:
+        if self.device.type != "cuda":
+            return ""
+        return "; decode steps are CUDA graphs" if self._graphs is not None else "; no CUDA graphs, every step eager"
 
     @torch.inference_mode()
     def execute(self, batch: ScheduledBatch) -> StepResult:
@@ -120,12 +130,17 @@ class TorchRunner:
         arrays = step_arrays(items, len(batch.decodes), self._memory.block_size)
         if scored:
             _add_scored(arrays, scored)
-        arrays.update(plan.arrays)
-        staged = self._staging(arrays)
-        step = StepInputs(**{name: staged[name] for name in _STEP_FIELDS}, num_decodes=len(batch.decodes))
-        hidden = self._decoder(step, self._kv, self._cos_sin)
-        known = self._score(hidden[len(sampled) :], staged["targets"]) if scored else []
-        logits = self._decoder.logits(hidden[: len(sampled)])
+        known: list[float] = []
+        if self._graphs is not None and not batch.prefills:
+            logits = self._graphs(arrays)
+            staged = self._staging(plan.arrays) if plan.arrays else {}
+        else:
+            arrays.update(plan.arrays)
+            staged = self._staging(arrays)
+            step = StepInputs(**{name: staged[name] for name in _STEP_FIELDS}, num_decodes=len(batch.decodes))
+            hidden = self._decoder(step, self._kv, self._cos_sin)
+            known = self._score(hidden[len(sampled) :], staged["targets"]) if scored else []
+            logits = self._decoder.logits(hidden[: len(sampled)])
         tokens = sample(logits, plan, staged)
         chosen = tokens.tolist()  # waits for the device
         if chosen and min(chosen) < 0:
@@ -160,7 +175,7 @@ class TorchRunner:
     def close(self) -> None:
         if self._decoder is None:
             return
-        self._decoder = self._cos_sin = None
+        self._decoder = self._cos_sin = self._graphs = None
         self._kv = []
         self._staging = Staging(self.device)
         if self.device.type == "cuda":
