@@ -1,14 +1,13 @@
 """Paged decode attention in Triton: split over the context (flash decoding, Dao et al. 2023), query heads of one KV head packed.
 
-Quantized keys and values are read as planes (see `kv_cache`), and only the step from code to fp16 1024 + code touches a tile; every
+Quantized keys and values are read as planes (see `kv_cache`), and only the step from code to fp16 bias + code touches a tile; every
 scale is factored out of it, with k = ks * code + kl and v = vs * code + vl per token:
 
-    S[h, n] = ks[n] * ( q[h] . (1024 + code) )  +  qsum[h] * (kl[n] - 1024 * ks[n])
-    O[h]    = sum_n p[n] * vs[n] * (1024 + code)  +  sum_n p[n] * (vl[n] - 1024 * vs[n])
+    S[h, n] = ks[n] * ( q[h] . (bias + code) )  +  qsum[h] * (kl[n] - bias * ks[n])
+    O[h]    = sum_n p[n] * vs[n] * (bias + code)  +  sum_n p[n] * (vl[n] - bias * vs[n])
 
 Each plane has its own slice of q and its own accumulator, so nothing is interleaved. p * vs is divided by the largest vs so far
-before it is rounded to fp16, and the correction sums the rounded numbers, so that the large 1024 cancels exactly. Full tiles run
-without masks; a masked tile at the end of the context follows.
+before it is rounded to fp16. Full tiles run without masks; a masked tile at the end of the context follows.
 
     grid [splits, kv heads, B]   q [16, D/planes] x planes   tile [TILE tokens, D/planes]   partial [B, H, splits, D] float32
 """
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from .kv_cache import KVLayer
 from .kv_cache_triton import scale_strides
-from .triton_common import INTERP, await_previous, codes_fp16, dot, early_launch, next_power_of_2, to_bf16
+from .triton_common import INTERP, await_previous, code_bias, codes_fp16, dot, early_launch, next_power_of_2, to_bf16
 from .tuning import DecodeConfig, decode_config
 
 ROWS = 16  # query rows of one program: a tensor-core tile
@@ -92,21 +91,21 @@ def scores(q0, q1, q2, q3, q_sum, k, ks, kl, scale, zeros, BITS: tl.constexpr, I
     if BITS == 16:
         s = dot(q0, tl.trans(k), zeros, INTERP) * scale
     else:
-        s = dot(q0, tl.trans(codes_fp16(k, 0, BITS, INTERP)), zeros, INTERP)
-        s = dot(q1, tl.trans(codes_fp16(k, 1, BITS, INTERP)), s, INTERP)
+        s = dot(q0, tl.trans(codes_fp16(k, 0, BITS, False, INTERP)), zeros, INTERP)
+        s = dot(q1, tl.trans(codes_fp16(k, 1, BITS, False, INTERP)), s, INTERP)
         if BITS == 4:
-            s = dot(q2, tl.trans(codes_fp16(k, 2, BITS, INTERP)), s, INTERP)
-            s = dot(q3, tl.trans(codes_fp16(k, 3, BITS, INTERP)), s, INTERP)
-        s = s * ks[None, :] + q_sum[:, None] * (kl - 1024.0 * ks)[None, :]
+            s = dot(q2, tl.trans(codes_fp16(k, 2, BITS, False, INTERP)), s, INTERP)
+            s = dot(q3, tl.trans(codes_fp16(k, 3, BITS, False, INTERP)), s, INTERP)
+        s = s * ks[None, :] + q_sum[:, None] * (kl - code_bias(BITS, False) * ks)[None, :]
     return s
 
 
 @triton.jit
-def accumulate(s, v, vs, vl, top, total, largest, weights, shift, a0, a1, a2, a3, BITS: tl.constexpr, INTERP: tl.constexpr):
+def accumulate(s, v, vs, vl, top, total, largest, shift, a0, a1, a2, a3, BITS: tl.constexpr, INTERP: tl.constexpr):
     """One step of the online softmax: scores s [rows, TILE] and a value tile into the running state.
 
-    State: top and total [rows], the maximum and the denominator; a0..a3, one accumulator per plane, in units of `largest`; weights,
-    the sum of what multiplied 1024 there; shift, the sum of p * vl."""
+    State: top and total [rows], the maximum and the denominator; a0..a3, one accumulator per plane, in units of `largest`, the largest
+    vs so far; shift, what a token adds to every element: the sum of p * (vl - bias * vs)."""
     new_top = tl.maximum(top, tl.max(s, 1))
     alpha = tl.exp2(top - new_top)
     p = tl.exp2(s - new_top[:, None])
@@ -118,14 +117,13 @@ def accumulate(s, v, vs, vl, top, total, largest, weights, shift, a0, a1, a2, a3
         weighted = (p * (vs * (1.0 / new_largest))[None, :]).to(tl.float16)
         beta = alpha * (largest / new_largest)
         largest = new_largest
-        weights = weights * beta + tl.sum(weighted.to(tl.float32), 1)
-        shift = shift * alpha + tl.sum(p * vl[None, :], 1)
-        a0 = dot(weighted, codes_fp16(v, 0, BITS, INTERP), a0 * beta[:, None], INTERP)
-        a1 = dot(weighted, codes_fp16(v, 1, BITS, INTERP), a1 * beta[:, None], INTERP)
+        shift = shift * alpha + tl.sum(p * (vl - code_bias(BITS, True) * vs)[None, :], 1)
+        a0 = dot(weighted, codes_fp16(v, 0, BITS, True, INTERP), a0 * beta[:, None], INTERP)
+        a1 = dot(weighted, codes_fp16(v, 1, BITS, True, INTERP), a1 * beta[:, None], INTERP)
         if BITS == 4:
-            a2 = dot(weighted, codes_fp16(v, 2, BITS, INTERP), a2 * beta[:, None], INTERP)
-            a3 = dot(weighted, codes_fp16(v, 3, BITS, INTERP), a3 * beta[:, None], INTERP)
-    return new_top, total, largest, weights, shift, a0, a1, a2, a3
+            a2 = dot(weighted, codes_fp16(v, 2, BITS, True, INTERP), a2 * beta[:, None], INTERP)
+            a3 = dot(weighted, codes_fp16(v, 3, BITS, True, INTERP), a3 * beta[:, None], INTERP)
+    return new_top, total, largest, shift, a0, a1, a2, a3
 
 
 @triton.jit
@@ -168,7 +166,7 @@ def decode_kernel(q, key, value, key_scale, value_scale, tables, lengths, out, p
         a1, a2, a3 = a0, a0, a0
         top = tl.full((ROWS,), float("-inf"), tl.float32)
         total = tl.zeros((ROWS,), tl.float32)
-        weights, shift, largest = total, total, 1e-30
+        shift, largest = total, 1e-30
         ks = tl.zeros((TILE,), tl.float32)
         kl, vs, vl = ks, ks, ks
         full = first + tl.maximum(last - first, 0) // TILE * TILE
@@ -180,7 +178,7 @@ def decode_kernel(q, key, value, key_scale, value_scale, tables, lengths, out, p
             if VALUE_BITS != 16:
                 vs, vl = load_words(tile_at(value_scale, tables, scale_block, scale_token, scale_head, kv_head, start, n, n, BLOCK, TILE, False), n, False)
             s = scores(q0, q1, q2, q3, q_sum, k, ks, kl, scale, score_zeros, KEY_BITS, INTERP)
-            top, total, largest, weights, shift, a0, a1, a2, a3 = accumulate(s, v, vs, vl, top, total, largest, weights, shift, a0, a1, a2, a3,
+            top, total, largest, shift, a0, a1, a2, a3 = accumulate(s, v, vs, vl, top, total, largest, shift, a0, a1, a2, a3,
                                                                              VALUE_BITS, INTERP)
         if full < last:
             inside = full + n < last
@@ -192,13 +190,12 @@ def decode_kernel(q, key, value, key_scale, value_scale, tables, lengths, out, p
                 vs, vl = load_words(tile_at(value_scale, tables, scale_block, scale_token, scale_head, kv_head, full, n, inside, BLOCK, TILE, True), inside, True)
             s = scores(q0, q1, q2, q3, q_sum, k, ks, kl, scale, score_zeros, KEY_BITS, INTERP)
             s = tl.where(inside[None, :], s, float("-inf"))
-            top, total, largest, weights, shift, a0, a1, a2, a3 = accumulate(s, v, vs, vl, top, total, largest, weights, shift, a0, a1, a2, a3,
+            top, total, largest, shift, a0, a1, a2, a3 = accumulate(s, v, vs, vl, top, total, largest, shift, a0, a1, a2, a3,
                                                                              VALUE_BITS, INTERP)
         row = b.to(tl.int64) * H + head
         factor = tl.full((ROWS,), 1.0, tl.float32)
         if VALUE_BITS != 16:
             factor *= largest
-            shift -= weights * (largest * 1024.0)
         if SPLIT:
             store_planes(partial + (row * splits + split) * D, a0, a1, a2, a3, factor, shift, real, VW, VALUE_BITS, INTERP)
             tl.store(partial_ml + (row * splits + split) * 2, top, mask=real)

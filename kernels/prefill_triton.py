@@ -47,7 +47,7 @@ def prefill_kernel(q, key, value, key_scale, value_scale, tables, query_starts, 
         a1, a2, a3 = a0, a0, a0
         top = tl.full((BQ,), float("-inf"), tl.float32)
         total = tl.zeros((BQ,), tl.float32)
-        weights, shift, largest = total, total, 1e-30
+        shift, largest = total, 1e-30
         ks = tl.zeros((TILE,), tl.float32)
         kl, vs, vl = ks, ks, ks
         full = (length - queries + first + 1) // TILE * TILE  # every query sees all of these
@@ -60,7 +60,7 @@ def prefill_kernel(q, key, value, key_scale, value_scale, tables, query_starts, 
             if VALUE_BITS != 16:
                 vs, vl = load_words(tile_at(value_scale, tables, scale_block, scale_token, scale_head, kv_head, start, n, n, BLOCK, TILE, False), n, False)
             s = scores(q0, q1, q2, q3, q_sum, k, ks, kl, scale, score_zeros, KEY_BITS, INTERP)
-            top, total, largest, weights, shift, a0, a1, a2, a3 = accumulate(s, v, vs, vl, top, total, largest, weights, shift, a0, a1, a2, a3,
+            top, total, largest, shift, a0, a1, a2, a3 = accumulate(s, v, vs, vl, top, total, largest, shift, a0, a1, a2, a3,
                                                                              VALUE_BITS, INTERP)
         for start in tl.range(full, last, TILE, num_stages=1):
             inside = start + n < last
@@ -72,13 +72,12 @@ def prefill_kernel(q, key, value, key_scale, value_scale, tables, query_starts, 
                 vs, vl = load_words(tile_at(value_scale, tables, scale_block, scale_token, scale_head, kv_head, start, n, inside, BLOCK, TILE, True), inside, True)
             s = scores(q0, q1, q2, q3, q_sum, k, ks, kl, scale, score_zeros, KEY_BITS, INTERP)
             s = tl.where((start + n)[None, :] <= position[:, None], s, -1e30)  # finite: a row may see nothing of its last tile
-            top, total, largest, weights, shift, a0, a1, a2, a3 = accumulate(s, v, vs, vl, top, total, largest, weights, shift, a0, a1, a2, a3,
+            top, total, largest, shift, a0, a1, a2, a3 = accumulate(s, v, vs, vl, top, total, largest, shift, a0, a1, a2, a3,
                                                                              VALUE_BITS, INTERP)
         norm = 1 / total
         factor = norm
         if VALUE_BITS != 16:
             factor *= largest
-            shift -= weights * (largest * 1024.0)
         store_planes(out + ((query_start + row).to(tl.int64) * H + head) * D, a0, a1, a2, a3, factor, shift * norm, real, VW, VALUE_BITS, INTERP)
 
 

@@ -76,24 +76,42 @@ def nibbles_bf16(words, SHIFT: tl.constexpr, INTERP: tl.constexpr):
 
 
 @triton.jit
-def codes_fp16(words, PLANE: tl.constexpr, BITS: tl.constexpr, INTERP: tl.constexpr):
-    """fp16 1024 + code of one plane of int16 words (BITS 4 or 8): 0x6400 | code is that number exactly."""
+def codes_fp16(words, PLANE: tl.constexpr, BITS: tl.constexpr, CENTRED: tl.constexpr, INTERP: tl.constexpr):
+    """fp16 bias + code of one plane of int16 words, exactly; see `code_bias`.
+
+    A 4-bit code shifted to mantissa bits 6..9 under the exponent of 16 is 16 + code; a byte in the low mantissa under the exponent of
+    1024 is 1024 + code, from which CENTRED subtracts 1152. The small biases are for values: a large one would have to cancel against
+    a sum over the whole context, and the tensor core truncates as it accumulates."""
     if INTERP:
-        return (((words >> (PLANE * BITS)) & ((1 << BITS) - 1)) | 0x6400).to(tl.int16).to(tl.float16, bitcast=True)
-    if BITS == 8:  # bytes to the low halves of words whose high half is 0x64
-        if PLANE == 0:
+        code = ((words >> (PLANE * BITS)) & ((1 << BITS) - 1)).to(tl.float32)
+        return (code + code_bias(BITS, CENTRED)).to(tl.float16)
+    if BITS == 8:
+        if CENTRED:
+            if PLANE == 0:
+                return tl.inline_asm_elementwise("{ .reg .b32 t, c; prmt.b32 t, $1, 0x64646464, 0x4240; mov.b32 c, 0xe480e480; add.f16x2 $0, t, c; }", "=r,r",
+                                                 [words], dtype=tl.float16, is_pure=True, pack=2)
+            else:
+                return tl.inline_asm_elementwise("{ .reg .b32 t, c; prmt.b32 t, $1, 0x64646464, 0x4341; mov.b32 c, 0xe480e480; add.f16x2 $0, t, c; }", "=r,r",
+                                                 [words], dtype=tl.float16, is_pure=True, pack=2)
+        elif PLANE == 0:
             return tl.inline_asm_elementwise("prmt.b32 $0, $1, 0x64646464, 0x4240;", "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2)
         else:
             return tl.inline_asm_elementwise("prmt.b32 $0, $1, 0x64646464, 0x4341;", "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2)
     elif PLANE == 0:
-        return tl.inline_asm_elementwise("lop3.b32 $0, $1, 0x000f000f, 0x64006400, 0xea;", "=r,r", [words],
+        return tl.inline_asm_elementwise("{ .reg .b32 t; shl.b32 t, $1, 6; lop3.b32 $0, t, 0x03c003c0, 0x4c004c00, 0xea; }", "=r,r", [words],
                                          dtype=tl.float16, is_pure=True, pack=2)
     elif PLANE == 1:
-        return tl.inline_asm_elementwise("{ .reg .b32 t; shr.u32 t, $1, 4; lop3.b32 $0, t, 0x000f000f, 0x64006400, 0xea; }", "=r,r", [words],
+        return tl.inline_asm_elementwise("{ .reg .b32 t; shl.b32 t, $1, 2; lop3.b32 $0, t, 0x03c003c0, 0x4c004c00, 0xea; }", "=r,r", [words],
                                          dtype=tl.float16, is_pure=True, pack=2)
     elif PLANE == 2:
-        return tl.inline_asm_elementwise("{ .reg .b32 t; shr.u32 t, $1, 8; lop3.b32 $0, t, 0x000f000f, 0x64006400, 0xea; }", "=r,r", [words],
+        return tl.inline_asm_elementwise("{ .reg .b32 t; shr.u32 t, $1, 2; lop3.b32 $0, t, 0x03c003c0, 0x4c004c00, 0xea; }", "=r,r", [words],
                                          dtype=tl.float16, is_pure=True, pack=2)
     else:
-        return tl.inline_asm_elementwise("{ .reg .b32 t; shr.u32 t, $1, 12; lop3.b32 $0, t, 0x000f000f, 0x64006400, 0xea; }", "=r,r", [words],
+        return tl.inline_asm_elementwise("{ .reg .b32 t; shr.u32 t, $1, 6; lop3.b32 $0, t, 0x03c003c0, 0x4c004c00, 0xea; }", "=r,r", [words],
                                          dtype=tl.float16, is_pure=True, pack=2)
+
+
+@triton.constexpr_function
+def code_bias(bits, centred):
+    """What `codes_fp16` adds to a code."""
+    return 16.0 if bits == 4 else -128.0 if centred else 1024.0
