@@ -13,7 +13,7 @@ from engine.batch import ScheduledBatch, StepEvent, StepResult
 from engine.cache import KVCache
 from engine.config import EngineConfig
 from engine.detokenizer import Detokenizer
-from engine.errors import RequestError
+from engine.errors import NonFiniteLogitsError, RequestError
 from engine.loader import LoadedModel, load_model
 from engine.request import Request, RequestOutput, RequestStatus
 from engine.runner import Runner
@@ -134,6 +134,10 @@ class Engine:
             now = self.clock.now()
             self._complete(batch, result, now)
             self._apply_aborts()  # what was asked for while the step ran
+        except NonFiniteLogitsError as error:
+            self._recover()
+            self._fail(error)
+            batch, result, now = ScheduledBatch(), StepResult([]), start
         except BaseException:
             self._recover()
             raise
@@ -307,6 +311,14 @@ class Engine:
         request = self._requests.get(name)
         if request is not None:
             self.scheduler.finish(request, RequestStatus.ABORTED, self.clock.now())
+            self._deliver(request, [])
+
+    def _fail(self, error: NonFiniteLogitsError) -> None:
+        """End the requests the model had no answer for; the others of the batch are computed again without them."""
+        for name in error.request_ids:
+            request = self._requests[name]
+            request.error = str(error)
+            self.scheduler.finish(request, RequestStatus.FAILED, self.clock.now())
             self._deliver(request, [])
 
     def _abandon(self, names: Sequence[str]) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from engine.decoder import Decoder
+from engine.sampler import SamplingPlan, sample
 from engine.step_inputs import Arrays, StepInputs, lay_out, view_as
 from kernels import KVLayer
 
@@ -38,7 +39,7 @@ def padded_width(blocks: int) -> int:
 
 @dataclass(slots=True)
 class _Graph:
-    """One captured step. `arrays` view the pinned buffer, `step` the device's; a replay overwrites `logits`."""
+    """One captured step. `arrays` view the pinned buffer, `step` the device's; a replay overwrites the two results."""
 
     pinned: Tensor
     moved: Tensor
@@ -46,6 +47,7 @@ class _Graph:
     step: StepInputs
     graph: torch.cuda.CUDAGraph
     logits: Tensor
+    greedy: Tensor
 
 
 class DecodeGraphs:
@@ -62,16 +64,19 @@ class DecodeGraphs:
         """(padded batch size, block-table width) of each graph that exists."""
         return sorted(self._graphs)
 
-    def __call__(self, arrays: Arrays) -> Tensor:
-        """`arrays` of `step_arrays` for a batch of decodes -> logits [batch, vocab], valid until the next call."""
+    def __call__(self, arrays: Arrays) -> tuple[Tensor, Tensor]:
+        """`arrays` of `step_arrays` for a batch of decodes -> logits [batch, vocab] and the greedy tokens [batch].
+
+        Both are valid until the next call. Greedy choice is part of the graph; any other is made from the logits.
+        """
         batch, blocks = arrays["block_tables"].shape
         key = padded_size(batch), padded_width(blocks)
         graph = self._graphs.get(key)
         if graph is None:
-            return self._capture(key, arrays)[:batch]
+            graph = self._graphs[key] = self._capture(key, arrays)
         self._fill(graph, arrays)
         graph.graph.replay()
-        return graph.logits[:batch]
+        return graph.logits[:batch], graph.greedy[:batch]
 
     def _fill(self, graph: _Graph, arrays: Arrays) -> None:
         self._copied.synchronize()  # the copy of the step before still reads the pinned buffer
@@ -86,19 +91,19 @@ class DecodeGraphs:
         graph.moved.copy_(graph.pinned, non_blocking=True)
         self._copied.record()
 
-    def _capture(self, key: tuple[int, int], arrays: Arrays) -> Tensor:
-        """Run the step once as it is, which compiles what is missing, then record it. Returns the run's logits."""
+    def _capture(self, key: tuple[int, int], arrays: Arrays) -> _Graph:
+        """Run the step once, which compiles what is missing, then record it; computing a step twice is harmless."""
         graph = self._buffers(*key)
         self._fill(graph, arrays)
-        logits = self._compute(graph.step)
+        self._compute(graph.step)
         torch.cuda.synchronize()
         with torch.cuda.graph(graph.graph, pool=self._pool):
-            graph.logits = self._compute(graph.step)
-        self._graphs[key] = graph
-        return logits
+            graph.logits, graph.greedy = self._compute(graph.step)
+        return graph
 
-    def _compute(self, step: StepInputs) -> Tensor:
-        return self._decoder.logits(self._decoder(step, self._kv, self._cos_sin))
+    def _compute(self, step: StepInputs) -> tuple[Tensor, Tensor]:
+        logits = self._decoder.logits(self._decoder(step, self._kv, self._cos_sin))
+        return logits, sample(logits, SamplingPlan.greedy(), {})
 
     def _buffers(self, size: int, width: int) -> _Graph:
         like: Arrays = {
@@ -115,4 +120,4 @@ class DecodeGraphs:
         views = {name: view_as(moved, offsets[name], array) for name, array in like.items()}
         none = torch.zeros(0, dtype=torch.int64, device=moved.device)
         step = StepInputs(**views, query_starts=none, rows=none, num_decodes=size)
-        return _Graph(pinned, moved, arrays, step, torch.cuda.CUDAGraph(), none)
+        return _Graph(pinned, moved, arrays, step, torch.cuda.CUDAGraph(), none, none)

@@ -18,6 +18,7 @@ class RequestStatus(IntEnum):
     STOPPED = 3
     LENGTH = 4
     ABORTED = 5
+    FAILED = 6
 
     @property
     def is_finished(self) -> bool:
@@ -63,6 +64,7 @@ class Request:
     num_recomputed: int = 0
     token_times: list[float] = field(default_factory=list)
     finish_time: float | None = None
+    error: str | None = None
 
     @property
     def num_prompt(self) -> int:
@@ -170,8 +172,13 @@ class RequestOutput:
 
     @property
     def finish_reason(self) -> str | None:
-        """One of "stop", "length", "abort", or None while running."""
+        """One of "stop", "length", "abort", "error", or None while running."""
         return FINISH_REASONS.get(self._request.status)
+
+    @property
+    def error(self) -> str | None:
+        """One sentence where finish_reason is "error"."""
+        return self._request.error
 
     @property
     def num_cached(self) -> int:
@@ -196,4 +203,9 @@ class RequestOutput:
         return self._request.timing
 
 
-FINISH_REASONS = {RequestStatus.STOPPED: "stop", RequestStatus.LENGTH: "length", RequestStatus.ABORTED: "abort"}
+FINISH_REASONS = {
+    RequestStatus.STOPPED: "stop",
+    RequestStatus.LENGTH: "length",
+    RequestStatus.ABORTED: "abort",
+    RequestStatus.FAILED: "error",
+}

@@ -18,19 +18,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.errors import RequestError
 from engine.request import Request, TokenLogprobs
 from engine.step_inputs import Arrays
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-
-
-class NonFiniteLogitsError(RequestError):
-    """The model answered with NaN or infinity for `request_ids`; the rest of the batch can go on without them."""
-
-    def __init__(self, request_ids: Sequence[str]) -> None:
-        self.request_ids = tuple(request_ids)
-        super().__init__(f"the logits of request {', '.join(self.request_ids)} are not finite: no token can be chosen")
 
 
 def uniforms(seeds: Sequence[int], positions: Sequence[int]) -> NDArray[np.float64]:
@@ -58,6 +49,11 @@ class SamplingPlan:
     max_top_k: int
     top_p: bool
     min_p: bool
+
+    @classmethod
+    def greedy(cls) -> SamplingPlan:
+        """The most likely token of every row."""
+        return cls({}, 0, False, False)
 
     @classmethod
     def of(cls, requests: Sequence[Request], vocab_size: int) -> SamplingPlan:

@@ -15,14 +15,14 @@ from engine.batch import ScheduledBatch, ScheduledRequest, StepResult
 from engine.clock import Clock, MonotonicClock
 from engine.config import EngineConfig
 from engine.decoder import Decoder
-from engine.errors import ConfigError
+from engine.errors import ConfigError, NonFiniteLogitsError
 from engine.graphs import DecodeGraphs
 from engine.loader import LoadedModel
 from engine.memory import MemoryPlan, plan_memory
 from engine.model_spec import ModelSpec
 from engine.request import TokenLogprobs
 from engine.rope import cos_sin_table
-from engine.sampler import NonFiniteLogitsError, SamplingPlan, known_logprobs, sample, token_logprobs
+from engine.sampler import SamplingPlan, known_logprobs, sample, token_logprobs
 from engine.step_inputs import Arrays, Staging, StepInputs, step_arrays
 from kernels import KVLayer, allocate_kv
 
@@ -132,8 +132,9 @@ class TorchRunner:
             _add_scored(arrays, scored)
         known: list[float] = []
         if self._graphs is not None and not batch.prefills:
-            logits = self._graphs(arrays)
-            staged = self._staging(plan.arrays) if plan.arrays else {}
+            logits, tokens = self._graphs(arrays)
+            if plan.arrays:
+                tokens = sample(logits, plan, self._staging(plan.arrays))
         else:
             arrays.update(plan.arrays)
             staged = self._staging(arrays)
@@ -141,7 +142,7 @@ class TorchRunner:
             hidden = self._decoder(step, self._kv, self._cos_sin)
             known = self._score(hidden[len(sampled) :], staged["targets"]) if scored else []
             logits = self._decoder.logits(hidden[: len(sampled)])
-        tokens = sample(logits, plan, staged)
+            tokens = sample(logits, plan, staged)
         chosen = tokens.tolist()  # waits for the device
         if chosen and min(chosen) < 0:
             raise NonFiniteLogitsError([r.request_id for r, token in zip(sampled, chosen, strict=True) if token < 0])

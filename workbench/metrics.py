@@ -232,9 +232,9 @@ class MetricsCollector:
         self.series.add(event)
 
     def on_finish(self, output: RequestOutput) -> None:
-        """Account for a request that ended; an aborted one leaves no latency behind."""
+        """Account for a request that ended; an aborted or failed one leaves no latency behind."""
         timing = output.timing
-        if output.finish_reason == "abort" or timing.ttft is None or timing.latency is None:
+        if output.finish_reason in ("abort", "error") or timing.ttft is None or timing.latency is None:
             return
         self._end = max(self._end, timing.finish or self._end)
         self._ttft.append(timing.ttft)

@@ -156,7 +156,9 @@ class Run:
         assert self._collector is not None, "a finished request before the load began"
         with self._lock:
             self._collector.on_finish(output)
-        if output.finish_reason != "abort":
+        if output.error is not None:
+            self.note(f"a request failed: {output.error}")
+        if output.finish_reason not in ("abort", "error"):
             self._last_output = output
 
     def on_reject(self, reason: str) -> None:

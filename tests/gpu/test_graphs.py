@@ -28,14 +28,15 @@ class Checked:
         self.sizes: list[int] = []
         self.errors: list[float] = []
 
-    def __call__(self, arrays: dict[str, Any]) -> Tensor:
-        replayed = self.graphs(arrays).clone()
+    def __call__(self, arrays: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        replayed, tokens = (result.clone() for result in self.graphs(arrays))
         staged = self.runner._staging(arrays)
         step = StepInputs(**{name: staged[name] for name in FIELDS}, num_decodes=len(arrays["tokens"]))
-        eager = self.graphs._compute(step)
+        eager, _ = self.graphs._compute(step)
         self.sizes.append(len(arrays["tokens"]))
         self.errors.append(float((replayed.float() - eager.float()).norm() / eager.float().norm()))
-        return replayed
+        assert torch.equal(tokens, replayed.argmax(-1))
+        return replayed, tokens
 
 
 @pytest.mark.parametrize("kv", ["bf16", "int8", "int4"])

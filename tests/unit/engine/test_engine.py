@@ -10,7 +10,7 @@ import pytest
 from engine.batch import ScheduledBatch, StepEvent, StepResult
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.errors import ConfigError, RequestError
+from engine.errors import ConfigError, NonFiniteLogitsError, RequestError
 from engine.sampling_params import SamplingParams
 from tests.unit.engine.support import StubModel, tiny_spec
 
@@ -127,6 +127,26 @@ def test_a_broken_step_loses_nothing(engine: Engine, error: type[BaseException])
             engine.check_integrity()
     assert broken == 1
     assert [done[str(i)] for i in range(4)] == want
+
+
+def test_a_request_without_an_answer_fails_alone(engine: Engine) -> None:
+    execute = engine.runner.execute
+
+    def poisoned(batch: ScheduledBatch) -> StepResult:
+        if any(item.request.request_id == "bad" and item.start > 20 for item in batch.items):
+            raise NonFiniteLogitsError(["bad"])
+        return execute(batch)
+
+    engine.runner.execute = poisoned  # type: ignore[method-assign]
+    for name in ("good", "bad"):
+        engine.add_request([3] * 20, SamplingParams(max_tokens=9), request_id=name)
+    done = {}
+    while engine.has_unfinished():
+        done |= {output.request_id: output for output in engine.step() if output.finished}
+        engine.check_integrity()
+    assert (done["good"].finish_reason, len(done["good"].token_ids)) == ("length", 9)
+    assert done["bad"].finish_reason == "error"
+    assert "request bad are not finite" in str(done["bad"].error)
 
 
 def test_an_interrupted_generate_aborts_its_own_prompts_only(engine: Engine) -> None:

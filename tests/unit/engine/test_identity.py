@@ -1,4 +1,4 @@
-"""However requests are batched, chunked, cached or preempted: on the reference path the tokens are those of one alone."""
+"""However requests are batched, chunked, cached or preempted: on the reference path the tokens are those of one."""
 
 from __future__ import annotations
 

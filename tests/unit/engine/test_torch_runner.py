@@ -14,10 +14,9 @@ import torch
 
 from engine.batch import ScheduledBatch, ScheduledRequest, StepResult
 from engine.config import EngineConfig
-from engine.errors import ConfigError
+from engine.errors import ConfigError, NonFiniteLogitsError
 from engine.loader import LoadedModel, load_model
 from engine.request import Request
-from engine.sampler import NonFiniteLogitsError
 from engine.sampling_params import SamplingParams
 from engine.step_inputs import Staging, step_arrays
 from engine.torch_runner import TorchRunner
