@@ -1,4 +1,4 @@
-"""The four live charts in one figure: each FigureWidget brings its own copy of plotly to the browser, so there is one."""
+"""The four live charts, in one figure: each FigureWidget brings its own copy of plotly to the browser."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
+from workbench import text
 from workbench.headline import LIKELY, MET, MISSED
 from workbench.view import (
     BLUE,
@@ -60,7 +61,7 @@ class _Figure(go.FigureWidget):  # type: ignore[misc]
 
 
 class LiveCharts:
-    """Owns the figure. Only one thread may call `show`: plotly's batch flag is shared, and two writers lose messages."""
+    """Owns the figure. Only one thread may call `show`: plotly's batch flag is shared, two writers lose messages."""
 
     def __init__(self) -> None:
         self.figure = _Figure(blank_figure())  # ImportError where anywidget is missing
@@ -87,7 +88,11 @@ class LiveCharts:
         self._drawn |= layout
 
     def forget(self) -> None:
-        """Send everything anew with the next `show`."""
+        """Make the next `show` send everything: what was sent while the browser built the figure may be lost.
+
+        The data is taken away first, because plotly sends no property that it believes to be there already.
+        """
+        self.show(View())
         self._drawn.clear()
 
     def close(self) -> None:
@@ -103,15 +108,20 @@ def updates(view: View, *, slow: bool = True) -> tuple[Changes, dict[str, Any]]:
     """Properties by trace uid, and of the layout, that show `view`."""
     traces = {**_memory(view.memory), **_trend(view.trend)}
     if slow:
-        curves = {"ttft-now": view.ttft, "tpot-now": view.tpot,
-                  "ttft-baseline": view.baseline_ttft, "tpot-baseline": view.baseline_tpot}  # fmt: skip
+        curves = {
+            "ttft-now": view.ttft,
+            "tpot-now": view.tpot,
+            "ttft-baseline": view.baseline_ttft,
+            "tpot-baseline": view.baseline_tpot,
+        }
         traces |= {uid: _curve(curve) for uid, curve in curves.items()}
         traces |= {"ttft-slo": _bound(view.slo_ttft), "tpot-slo": _bound(view.slo_tpot)}
         traces |= _points(view.points)
     layout = _memory_layout(view.memory)
     if slow:
-        layout |= _log_range("xaxis3", any(len(curve.seconds) for curve in (view.ttft, view.tpot, view.baseline_ttft)))
-        layout |= _log_range("xaxis4", bool(view.points))
+        bounds = [bound for bound in (view.slo_ttft, view.slo_tpot) if bound]
+        shown = np.concatenate([*(curve.seconds for curve in curves.values()), np.array(bounds)])
+        layout |= _log_axis("xaxis3", shown) | _log_axis("xaxis4", np.array([point.ttft_p99 for point in view.points]))
     return traces, layout
 
 
@@ -140,9 +150,11 @@ def _memory(bars: Sequence[MemoryBar]) -> Changes:
             "x": sizes,
             "y": [_row(bar) for bar in bars],
             "text": [f"{size:.3g}" if size > 0 and not part.pattern and part.key != "free" else "" for size in sizes],
-            "customdata": [f"{bar.label}: {part.label}{note} {size:.3g} {unit}"
-                           for bar, note, size in zip(bars, notes, sizes, strict=True)],
-        }  # fmt: skip
+            "customdata": [
+                f"{bar.label}: {part.label}{note} {size:.3g} {unit}"
+                for bar, note, size in zip(bars, notes, sizes, strict=True)
+            ],
+        }
     return changes
 
 
@@ -150,9 +162,18 @@ def _row(bar: MemoryBar) -> str:
     return f"<b>{bar.label}</b><br>{bar.tokens:,}<br>tokens fit"
 
 
-def _log_range(axis: str, filled: bool) -> dict[str, Any]:
-    """Left to plotly once there is something to fit, so that a person's zoom stays."""
-    return {f"{axis}.autorange": True} if filled else {f"{axis}.range": [-2, 1]}
+def _log_axis(axis: str, values: Array) -> dict[str, Any]:
+    """Range in steps of a quarter decade, so that it seldom moves, and as many labels as fit side by side."""
+    positive = values[values > 0]
+    low, high = (positive.min(), positive.max()) if len(positive) else (0.01, 1.0)
+    left, right = math.floor(4 * math.log10(low) - 0.2) / 4, math.ceil(4 * math.log10(high) + 0.2) / 4
+    factors = (1, 2, 5) if right - left <= 1.25 else (1, 3) if right - left <= 2.5 else (1,)
+    marks = [f * 10.0**decade for decade in range(math.floor(left), math.ceil(right) + 1) for f in factors]
+    return {
+        f"{axis}.range": [left, right],
+        f"{axis}.tickvals": marks,
+        f"{axis}.ticktext": [text.seconds(mark) for mark in marks],
+    }
 
 
 def _memory_layout(bars: Sequence[MemoryBar]) -> dict[str, Any]:
@@ -200,23 +221,60 @@ def _traces() -> list[dict[str, Any]]:
     def line(
         uid: str, axes: str, colour: str, dash: str, width: float, hover: str, shape: str = "linear"
     ) -> dict[str, Any]:
-        return {"type": "scatter", "mode": "lines", "uid": uid, "xaxis": f"x{axes[0]}", "yaxis": f"y{axes[1]}", "x": [], "y": [],
-                "line": {"color": colour, "dash": dash, "width": width, "shape": shape}, "showlegend": False,
-                "hovertemplate": f"{hover}<extra></extra>"}  # fmt: skip
+        return {
+            "type": "scatter",
+            "mode": "lines",
+            "uid": uid,
+            "xaxis": f"x{axes[0]}",
+            "yaxis": f"y{axes[1]}",
+            "x": [],
+            "y": [],
+            "line": {"color": colour, "dash": dash, "width": width, "shape": shape},
+            "showlegend": False,
+            "hovertemplate": f"{hover}<extra></extra>",
+        }
 
     def marks(uid: str, mode: str, **marker: Any) -> dict[str, Any]:
-        return {"type": "scatter", "mode": mode, "uid": uid, "xaxis": "x4", "yaxis": "y4", "x": [], "y": [], "text": [],
-                "customdata": [], "textposition": "top right", "cliponaxis": False, "marker": marker, "showlegend": False,
-                "hovertemplate": "%{customdata}<extra></extra>"}  # fmt: skip
+        return {
+            "type": "scatter",
+            "mode": mode,
+            "uid": uid,
+            "xaxis": "x4",
+            "yaxis": "y4",
+            "x": [],
+            "y": [],
+            "text": [],
+            "customdata": [],
+            "textposition": "top right",
+            "cliponaxis": False,
+            "marker": marker,
+            "showlegend": False,
+            "hovertemplate": "%{customdata}<extra></extra>",
+        }
 
     bars = [
-        {"type": "bar", "orientation": "h", "uid": f"memory-{part.key}", "x": [], "y": [], "text": [], "customdata": [],
-         "textposition": "inside", "insidetextanchor": "middle", "textangle": 0, "showlegend": False,
-         "insidetextfont": {"color": "white"}, "hovertemplate": "%{customdata}<extra></extra>",
-         "marker": {"color": part.colour if part.key != "free" else "rgba(0,0,0,0)", "line": {"color": part.colour, "width": 1.5},
-                    "pattern": {"shape": part.pattern, "fillmode": "replace", "size": 7, "solidity": 0.2}}}
+        {
+            "type": "bar",
+            "orientation": "h",
+            "uid": f"memory-{part.key}",
+            "x": [],
+            "y": [],
+            "text": [],
+            "customdata": [],
+            "textposition": "inside",
+            "insidetextanchor": "middle",
+            "textangle": 0,
+            "showlegend": False,
+            "insidetextfont": {"color": "white"},
+            "hovertemplate": "%{customdata}<extra></extra>",
+            "marker": {
+                "color": part.colour if part.key != "free" else "rgba(0,0,0,0)",
+                "line": {"color": part.colour, "width": 1.5},
+                "pattern": {"shape": part.pattern, "fillmode": "replace", "size": 7, "solidity": 0.2},
+            },
+        }
         for part in PARTS
-    ]  # fmt: skip
+    ]
     share = "%{y:.0f} % at or below %{x:.3~g} s"
     return [
         *bars,
@@ -234,7 +292,7 @@ def _traces() -> list[dict[str, Any]]:
         marks("run-missed", "markers+text", symbol="x", size=10, color=VERMILLION),
         marks("run-latest", "markers", symbol="square-open", size=19, color=BLUE, line={"width": 2}),
         marks("run-baseline", "markers", symbol="diamond-open", size=23, color=PURPLE, line={"width": 2}),
-    ]  # fmt: skip
+    ]
 
 
 def _span(colour: str, mark: str, label: str) -> str:
@@ -246,8 +304,13 @@ def _titles() -> list[tuple[str, str, float, float]]:
     memory = [_span(part.colour, part.mark, part.label) for part in PARTS]
     trend = [_span(BLUE, "━━", "tokens/s"), _span(GREEN, "╍╍", "running"), _span(VERMILLION, "┅┅", "waiting")]
     latency = [_span(BLUE, "━━", "TTFT"), _span(VERMILLION, "╍╍", "TPOT"), _span(GREY, "──", "baseline"), "┊ SLO"]
-    points = [_span(GREEN, "●", "SLO met"), _span(GREEN, "○", "met so far"), _span(VERMILLION, "✖", "missed"),
-              _span(BLUE, "□", "latest"), _span(PURPLE, "◇", "baseline")]  # fmt: skip
+    points = [
+        _span(GREEN, "●", "SLO met"),
+        _span(GREEN, "○", "met so far"),
+        _span(VERMILLION, "✖", "missed"),
+        _span(BLUE, "□", "latest"),
+        _span(PURPLE, "◇", "baseline"),
+    ]
     top, bottom = 1.0, _share(310)
     return [
         ("Where the memory goes", "  ".join(memory[:3]) + "<br>" + "  ".join(memory[3:]), 0.0, top),
@@ -270,31 +333,64 @@ def _layout() -> dict[str, Any]:
     """Fixed sizes and margins throughout: nothing on the page moves while numbers change."""
 
     def axis(anchor: str, domain: tuple[float, float], title: str, **more: Any) -> dict[str, Any]:
-        return {"anchor": anchor, "domain": domain, "title": {"text": title, "standoff": 6, "font": {"size": 12}},
-                "zeroline": False, "showline": True, "linecolor": GREY, "gridcolor": "rgba(128,128,128,0.22)",
-                "ticks": "outside", "ticklen": 4, "tickcolor": GREY, "automargin": False, "nticks": 6, **more}  # fmt: skip
+        return {
+            "anchor": anchor,
+            "domain": domain,
+            "title": {"text": title, "standoff": 6, "font": {"size": 12}},
+            "zeroline": False,
+            "showline": True,
+            "linecolor": GREY,
+            "gridcolor": "rgba(128,128,128,0.22)",
+            "ticks": "outside",
+            "ticklen": 4,
+            "tickcolor": GREY,
+            "automargin": False,
+            "nticks": 6,
+            **more,
+        }
 
     zero: dict[str, Any] = {"rangemode": "tozero"}
-    log: dict[str, Any] = {"type": "log", "tickformat": "~r"}
+    log: dict[str, Any] = {
+        "type": "log",
+        "tickmode": "array",
+        "minor": {"ticks": "outside", "ticklen": 2, "dtick": "D1"},
+    }
     return {
-        "height": HEIGHT, "autosize": True, "margin": _MARGIN, "showlegend": False,
-        "paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)",
+        "height": HEIGHT,
+        "autosize": True,
+        "margin": _MARGIN,
+        "showlegend": False,
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
         "font": {"family": "system-ui, sans-serif", "size": 11.5, "color": GREY},
-        "barmode": "stack", "bargap": 0.3, "uirevision": "keep", "hovermode": "closest", "dragmode": False,
+        "barmode": "stack",
+        "bargap": 0.3,
+        "uirevision": "keep",
+        "hovermode": "closest",
+        "dragmode": False,
         "uniformtext": {"minsize": 10, "mode": "hide"},
         "annotations": [
-            {"text": f"<b>{title}</b><br><span style='font-size:11px'>{legend}</span>", "x": x, "y": y, "xref": "paper",
-             "yref": "paper", "xanchor": "left", "yanchor": "top", "showarrow": False, "align": "left", "font": {"size": 13}}
+            {
+                "text": f"<b>{title}</b><br><span style='font-size:11px'>{legend}</span>",
+                "x": x,
+                "y": y,
+                "xref": "paper",
+                "yref": "paper",
+                "xanchor": "left",
+                "yanchor": "top",
+                "showarrow": False,
+                "align": "left",
+                "font": {"size": 13},
+            }
             for title, legend, x, y in _titles()
         ],
         "xaxis": axis("y", _LEFT, "MB", **zero),
         "yaxis": axis("x", _TOP, "", type="category", showgrid=False, ticks="", range=[2.5, -0.5]),
         "xaxis2": axis("y2", _RIGHT, "seconds since the run began", **zero),
         "yaxis2": axis("x2", _TOP, "tokens/s", **zero),
-        "yaxis5": axis("x2", _TOP, "requests", **zero, overlaying="y2", side="right", showgrid=False,
-                       tickmode="auto"),
-        "xaxis3": axis("y3", _LEFT, "seconds, log scale", **log),
+        "yaxis5": axis("x2", _TOP, "requests", **zero, overlaying="y2", side="right", showgrid=False, tickmode="auto"),
+        "xaxis3": axis("y3", _LEFT, "time (log scale)", **log),
         "yaxis3": axis("x3", _BOTTOM, "", range=[0, 104], ticksuffix=" %", dtick=25),
-        "xaxis4": axis("y4", _RIGHT, "TTFT p99 in seconds, log scale", **log),
+        "xaxis4": axis("y4", _RIGHT, "TTFT p99 (log scale)", **log),
         "yaxis4": axis("x4", _BOTTOM, "tokens/s", **zero),
-    }  # fmt: skip
+    }

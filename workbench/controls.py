@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import ipywidgets as widgets
@@ -143,8 +143,14 @@ def _field(knob: Knob) -> _Field:
             options = [(label, value) for value, label in knob.suggestions().items()]
             options.append(("another: folder or hub id", OTHER))
             chosen = widgets.Dropdown(**common, options=options, layout=_FULL)
-            text = widgets.Text(description="Folder or id", placeholder="/path/to/model or owner/name", style=_LABEL, layout=_FULL,
-                                continuous_update=False, tooltip="Used when the model above says another")  # fmt: skip
+            text = widgets.Text(
+                description="Folder or id",
+                placeholder="/path/to/model or owner/name",
+                style=_LABEL,
+                layout=_FULL,
+                continuous_update=False,
+                tooltip="Used when the model above says another",
+            )
             return _ModelField(widgets.VBox([chosen, text]), [chosen, text])
         case Choice():
             options = [(label, value) for value, label in knob.options.items()]
@@ -175,8 +181,9 @@ def _number(knob: Number, common: dict[str, Any]) -> _Field:
         base = {"base": 10, "min": math.log10(low), "max": math.log10(high), "step": 0.02, "value": low}
         slider = widgets.FloatLogSlider(**base, readout=False, continuous_update=False, tooltip=knob.help)
     else:
-        slider = widgets.FloatSlider(min=low, max=high, step=knob.step, value=low, readout=False, continuous_update=False,
-                                     tooltip=knob.help)  # fmt: skip
+        slider = widgets.FloatSlider(
+            min=low, max=high, step=knob.step, value=low, readout=False, continuous_update=False, tooltip=knob.help
+        )
     following = False
 
     def follow(target: Any, value: float) -> None:

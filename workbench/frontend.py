@@ -75,9 +75,10 @@ export default { render };
 
 
 def live_region(*, urgent: bool = False) -> Any:
-    """A widget with `text`, `kind` and `unseen` (words for readers only, set before `text`) whose changes a screen reader announces, at once if `urgent`.
+    """A widget with `text`, `kind` and `unseen` (words for screen readers only, set before `text`).
 
-    `renders` counts how often the browser has built the charts beside it. Without anywidget it is an HTML widget of the same look, which readers find but do not announce.
+    Screen readers announce its changes, at once if `urgent`. `renders` counts how often the browser has built the
+    charts beside it. Without anywidget it is an HTML widget of the same look, which readers find but do not announce.
     """
     try:
         import anywidget
@@ -113,12 +114,14 @@ def _plain_region(urgent: bool) -> Any:
     return PlainRegion()
 
 
-# Colours and fonts are JupyterLab's own variables, so that the panel follows the theme, also when it changes; the values
-# after the commas serve front ends that have none. Heights are fixed wherever text changes during a run.
+# Colours and fonts are JupyterLab's own variables, so that the panel follows the theme, also when it changes; the
+# values after the commas serve front ends that have none. Heights are fixed wherever text changes during a run.
 STYLE = """<style>
-.inferlab { container-type: inline-size; color: var(--jp-ui-font-color1, #222); font-size: 13px; padding: 4px 2px 8px; }
+.inferlab { container-type: inline-size; color: var(--jp-ui-font-color1, #222); font-size: 13px;
+  padding: 4px 2px 8px; }
 .inferlab, .inferlab .widget-box, .inferlab .widget-html, .inferlab .widget-html-content { overflow: visible; }
-.inferlab .widget-html, .inferlab .widget-html-content { margin: 0; line-height: 1.35; width: 100%; display: block; height: auto; }
+.inferlab .widget-html, .inferlab .widget-html-content { margin: 0; line-height: 1.35; width: 100%; display: block;
+  height: auto; }
 .inferlab h4 { margin: 0 0 4px; font-size: 12px; font-weight: 600; letter-spacing: .04em; text-transform: uppercase;
   color: var(--jp-ui-font-color2, #555); }
 .inferlab-top { align-items: center; gap: 6px; flex-wrap: wrap; margin-bottom: 8px; }
@@ -126,12 +129,14 @@ STYLE = """<style>
 .inferlab-top .inferlab-progress { flex: 1 1 260px; min-width: 220px; }
 .inferlab-bar { height: 8px; border-radius: 4px; background: var(--jp-layout-color3, #ddd); overflow: hidden; }
 .inferlab-bar > div { height: 100%; background: #0072B2; }
-.inferlab-progress small { display: block; height: 1.4em; overflow: hidden; text-overflow: ellipsis; white-space: nowrap;
+.inferlab-progress small { display: block; height: 1.4em; overflow: hidden; text-overflow: ellipsis;
+  white-space: nowrap;
   color: var(--jp-ui-font-color2, #555); font-size: 12px; }
 .inferlab-results { min-width: 0; }
 .inferlab-body { display: grid; grid-template-columns: 300px minmax(0, 1fr); gap: 16px; align-items: start; }
 .inferlab-knobs { display: grid; grid-template-columns: minmax(0, 1fr); gap: 10px; }
-.inferlab-group { min-width: 0; box-sizing: border-box; border: 1px solid var(--jp-border-color2, #ddd); border-radius: 6px; padding: 8px 10px; }
+.inferlab-group { min-width: 0; box-sizing: border-box; border: 1px solid var(--jp-border-color2, #ddd);
+  border-radius: 6px; padding: 8px 10px; }
 .inferlab-group .widget-inline-hbox { width: 100%; min-width: 0; margin: 1px 0; }
 .inferlab-group .widget-inline-hbox > select, .inferlab-group .widget-inline-hbox > input { min-width: 0; }
 .inferlab-group .widget-label { color: var(--jp-ui-font-color1, #222); font-size: 12.5px; }
@@ -141,9 +146,11 @@ STYLE = """<style>
 .inferlab-tiles { display: grid; grid-template-columns: repeat(7, minmax(0, 1fr)); gap: 6px; margin: 0 0 6px; }
 .inferlab-tiles > div { border: 1px solid var(--jp-border-color2, #ddd); border-radius: 6px; padding: 6px 4px 4px 8px;
   min-width: 0; height: 96px; box-sizing: border-box; overflow: hidden; }
-.inferlab-tiles > div > * { display: block; white-space: nowrap; overflow: hidden; text-overflow: ellipsis; font-size: 11px;
+.inferlab-tiles > div > * { display: block; white-space: nowrap; overflow: hidden; text-overflow: ellipsis;
+  font-size: 11px;
   line-height: 1.3; color: var(--jp-ui-font-color2, #555); }
-.inferlab-tiles > div > strong { font-size: 16px; font-variant-numeric: tabular-nums; color: var(--jp-ui-font-color0, #000); }
+.inferlab-tiles > div > strong { font-size: 16px; font-variant-numeric: tabular-nums;
+  color: var(--jp-ui-font-color0, #000); }
 .inferlab-tiles > div > small { white-space: normal; text-overflow: clip; }
 .inferlab h4 small { font-weight: 400; letter-spacing: 0; text-transform: none; }
 .inferlab-tiles .met { border-color: #009E73; box-shadow: inset 3px 0 #009E73; }

@@ -115,8 +115,9 @@ def progress_html(share: float, words: str) -> str:
     """A bar with words under it; the words carry the message."""
     percent = round(100 * min(max(share, 0.0), 1.0))
     return (
-        f'<div class="inferlab-bar" role="progressbar" aria-label="progress of the run" aria-valuemin="0" aria-valuemax="100" '
-        f'aria-valuenow="{percent}" aria-valuetext="{escape(words)}"><div style="width:{percent}%"></div></div>'
+        '<div class="inferlab-bar" role="progressbar" aria-label="progress of the run" aria-valuemin="0" '
+        f'aria-valuemax="100" aria-valuenow="{percent}" aria-valuetext="{escape(words)}">'
+        f'<div style="width:{percent}%"></div></div>'
         f'<small title="{escape(words)}">{escape(words) or "&nbsp;"}</small>'
     )
 
@@ -127,7 +128,7 @@ def sample_html(sample: tuple[str, str] | None, note: str) -> str:
         body = "The last prompt and its answer show here after a run."
     else:
         prompt, answer = sample
-        body = f"{escape(_end(prompt, 400))}<b>{escape(answer[:1200])}</b>"
+        body = f"{escape(_end(prompt, 160))}<b>{escape(answer[:1200])}</b>"
     return f"<h4>Sample text <small>{escape(note)}</small></h4><pre tabindex='0' aria-label='sample text'>{body}</pre>"
 
 

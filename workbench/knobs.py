@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from engine.config import BATCHING, EngineConfig
 from engine.errors import ConfigError
@@ -13,9 +13,6 @@ from engine.simulated import GPUS
 from kernels import KV_FORMATS, WEIGHT_FORMATS
 from workbench.metrics import SLO
 from workbench.workload import PRESETS, Workload
-
-if TYPE_CHECKING:
-    from engine.memory import MemoryPlan
 
 MB = 10**6
 BUNDLED_LIMIT = 88
@@ -125,45 +122,171 @@ MODEL, PRECISION, BATCHES, LOAD, TARGET = (
 )
 
 _KNOBS: tuple[Knob, ...] = (
-    Text(name="model", label="Model", group=MODEL, default="bundled", suggestions=model_options,
-         help="What is served: the small model that ships with InferLab, published dimensions with random weights, "
-              "a folder with safetensors, or a Hugging Face hub id"),
-    Choice(name="device", label="Runs on", group=MODEL, default="auto", options=DEVICES,
-           help="This machine computes for real; a simulated GPU follows a cost model on a virtual clock"),
-    Number(name="memory_limit_mb", label="Memory, MB", group=MODEL, default=BUNDLED_LIMIT, low=0, high=10**7, step=8,
-           help="Bytes the engine may use, in millions; 0 takes the whole GPU, or a modest share of the RAM"),
-    Choice(name="weights", label="Weights", group=PRECISION, default="bf16",
-           options={name: form.label for name, form in WEIGHT_FORMATS.items()},
-           help="How weights are stored: " + "; ".join(f"{name}: {form.description}" for name, form in WEIGHT_FORMATS.items())),
-    Choice(name="kv", label="KV cache", group=PRECISION, default="bf16",
-           options={name: form.label for name, form in KV_FORMATS.items()},
-           help="How keys and values are stored: " + "; ".join(f"{name}: {form.description}" for name, form in KV_FORMATS.items())),
-    Number(name="cache_ratio", label="Cache ratio", group=PRECISION, default=0.8, low=0.05, high=0.95, step=0.05, whole=False,
-           slider="linear", help="Share of the memory left after weights and workspace that the KV pool takes"),
-    Choice(name="batching", label="Policy", group=BATCHES, default="continuous",
-           options={name: name for name in BATCHING},
-           help="When waiting requests start. " + "; ".join(f"{name}: {_JOINS.get(name, '')}" for name in BATCHING)),
-    Number(name="max_batch_size", label="Max batch", group=BATCHES, default=64, low=1, high=2048, slider="log", reach=(1, 512),
-           help="Most requests computed in one step"),
-    Switch(name="prefix_caching", label="Prefix caching", group=BATCHES, default=True,
-           help="Keep the keys and values of finished prompts and reuse them for prompts that begin alike"),
-    Choice(name="workload", label="Preset", group=LOAD, default=_START, options={name: name for name in PRESETS},
-           help="Lengths, shared prompts and arrivals: chats that come one by one, or a batch of documents at once"),
-    Choice(name="load", label="Arrivals", group=LOAD, default="rate", options=LOADS,
-           help="How requests come: at random moments, the next when one ends, or all at the start"),
-    Number(name="rate", label="Requests/s", group=LOAD, default=_CHAT.rate, low=0.01, high=10_000, step=1, whole=False,
-           slider="log", reach=(0.5, 200), help="Mean arrivals per second (Poisson)"),
-    Number(name="concurrency", label="In flight", group=LOAD, default=16, low=1, high=4096, slider="log", reach=(1, 512),
-           help="Requests that are always under way, in the closed loop"),
-    Number(name="requests", label="Requests", group=LOAD, default=_CHAT.num_requests, low=1, high=100_000, step=16,
-           help="How many requests a run has; about 300 are needed before a p99 is worth its name"),
-    Number(name="seed", label="Seed", group=LOAD, default=0, low=0, high=2**31 - 1,
-           help="The same seed gives the same prompts, lengths and arrivals"),
-    Number(name="slo_ttft_ms", label="TTFT p99, ms", group=TARGET, default=1000, low=1, high=600_000, step=50, whole=False,
-           help="Time to first token that 99 of 100 requests must meet, counted from the scheduled arrival"),
-    Number(name="slo_tpot_ms", label="TPOT p99, ms", group=TARGET, default=100, low=0.1, high=60_000, step=5, whole=False,
-           help="Time per output token after the first that 99 of 100 requests must meet"),
-)  # fmt: skip
+    Text(
+        name="model",
+        label="Model",
+        group=MODEL,
+        default="bundled",
+        suggestions=model_options,
+        help="What is served: the small model that ships with InferLab, published dimensions with random weights, "
+        "a folder with safetensors, or a Hugging Face hub id",
+    ),
+    Choice(
+        name="device",
+        label="Runs on",
+        group=MODEL,
+        default="auto",
+        options=DEVICES,
+        help="This machine computes for real; a simulated GPU follows a cost model on a virtual clock",
+    ),
+    Number(
+        name="memory_limit_mb",
+        label="Memory, MB",
+        group=MODEL,
+        default=BUNDLED_LIMIT,
+        low=0,
+        high=10**7,
+        step=8,
+        help="Bytes the engine may use, in millions; 0 takes the whole GPU, or a modest share of the RAM",
+    ),
+    Choice(
+        name="weights",
+        label="Weights",
+        group=PRECISION,
+        default="bf16",
+        options={name: form.label for name, form in WEIGHT_FORMATS.items()},
+        help="How weights are stored: "
+        + "; ".join(f"{name}: {form.description}" for name, form in WEIGHT_FORMATS.items()),
+    ),
+    Choice(
+        name="kv",
+        label="KV cache",
+        group=PRECISION,
+        default="bf16",
+        options={name: form.label for name, form in KV_FORMATS.items()},
+        help="How keys and values are stored: "
+        + "; ".join(f"{name}: {form.description}" for name, form in KV_FORMATS.items()),
+    ),
+    Number(
+        name="cache_ratio",
+        label="Cache ratio",
+        group=PRECISION,
+        default=0.8,
+        low=0.05,
+        high=0.95,
+        step=0.05,
+        whole=False,
+        slider="linear",
+        help="Share of the memory left after weights and workspace that the KV pool takes",
+    ),
+    Choice(
+        name="batching",
+        label="Policy",
+        group=BATCHES,
+        default="continuous",
+        options={name: name for name in BATCHING},
+        help="When waiting requests start. " + "; ".join(f"{name}: {_JOINS.get(name, '')}" for name in BATCHING),
+    ),
+    Number(
+        name="max_batch_size",
+        label="Max batch",
+        group=BATCHES,
+        default=64,
+        low=1,
+        high=2048,
+        slider="log",
+        reach=(1, 512),
+        help="Most requests computed in one step",
+    ),
+    Switch(
+        name="prefix_caching",
+        label="Prefix caching",
+        group=BATCHES,
+        default=True,
+        help="Keep the keys and values of finished prompts and reuse them for prompts that begin alike",
+    ),
+    Choice(
+        name="workload",
+        label="Preset",
+        group=LOAD,
+        default=_START,
+        options={name: name for name in PRESETS},
+        help="Lengths, shared prompts and arrivals: chats that come one by one, or a batch of documents at once",
+    ),
+    Choice(
+        name="load",
+        label="Arrivals",
+        group=LOAD,
+        default="rate",
+        options=LOADS,
+        help="How requests come: at random moments, the next when one ends, or all at the start",
+    ),
+    Number(
+        name="rate",
+        label="Requests/s",
+        group=LOAD,
+        default=_CHAT.rate,
+        low=0.01,
+        high=10_000,
+        step=1,
+        whole=False,
+        slider="log",
+        reach=(0.5, 200),
+        help="Mean arrivals per second (Poisson)",
+    ),
+    Number(
+        name="concurrency",
+        label="In flight",
+        group=LOAD,
+        default=16,
+        low=1,
+        high=4096,
+        slider="log",
+        reach=(1, 512),
+        help="Requests that are always under way, in the closed loop",
+    ),
+    Number(
+        name="requests",
+        label="Requests",
+        group=LOAD,
+        default=_CHAT.num_requests,
+        low=1,
+        high=100_000,
+        step=16,
+        help="How many requests a run has; about 300 are needed before a p99 is worth its name",
+    ),
+    Number(
+        name="seed",
+        label="Seed",
+        group=LOAD,
+        default=0,
+        low=0,
+        high=2**31 - 1,
+        help="The same seed gives the same prompts, lengths and arrivals",
+    ),
+    Number(
+        name="slo_ttft_ms",
+        label="TTFT p99, ms",
+        group=TARGET,
+        default=1000,
+        low=1,
+        high=600_000,
+        step=50,
+        whole=False,
+        help="Time to first token that 99 of 100 requests must meet, counted from the scheduled arrival",
+    ),
+    Number(
+        name="slo_tpot_ms",
+        label="TPOT p99, ms",
+        group=TARGET,
+        default=100,
+        low=0.1,
+        high=60_000,
+        step=5,
+        whole=False,
+        help="Time per output token after the first that 99 of 100 requests must meet",
+    ),
+)
 KNOBS: dict[str, Knob] = {knob.name: knob for knob in _KNOBS}
 GROUPS = (MODEL, PRECISION, BATCHES, LOAD, TARGET)
 
@@ -239,40 +362,3 @@ def workload_from(values: Mapping[str, Any]) -> Workload:
 
 def slo_from(values: Mapping[str, Any]) -> SLO:
     return SLO(ttft=values["slo_ttft_ms"] / 1e3, tpot=values["slo_tpot_ms"] / 1e3)
-
-
-def predicted_plan(config: EngineConfig) -> MemoryPlan | None:
-    """The memory plan without loading anything: from dimensions alone, so a layout's padding is missing.
-
-    None where the dimensions are not at hand (a hub id). ConfigError and CheckpointError as the engine raises them.
-    """
-    from pathlib import Path
-
-    from engine.bundled import MODEL_DIR
-    from engine.checkpoint import read_spec
-    from engine.memory import plan_memory
-    from engine.shapes import synthetic_spec
-    from engine.simulated import SimulatedRunner
-    from engine.torch_runner import default_limit, resolve_device, workspace_bytes
-
-    if config.model.startswith("synthetic:"):
-        spec = synthetic_spec(config.model.removeprefix("synthetic:"))
-    else:
-        folder = MODEL_DIR if config.model == "bundled" else Path(config.model).expanduser()
-        if not folder.is_dir():
-            return None
-        spec = read_spec(folder)
-    if config.runner == "simulated":
-        return SimulatedRunner(config, spec).memory
-    device = resolve_device(config.device)
-    weights = spec.weight_bytes(config.weights, config.group_size)
-    workspace = workspace_bytes(spec, config, itemsize=2)
-    block_size = config.block_size or (64 if device.type == "cuda" else 16)
-    return plan_memory(
-        limit=config.memory_limit or default_limit(device, sum(weights.values()), workspace),
-        weights=weights,
-        workspace=workspace,
-        cache_ratio=config.cache_ratio,
-        block_bytes=block_size * spec.kv_bytes_per_token(config.kv),
-        block_size=block_size,
-    )

@@ -17,7 +17,8 @@ from engine.errors import CheckpointError, ConfigError, RequestError
 from workbench import headline
 from workbench.controls import Controls
 from workbench.explain import change_sentence
-from workbench.knobs import config_from, predicted_plan, slo_from, workload_from
+from workbench.forecast import predicted_plan
+from workbench.knobs import config_from, slo_from, workload_from
 from workbench.screen import Screen
 from workbench.session import Session, SessionBusy
 from workbench.snapshot import Snapshot, snapshot
@@ -191,7 +192,7 @@ class Workbench:
             self._ticker.start()
 
     def _keep_ticking(self) -> None:
-        """Until there is nothing to show; when drawing is slow the pauses grow, so that it takes less than half the time."""
+        """Until there is nothing to show; pauses grow with what drawing takes, which stays below half the time."""
         while True:
             began = time.perf_counter()
             more = self.tick()

@@ -90,9 +90,15 @@ class Screen:
         body = widgets.Box([controls.box, results])
         self.root = widgets.VBox([widgets.HTML(STYLE), top, body])
         for widget, name in (
-            (self.root, ROOT_CLASS), (top, "inferlab-top"), (self.progress, "inferlab-progress"), (body, "inferlab-body"),
-            (results, "inferlab-results"), (said, "inferlab-said"), (place, "inferlab-charts"), (self.sample, "inferlab-sample"),
-        ):  # fmt: skip
+            (self.root, ROOT_CLASS),
+            (top, "inferlab-top"),
+            (self.progress, "inferlab-progress"),
+            (body, "inferlab-body"),
+            (results, "inferlab-results"),
+            (said, "inferlab-said"),
+            (place, "inferlab-charts"),
+            (self.sample, "inferlab-sample"),
+        ):
             widget.add_class(name)
         self.step(0.0, "")
         self.say(lack)

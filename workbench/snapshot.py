@@ -85,7 +85,7 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
 def log_ticks(low: float, high: float) -> list[float]:
     """1, 2, 5 of each decade, thinned to the decades where there are many."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    factors = (1, 2, 5) if len(decades) <= 3 else (1,)
+    factors = (1, 2, 5) if high / low < 300 else (1,)
     return [value for decade in decades for factor in factors if low <= (value := factor * 10.0**decade) <= high]
 
 
@@ -171,8 +171,11 @@ def _stroke(colour: str, dash: str = "solid", width: float = 2.5) -> str:
 
 def _hatch() -> str:
     def pattern(name: str, colour: str, path: str) -> str:
-        return (f'<pattern id="{name}" width="8" height="8" patternUnits="userSpaceOnUse"><rect width="8" height="8" fill="#fff"/>'
-                f'<path d="{path}" stroke="{colour}" stroke-width="1.4"/></pattern>')  # fmt: skip
+        return (
+            f'<pattern id="{name}" width="8" height="8" patternUnits="userSpaceOnUse">'
+            '<rect width="8" height="8" fill="#fff"/>'
+            f'<path d="{path}" stroke="{colour}" stroke-width="1.4"/></pattern>'
+        )
 
     slant = "M-2 2l4 -4M0 8l8 -8M6 10l4 -4"
     cross = slant + "M-2 6l4 4M0 0l8 8M6 -2l4 4"
@@ -190,8 +193,13 @@ def _memory(bars: Sequence[MemoryBar]) -> list[str]:
     divisor, unit = byte_unit(max((bar.limit for bar in bars), default=0.0))
     most = max((bar.limit for bar in bars), default=divisor) / divisor
     axes = _Axes(_PLOTS["memory"], (0.0, most), (0.0, 1.0))
-    samples = [(f'<rect y="-6" width="20" height="12" stroke="{p.colour}" fill="{_fill(p.key, p.colour, p.pattern)}"/>', p.label)
-               for p in PARTS]  # fmt: skip
+    samples = [
+        (
+            f'<rect y="-6" width="20" height="12" stroke="{p.colour}" fill="{_fill(p.key, p.colour, p.pattern)}"/>',
+            p.label,
+        )
+        for p in PARTS
+    ]
     parts = [_heading("memory", "Where the memory goes"), *_key("memory", samples[:3]), *_key("memory", samples[3:], 1)]
     parts += axes.frame(unit, None)
     height = min(54.0, 150.0 / max(len(bars), 1))
@@ -203,8 +211,11 @@ def _memory(bars: Sequence[MemoryBar]) -> list[str]:
         for part in PARTS:
             size = bar.parts[part.key] / divisor
             left, right = axes.x(x), axes.x(x + size)
-            parts.append(f'<rect x="{left:.1f}" y="{y:.1f}" width="{right - left:.1f}" height="{height:.1f}" stroke="{part.colour}" '
-                         f'fill="{_fill(part.key, part.colour, part.pattern)}"/>')  # fmt: skip
+            parts.append(
+                f'<rect x="{left:.1f}" y="{y:.1f}" width="{right - left:.1f}" height="{height:.1f}" '
+                f'stroke="{part.colour}" '
+                f'fill="{_fill(part.key, part.colour, part.pattern)}"/>'
+            )
             if right - left > 34:
                 colour = "#ffffff" if not part.pattern and part.key != "free" else _INK
                 halo = ' paint-order="stroke" stroke="#ffffff" stroke-width="4"' if colour == _INK else ""
@@ -236,14 +247,20 @@ def _trend(view: View) -> list[str]:
 
 def _latency(view: View) -> list[str]:
     curves: list[tuple[Curve, str, str, float]] = [
-        (view.baseline_ttft, GREY, "solid", 1.2), (view.baseline_tpot, GREY, "dash", 1.2),
-        (view.ttft, BLUE, "solid", 2.4), (view.tpot, VERMILLION, "dash", 2.4),
-    ]  # fmt: skip
+        (view.baseline_ttft, GREY, "solid", 1.2),
+        (view.baseline_tpot, GREY, "dash", 1.2),
+        (view.ttft, BLUE, "solid", 2.4),
+        (view.tpot, VERMILLION, "dash", 2.4),
+    ]
     bounds = [(bound, colour) for bound, colour in ((view.slo_ttft, BLUE), (view.slo_tpot, VERMILLION)) if bound]
     values = np.concatenate([*(curve.seconds for curve, *_ in curves), np.array([bound for bound, _ in bounds])])
     axes = _Axes(_PLOTS["latency"], _decades(values), (0.0, 100.0), log_x=True)
-    samples = [(_stroke(BLUE), "TTFT"), (_stroke(VERMILLION, "dash"), "TPOT"), (_stroke(GREY, width=1.2), "baseline"),
-               ('<path d="M11 -7v14" stroke="#222" stroke-dasharray="2 3" stroke-width="1.6"/>', "SLO")]  # fmt: skip
+    samples = [
+        (_stroke(BLUE), "TTFT"),
+        (_stroke(VERMILLION, "dash"), "TPOT"),
+        (_stroke(GREY, width=1.2), "baseline"),
+        ('<path d="M11 -7v14" stroke="#222" stroke-dasharray="2 3" stroke-width="1.6"/>', "SLO"),
+    ]
     parts = [_heading("latency", "Latency: requests done within"), *_key("latency", samples)]
     parts += axes.frame("seconds, log scale", lambda v: f"{v:.0f} %")
     for bound, colour in bounds:
@@ -256,14 +273,24 @@ def _latency(view: View) -> list[str]:
 
 def _runs(view: View) -> list[str]:
     shown = [point for point in view.points if point.ttft_p99 > 0]
-    axes = _Axes(_PLOTS["runs"], _decades(np.array([p.ttft_p99 for p in shown])), (0.0, _top(np.array([p.tokens_per_s for p in shown]))),
-                 log_x=True)  # fmt: skip
-    marks = {MET: f'<circle cx="11" r="6" fill="{GREEN}"/>',
-             LIKELY: f'<circle cx="11" r="5" fill="#fff" stroke="{GREEN}" stroke-width="2.5"/>'}  # fmt: skip
+    axes = _Axes(
+        _PLOTS["runs"],
+        _decades(np.array([p.ttft_p99 for p in shown])),
+        (0.0, _top(np.array([p.tokens_per_s for p in shown]))),
+        log_x=True,
+    )
+    marks = {
+        MET: f'<circle cx="11" r="6" fill="{GREEN}"/>',
+        LIKELY: f'<circle cx="11" r="5" fill="#fff" stroke="{GREEN}" stroke-width="2.5"/>',
+    }
     missed = f'<path d="M6 -5l10 10M16 -5l-10 10" stroke="{VERMILLION}" stroke-width="3.5"/>'
     diamond = f'<path d="M11 -13l13 13l-13 13l-13 -13z" fill="none" stroke="{PURPLE}" stroke-width="2"/>'
-    key = [(marks[MET], "SLO met"), (marks[LIKELY], "met so far"), (missed, "missed"),
-           (f'<g transform="translate(5 0) scale(.6)">{diamond}</g>', "baseline")]  # fmt: skip
+    key = [
+        (marks[MET], "SLO met"),
+        (marks[LIKELY], "met so far"),
+        (missed, "missed"),
+        (f'<g transform="translate(5 0) scale(.6)">{diamond}</g>', "baseline"),
+    ]
     parts = [_heading("runs", "Throughput against latency"), *_key("runs", key)]
     parts += axes.frame("TTFT p99 in seconds, log scale", lambda v: f"{v:,.0f}", "tokens/s")
     for point in shown:

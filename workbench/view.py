@@ -50,7 +50,7 @@ def _none() -> Array:
 
 @dataclass(frozen=True, slots=True)
 class MemoryBar:
-    """label: whose; parts: bytes by `Part.key`; tokens: that fit in the KV pool; note: what the use of KV stands for."""
+    """label: whose; parts: bytes by `Part.key`; tokens: that fit in the KV pool; note: about the use of KV."""
 
     label: str
     parts: dict[str, float]

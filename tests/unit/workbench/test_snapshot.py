@@ -1,0 +1,105 @@
+"""The static picture: well-formed, complete, honest about what is absent."""
+
+import base64
+import re
+import xml.etree.ElementTree as ET
+
+import numpy as np
+import pytest
+
+from workbench import Workbench
+from workbench.headline import LIKELY, MET, MISSED, UNKNOWN, Tile, sentence, tiles, tiles_html, verdict
+from workbench.metrics import SLO, Distribution, Metrics, MetricsCollector
+from workbench.snapshot import draw, image, log_ticks, snapshot, ticks
+from workbench.view import MemoryBar, Trend, View
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def words(svg):
+    return [element.text for element in ET.fromstring(svg).iter(f"{SVG}text")]
+
+
+@pytest.fixture(scope="module")
+def still():
+    with Workbench(threaded=False, model="synthetic:0.5b", device="l4", requests=30, rate=20.0) as panel:
+        panel.run(blocking=True)
+        panel.keep_baseline()
+        panel.run(blocking=True, kv="int8")
+        return panel.snapshot()
+
+
+def test_an_empty_view_is_a_picture_too():
+    assert "Where the memory goes" in words(draw(View()))
+
+
+def test_a_run_is_drawn_whole(still):
+    assert {"Where the memory goes", "this run", "baseline", "TTFT", "SLO", "1", "2"} <= set(words(still.svg))
+    assert len(list(ET.fromstring(still.svg).iter(f"{SVG}path"))) > 20
+
+
+def test_the_same_run_gives_the_same_picture(still):
+    with Workbench(threaded=False, model="synthetic:0.5b", device="l4", requests=30, rate=20.0) as panel:
+        panel.run(blocking=True)
+        panel.keep_baseline()
+        panel.run(blocking=True, kv="int8")
+        assert panel.snapshot() == still
+
+
+def test_html_holds_the_picture_as_data_and_no_script(still):
+    data = re.search(r'src="data:image/svg\+xml;base64,([^"]+)"', still.html)
+    assert data and base64.b64decode(data[1]).decode() == still.svg
+    assert "<script" not in still.html and "http" not in still.html
+    assert len(still.html) < 100_000
+    assert still._repr_mimebundle_()["text/plain"] == str(still)
+
+
+def test_the_image_has_words_for_those_who_cannot_see_it(still):
+    alt = re.search(r'alt="([^"]+)"', still.html)
+    assert alt and "TTFT p99" in alt[1] and "tokens" in alt[1]
+
+
+def test_hostile_words_are_escaped():
+    evil = '"><script>alert(1)</script>'
+    parts = dict.fromkeys(("weights", "workspace", "kv_used", "kv_empty", "free"), 1.0)
+    still = snapshot(View([MemoryBar(evil, parts, 1)]),
+                     [Tile(evil, evil, evil, evil)], evil, evil, evil)  # fmt: skip
+    assert "<script" not in still.html + still.svg + tiles_html([Tile(evil, evil, evil, evil)]) + image("<svg/>", evil)
+    ET.fromstring(still.svg)
+
+
+def test_gaps_do_not_break_lines():
+    t = np.array([0.1, 0.2, 0.3])
+    hole = np.array([1.0, np.nan, 2.0])
+    assert "nan" not in draw(View(trend=Trend(t, hole, hole, hole)))
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (0, 1e9), (0, 3e-7), (0, 88.0)])
+def test_ticks_are_round_and_few(low, high):
+    marks = ticks(low, high)
+    assert 2 <= len(marks) <= 7 and low <= min(marks) and max(marks) <= high * (1 + 1e-9)
+
+
+def test_log_ticks_lie_within():
+    assert log_ticks(0.015, 2.5) == [0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0]
+
+
+def measured(ttft, tpot, slo):
+    metrics = MetricsCollector(0.0, slo).metrics()
+    fields = {name: getattr(metrics, name) for name in Metrics.__dataclass_fields__}
+    one, other = Distribution.of(ttft), Distribution.of(tpot)
+    return Metrics(**(fields | {"ttft": one, "tpot": other, "slo_met": slo.met_by(one.p99, other.p99)}))
+
+
+def test_a_verdict_is_certain_only_with_enough_requests():
+    slo = SLO(ttft=0.5, tpot=0.05)
+    assert verdict(None, slo) == UNKNOWN
+    assert verdict(measured([0.1] * 50, [0.01] * 50, slo), slo) == LIKELY
+    assert verdict(measured([0.1] * 400, [0.01] * 400, slo), slo) == MET
+    assert verdict(measured([0.9] * 50, [0.01] * 50, slo), slo) == MISSED
+
+
+def test_what_was_not_measured_is_a_dash_not_a_zero():
+    values = {tile.name: tile.value for tile in tiles(None, None, None)}
+    assert set(values.values()) == {"–"}
+    assert sentence(tiles(None, None, None)) == ""
