@@ -117,12 +117,19 @@ def test_uniforms_are_uniform_and_depend_on_seed_and_position() -> None:
 
 
 def test_the_extreme_uniform_number_chooses_a_token_that_can_be_chosen() -> None:
-    logits = torch.tensor([[0.0, 0.0, -1e30, -1e30]])
+    logits = torch.tensor([[-math.inf, 0.0, 0.0, -1e30]])
     plan = SamplingPlan.of([make_request(temperature=1.0)], 4)
     staged = {name: torch.from_numpy(array) for name, array in plan.arrays.items()}
-    for number, token in ((0.0, 0), (1.0 - 2.0**-53, 1)):
+    for number, token in ((0.0, 1), (1.0 - 2.0**-53, 2)):
         staged["uniform"] = torch.tensor([number], dtype=torch.float64)
         assert sample(logits, plan, staged).tolist() == [token]
+
+
+@pytest.mark.parametrize("logits", [[0.1, 1.0, 0.9], [-5.0, -1.0, -1.1]])
+def test_a_penalty_makes_seen_tokens_less_likely_whatever_their_sign(logits: list[float]) -> None:
+    seen = make_request(output=[1, 1], repetition_penalty=1.5)
+    seen.prompt_token_ids[:] = [0]
+    assert draw(torch.tensor([logits, logits]), [make_request(), seen]) == [1, 2]
 
 
 def test_a_tiny_temperature_is_greedy_not_nan() -> None:
