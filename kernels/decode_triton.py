@@ -240,7 +240,7 @@ def decode_triton(q: Tensor, layer: KVLayer, block_tables: Tensor, lengths: Tens
         q, layer.key, layer.value, layer.key_scale, layer.value_scale, block_tables, lengths, out, partial, partial_ml, scale * LOG2_E,
         q.stride(0), q.stride(1), block_tables.stride(0), *layer.key.stride()[:3], *layer.value.stride()[:3], *scale_strides(layer), heads,
         group, d, layer.format.key.bits, layer.format.value.bits, layer.block_size, config.tile, splits > 1, config.min_split, ROWS, config.stages,
-        early, INTERP, num_warps=config.warps, num_stages=config.stages, launch_pdl=early, maxnreg=config.registers)
+        early, INTERP, num_warps=config.warps, num_stages=config.stages, launch_pdl=early)
     if splits > 1:
         combine_kernel[(batch * heads,)](partial, partial_ml, lengths, out, heads, splits, d, config.tile, next_power_of_2(splits),
                                          config.min_split, early, INTERP, num_warps=2 if splits <= 16 else 4, launch_pdl=early)

@@ -8,10 +8,13 @@ from torch import Tensor
 from .a16w4 import a16w4_partials, dequantize_rows, reduce_splits
 from .packing import PLANE_ROWS, PackedWeight
 from .skinny import skinny_partials
-from .tuning import plain_config, planes_config
+from .tuning import plain_config, planes_config, wide_config
+from .wide import wide_partials
 
-# Above these rows the weight is dequantized once (in slices) and multiplied by cuBLAS; bf16 goes to cuBLAS directly.
-FUSED_ROWS = {"bf16": 16, "int8": 64, "int4": 64}
+# Up to these rows a kernel of ours streams the weight; above, it is dequantized once (in slices) and multiplied by cuBLAS. bf16 goes
+# to cuBLAS directly.
+FUSED_ROWS = {"bf16": 16, "int8": 64, "int4": 512}
+SKINNY_ROWS = 64  # int4: up to here scales are applied per group to the accumulator (`a16w4`), above to the weight (`wide`)
 DEQUANTIZED_ELEMENTS = 1 << 25  # 64 MB of bf16 workspace at a time
 
 
@@ -35,7 +38,9 @@ def linear_partials(x: Tensor, weight: PackedWeight) -> Tensor:
     (m, k), n = x.shape, weight.shape[0]
     if weight.layout == "planes":
         assert weight.group_size is not None
-        return a16w4_partials(x, weight, planes_config(m, n, k, weight.group_size))
+        if m <= SKINNY_ROWS:
+            return a16w4_partials(x, weight, planes_config(m, n, k, weight.group_size))
+        return wide_partials(x, weight, wide_config(m, n, k, weight.group_size))
     return skinny_partials(x, weight, plain_config(m, n, k, weight.data.element_size()))
 
 

@@ -55,6 +55,28 @@ def matmul(format: str, m: int, n: int, k: int, group_size: int = 128, seed: int
     return Matmul(format, m, n, k, group_size, x, weights)
 
 
+def int8_matmul(m: int, n: int, k: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Random int8 x [m, k], its scales [m], int8 w [n, k] and its scales [n]."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    x, w = (torch.randint(-127, 128, shape, generator=generator, device="cuda", dtype=torch.int8) for shape in ((m, k), (n, k)))
+    x_scale, w_scale = (torch.rand(size, generator=generator, device="cuda") * 0.01 for size in (m, n))
+    return x, x_scale, w, w_scale
+
+
+def random_layer(format: str, blocks: int, block_size: int, kv_heads: int, head_dim: int, generator: torch.Generator) -> KVLayer:
+    """A cache full of random codes with sane scales (or of Gaussian bf16)."""
+    layer = allocate_kv(format, blocks, block_size, kv_heads, head_dim, "cuda")
+    for data, scales, codec in ((layer.key, layer.key_scale, layer.format.key), (layer.value, layer.value_scale, layer.format.value)):
+        if scales is None:
+            data.normal_(generator=generator)
+        else:
+            data.random_(-(1 << 15), 1 << 15, generator=generator)
+            levels = (1 << codec.bits) - 1
+            words = torch.tensor([-3.0, 6 / levels]).bfloat16().view(torch.int32)  # low in the lower half, scale in the upper
+            scales.fill_(int(words[0]))
+    return layer
+
+
 @dataclass(frozen=True)
 class Decode:
     """One query token for each of `batch` sequences of `context` cached tokens."""
@@ -83,18 +105,35 @@ def decode(format: str, batch: int, context: int, block_size: int = 64, heads: i
     generator = torch.Generator("cuda").manual_seed(seed)
     per_row = -(-context // block_size)
     nbytes = batch * context * 4 * kv_heads * head_dim
-    layers = []
-    for _ in range(copies_for(nbytes)):
-        layer = allocate_kv(format, per_row * batch, block_size, kv_heads, head_dim, "cuda")
-        for data, scales in ((layer.key, layer.key_scale), (layer.value, layer.value_scale)):
-            if scales is None:
-                data.normal_(generator=generator)
-            else:
-                data.random_(-(1 << 15), 1 << 15, generator=generator)
-                levels = (1 << layer.format.key.bits) - 1
-                word = torch.tensor([6 / levels, -3.0]).bfloat16().view(torch.int16).to(torch.int32) & 0xFFFF
-                scales.fill_((int(word[0]) << 16) | int(word[1]) - (1 << 32 if word[0] & 0x8000 else 0))
-        layers.append(layer)
+    layers = [random_layer(format, per_row * batch, block_size, kv_heads, head_dim, generator) for _ in range(copies_for(nbytes))]
     tables = torch.randperm(per_row * batch, device="cuda", generator=generator).int().view(batch, per_row)
     q = torch.randn(batch, heads, head_dim, generator=generator, device="cuda").bfloat16()
     return Decode(format, batch, context, heads, kv_heads, head_dim, q, layers, tables, torch.full((batch,), context, dtype=torch.int32, device="cuda"))
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """A chunk of new tokens behind a cached prefix, for one sequence."""
+
+    q: Tensor
+    layers: list[KVLayer]
+    table: Tensor
+    query_starts: Tensor
+    lengths: Tensor
+    scale: float
+    flops: int
+
+    def calls(self, run: Callable[[Tensor, KVLayer, Tensor, Tensor, Tensor, float], object]) -> Calls:
+        return [lambda layer=layer: run(self.q, layer, self.table, self.query_starts, self.lengths, self.scale) for layer in self.layers]  # type: ignore[misc]
+
+
+def prefill(format: str, chunk: int, context: int, block_size: int = 64, heads: int = 32, kv_heads: int = 8, head_dim: int = 128, seed: int = 0) -> Prefill:
+    """A chunk of `chunk` tokens that ends a context of `context`."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    blocks = -(-context // block_size)
+    layers = [random_layer(format, blocks, block_size, kv_heads, head_dim, generator) for _ in range(2)]
+    table = torch.randperm(blocks, device="cuda", generator=generator).int()[None]
+    q = torch.randn(chunk, heads, head_dim, generator=generator, device="cuda").bfloat16()
+    seen = chunk * (context - chunk) + chunk * (chunk + 1) // 2
+    starts, lengths = (torch.tensor(x, dtype=torch.int32, device="cuda") for x in ([0, chunk], [context]))
+    return Prefill(q, layers, table, starts, lengths, head_dim ** -0.5, 4 * seen * heads * head_dim)

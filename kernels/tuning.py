@@ -1,7 +1,19 @@
-"""Which tile sizes run at which shape: data per GPU, and a sane default for any other. Found by `python -m kernels.tune`."""
+"""Which tile sizes run at which problem: data per GPU in `tuned/`, found by `python -m kernels.tune`, and a rule for everything else.
+
+A file holds the fastest configuration of each problem that was tuned on that GPU. Shapes that are not in it, and GPUs without a file,
+follow the rules below, which were fitted to the same measurements.
+"""
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TUNED = Path(__file__).parent / "tuned"
 
 
 @dataclass(frozen=True)
@@ -16,45 +28,27 @@ class SkinnyConfig:
     block_k: int = 128
 
 
-def default_splits(n: int, k: int, block_n: int, step: int, programs: int = 528) -> int:
-    """Splits of K that give about `programs` programs (four per multiprocessor of an H200), each at least four steps long."""
-    tiles = -(-n // block_n)
-    return max(1, min(round(programs / tiles), k // (4 * step)))
+@dataclass(frozen=True)
+class WideConfig:
+    """Tiles of a large-M matmul. block_k is read by A8W8 only (planes step by one group), splits by planes only."""
 
-
-def planes_config(m: int, n: int, k: int, group_size: int) -> SkinnyConfig:
-    """A16W4: the configuration for x [m, k] and a planes weight [n, k]."""
-    if m <= 16:
-        return SkinnyConfig(8 if m <= 8 else 16, 64, default_splits(n, k, 64, group_size), 1 if m <= 8 else 2, 4)
-    return SkinnyConfig(32 if m <= 32 else 64, 64, default_splits(n, k, 64, group_size, 264), 4, 3)
-
-
-def plain_config(m: int, n: int, k: int, element_bytes: int) -> SkinnyConfig:
-    """bf16 and A16W8: the configuration for x [m, k] and a plain weight [n, k]."""
-    block_n, block_k = (32, 128) if element_bytes == 2 else (32, 256)
-    block_m = 16 if m <= 16 else 32 if m <= 32 else 64
-    return SkinnyConfig(block_m, block_n, default_splits(n, k, block_n, block_k), 4, 4 if element_bytes == 2 else 3, block_k)
+    block_m: int
+    block_n: int
+    splits: int
+    warps: int
+    stages: int
+    block_k: int = 128
 
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """Decode attention: tokens per tile, splits of the context, the fewest tokens a split is worth, and a limit on registers."""
+    """Decode attention: tokens per tile, splits of the context, and the fewest tokens a split is worth."""
 
     tile: int
     splits: int
     min_split: int
     warps: int
     stages: int
-    registers: int | None = None
-
-
-def decode_config(format: str, batch: int, kv_heads: int, max_tokens: int, multiprocessors: int = 132) -> DecodeConfig:
-    """The configuration for a batch whose block tables hold max_tokens; lengths are not known on the host."""
-    tile = 64
-    min_split = 128
-    wanted = -(-multiprocessors * 4 // (batch * kv_heads))
-    splits = max(1, min(wanted, -(-max_tokens // min_split), 128))
-    return DecodeConfig(tile, splits, min_split, 2 if format != "bf16" else 4, 3)
 
 
 @dataclass(frozen=True)
@@ -67,6 +61,75 @@ class PrefillConfig:
     stages: int
 
 
+@lru_cache(maxsize=1)
+def _table() -> dict[tuple[Any, ...], dict[str, int]]:
+    """The tuned entries of this GPU by (kind, problem); empty where there is no file."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    path = TUNED / f"{name.replace(' ', '_')}.json"
+    if not path.exists():
+        return {}
+    return {(entry["kind"], *entry["problem"]): entry["config"] for entry in json.loads(path.read_text())["entries"]}
+
+
+def rows_bucket(m: int) -> int:
+    """The M that was tuned for rows like m."""
+    return next((rows for rows in (1, 16, 64, 256) if m <= max(8, rows)), 2048)
+
+
+def _splits(n: int, k: int, block_n: int, step: int, programs: int, least_steps: int) -> int:
+    """Splits of K that give about `programs` programs, each at least `least_steps` steps of K long."""
+    return max(1, min(round(programs / -(-n // block_n)), k // (least_steps * step), 16))
+
+
+def planes_config(m: int, n: int, k: int, group_size: int) -> SkinnyConfig:
+    """A16W4, M <= 64: the configuration for x [m, k] and a planes weight [n, k]."""
+    found = _table().get(("planes", rows_bucket(m), n, k))
+    if found is not None and group_size == 128:
+        return SkinnyConfig(**found)
+    if m <= 16:
+        return SkinnyConfig(8 if m <= 8 else 16, 64, _splits(n, k, 64, group_size, 900, 2), 2, 3)
+    return SkinnyConfig(32 if m <= 32 else 64, 64, _splits(n, k, 64, group_size, 264, 4), 4, 3)
+
+
+def wide_config(m: int, n: int, k: int, group_size: int) -> WideConfig:
+    """A16W4, M > 64: the configuration for x [m, k] and a planes weight [n, k]."""
+    found = _table().get(("wide", rows_bucket(m), n, k))
+    if found is not None and group_size == 128:
+        return WideConfig(**found)
+    return WideConfig(256 if m > 128 else 128, 128, 1, 8, 3)
+
+
+def plain_config(m: int, n: int, k: int, element_bytes: int) -> SkinnyConfig:
+    """bf16 and A16W8: the configuration for x [m, k] and a plain weight [n, k]."""
+    found = _table().get(("bf16" if element_bytes == 2 else "int8", rows_bucket(m), n, k))
+    if found is not None:
+        return SkinnyConfig(**found)
+    block_m = 16 if m <= 16 else 32 if m <= 32 else 64
+    if element_bytes == 2:
+        return SkinnyConfig(block_m, 32, _splits(n, k, 32, 128, 640, 4), 2, 3, 128)
+    return SkinnyConfig(block_m, 64, _splits(n, k, 64, 128, 512, 4), 4, 3, 128)
+
+
+def a8w8_config(m: int, n: int, k: int) -> WideConfig:
+    """A8W8: the configuration for x [m, k] and w [n, k], int8."""
+    if m <= 64:
+        return WideConfig(64, 64, 1, 4, 4)
+    return WideConfig(128, 256, 1, 8, 4) if m * n >= 1 << 22 else WideConfig(128, 128, 1, 8, 4)
+
+
+def decode_config(format: str, batch: int, kv_heads: int, max_tokens: int, multiprocessors: int = 132) -> DecodeConfig:
+    """The configuration for a batch whose block tables hold max_tokens; lengths are not known on the host.
+
+    The fewer (sequence, head) pairs there are, the more the context is split, down to 128 tokens a split."""
+    pairs = batch * kv_heads
+    tile, warps, programs_per_multiprocessor = 64, 2, 4
+    if format != "bf16":
+        tile, warps, programs_per_multiprocessor = (32, 1, 8) if pairs >= multiprocessors // 2 else (64, 1, 6)
+    wanted = round(multiprocessors * programs_per_multiprocessor / pairs)
+    return DecodeConfig(tile, max(1, min(wanted, -(-max_tokens // 128), 128)), 128, warps, 4 if format != "bf16" else 3)
+
+
 def prefill_config(format: str, head_dim: int) -> PrefillConfig:
     """The configuration for a cache format and head size."""
-    return PrefillConfig(64, 64, 4, 3)
+    found = _table().get(("prefill", format, head_dim))
+    return PrefillConfig(64, 64, 4, 3) if found is None else PrefillConfig(**found)
