@@ -28,6 +28,9 @@ from kernels import KVLayer, allocate_kv
 
 CPU_POOL = 1 << 30
 """Most bytes that the engine takes for KV and reserve on a CPU when no limit is given."""
+CUDA_SCRATCH = 160 << 20
+"""What libraries and kernels take on a GPU for themselves: cuBLAS 32 MB per stream on Hopper, 64 MB for the slice of a
+quantized matrix that a long prompt is multiplied with, partial sums of split matrices and of attention."""
 PROMPT_ROWS = 256
 """Rows of logits held at once when prompt log-probabilities are asked for: 256 x 150,000 float32 are 150 MB."""
 
@@ -65,6 +68,7 @@ class TorchRunner:
         config, spec = self.config, self._spec
         weights = decoder.weight_bytes()
         workspace = workspace_bytes(spec, config, decoder.dtype.itemsize)
+        workspace += CUDA_SCRATCH if self.device.type == "cuda" else 0
         return plan_memory(
             limit=config.memory_limit or default_limit(self.device, sum(weights.values()), workspace),
             weights=weights,
@@ -283,14 +287,16 @@ def workspace_bytes(spec: ModelSpec, config: EngineConfig, itemsize: int) -> int
     """Upper estimate of what one step allocates: activations of its tokens, and logits of the rows that are sampled.
 
     Alive at once in a layer: the residual and two hidden states, q, k and v before and after rotation, gate_up and its
-    product. Logits count in the activations' dtype, in float32 and three times in float64 (sorted, softmax, summed).
+    product. Logits count in the activations' dtype and in float32; where tokens are drawn from them, three times in
+    float64 besides (sorted, softmax, summed), and where prompts are scored, in float32 once more.
     """
     tokens = config.max_batched_tokens
     if not config.chunked_prefill:  # a prompt is then computed whole, however long
         tokens = max(tokens, config.session_len or spec.max_positions)
     per_token = 4 * spec.hidden_size + 2 * spec.qkv_size + 3 * spec.intermediate_size
-    rows = max(config.max_batch_size, PROMPT_ROWS)
-    return tokens * per_token * itemsize + rows * spec.vocab_size * (itemsize + 4 + 3 * 8)
+    drawn = config.max_batch_size * (itemsize + 4 + 3 * 8)
+    scored = PROMPT_ROWS * (itemsize + 2 * 4)
+    return tokens * per_token * itemsize + spec.vocab_size * max(drawn, scored)
 
 
 def _device_name(device: torch.device) -> str:
