@@ -35,7 +35,7 @@ def a8w8_kernel(x, w, x_scale, w_scale, out, M, N, K, BM: tl.constexpr, BN: tl.c
             a, b = tl.load(x_at), tl.load(w_at)
         else:
             a, b = tl.load(x_at, mask=(k + i < K)[None, :], other=0), tl.load(w_at, mask=(k + i < K)[None, :], other=0)
-        acc = tl.dot(a, tl.trans(b), acc)
+        acc = tl.dot(a, tl.trans(b), acc, out_dtype=tl.int32)
         x_at += BK
         w_at += BK
     y = acc.to(tl.float32) * tl.load(x_scale + m % M)[:, None] * tl.load(w_scale + n % N).to(tl.float32)[None, :]

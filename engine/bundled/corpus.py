@@ -109,7 +109,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def write_excerpt(held_out: dict[str, str], folder: Path) -> None:
-    """Write `heldout.txt` and `manifest.json`, which lists its files, and Python's licence, which their copying asks for."""
+    """Write `heldout.txt`, `manifest.json`, which lists its files, and Python's licence, which goes where they go."""
     by_hash = sorted(held_out, key=lambda path: hashlib.sha256(path.encode()).hexdigest())
     parts: list[str] = []
     files: list[dict[str, str | int]] = []
@@ -136,7 +136,7 @@ def prepare(model_dir: Path, corpus: Path) -> None:
     tokenizer = train_tokenizer(list(training.values()))
     tokenizer.save_pretrained(model_dir)
     write_excerpt(held_out, model_dir)
-    arrays: dict[str, NDArray[np.generic]] = {}
+    arrays: dict[str, NDArray[np.generic]] = {"line_ends": np.array(tokenizer.encode("\n" + END_OF_TEXT))}
     for name, split in (("train", training), ("held_out", held_out)):
         documents = [
             np.array(tokenizer.encode(text + END_OF_TEXT, verbose=False), dtype=np.uint16)
@@ -150,20 +150,29 @@ def prepare(model_dir: Path, corpus: Path) -> None:
     np.savez_compressed(corpus, **arrays)  # type: ignore[arg-type]  # numpy's stub takes the names for its own options
 
 
-def batches(documents: list[Tokens], rows: int, context: int, seed: int) -> Iterator[NDArray[np.int64]]:
-    """Endless batches [rows, context + 1]; each epoch reorders the files and shifts where windows begin."""
+def batches(
+    documents: list[Tokens], line_ends: list[int], aligned: float, rows: int, context: int, seed: int
+) -> Iterator[NDArray[np.int64]]:
+    """Endless batches [rows, context + 1]; each epoch reorders the files and shifts where windows begin.
+
+    The share `aligned` of the windows begins where a line does, that is after one of the tokens `line_ends`: as prompts
+    do. A model that saw only windows cut anywhere takes a `def` that comes first for one whose indentation was cut off.
+    """
     generator = np.random.default_rng(seed)
     offsets = np.arange(context + 1)
     while True:
         stream = np.concatenate([documents[i] for i in generator.permutation(len(documents))])
         starts = np.arange(generator.integers(context), len(stream) - context, context)
         generator.shuffle(starts)
+        line_starts = np.append(0, np.flatnonzero(np.isin(stream, line_ends)) + 1)
+        moved = line_starts[np.searchsorted(line_starts, starts, side="right") - 1]
+        starts = np.where(generator.random(len(starts)) < aligned, moved, starts)
         for first in range(0, len(starts) - rows + 1, rows):
             yield stream[starts[first : first + rows, None] + offsets].astype(np.int64)
 
 
 def windows(stream: Tokens, rows: int, context: int) -> Iterator[NDArray[np.int64]]:
-    """The stream once, in order, as batches [rows, context + 1] that overlap by one token; the remainder is left out."""
+    """The stream once, in order, as batches [rows, context + 1] that overlap by one token, without the remainder."""
     count = (len(stream) - 1) // context
     for first in range(0, count - rows + 1, rows):
         starts = np.arange(first, first + rows) * context

@@ -6,6 +6,7 @@ import math
 import re
 import textwrap
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
@@ -16,7 +17,6 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from engine.bundled import END_OF_TEXT
 from engine.bundled.corpus import MAX_LENGTH, Tokens
 
 PROMPTS = ("def fibonacci(n):", "class Stack:\n    def __init__(self):", "import os\n\ndef list_files(path):")
@@ -38,21 +38,25 @@ def negative_log_likelihood(model: LlamaForCausalLM, stream: Tokens, context: in
 
 
 def complete(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: str, temperature: float = 0.0, seed: int = 0
-) -> str:
-    """`prompt` and its continuation, up to the end of the file or `NEW_TOKENS`; greedy at temperature 0."""
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[str],
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> list[str]:
+    """Each prompt with its continuation, up to the end of the file or `NEW_TOKENS`; greedy at temperature 0."""
     torch.manual_seed(seed)
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    inputs = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left").to(model.device)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
-    output = model.generate(**inputs, max_new_tokens=NEW_TOKENS, **sampling)
-    return cast(str, tokenizer.decode(output[0])).removesuffix(END_OF_TEXT)
+    outputs = model.generate(**inputs, max_new_tokens=NEW_TOKENS, **sampling)
+    return [cast(str, tokenizer.decode(output, skip_special_tokens=True)) for output in outputs]
 
 
 def function_of(text: str) -> str:
-    """The function that `text` begins with: what follows at its header's depth or above is cut off."""
+    """The function that `text` begins with: without what follows at its depth, or without a last, partial line."""
     lines = text.split("\n")
-    body = [i for i, line in enumerate(lines) if i and line.strip() and not line.startswith(" ")]
-    return "\n".join(lines[: body[0]] if body else lines)
+    outside = (i for i, line in enumerate(lines) if i and line.strip() and not line.startswith(" "))
+    return "\n".join(lines[: next(outside, len(lines) - 1)])
 
 
 def parses(text: str) -> bool:
@@ -83,25 +87,26 @@ def held_out_headers(text: str) -> list[str]:
 
 
 def evaluate(model_dir: Path, corpus: Path, device: torch.device) -> dict[str, object]:
-    """The model card's figures, over all held-out files; the completions are seeded, so a second call agrees."""
+    """The model card's figures, over all held-out files: the bf16 weights, in float32 arithmetic.
+
+    The completions continue headers of the held-out excerpt, without what stood before them; they are seeded.
+    """
     tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(model_dir)
-    model = LlamaForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16).to(device).eval()
+    model = LlamaForCausalLM.from_pretrained(model_dir, dtype=torch.float32).to(device).eval()
     with np.load(corpus) as arrays:
         held_out, held_out_bytes = arrays["held_out"], int(arrays["held_out_bytes"])
+    headers = held_out_headers((model_dir / "heldout.txt").read_text(encoding="utf-8"))
+    completions = [function_of(text) for text in complete(model, tokenizer, headers, TEMPERATURE)]
     nats = negative_log_likelihood(model, held_out)
-    excerpt = (model_dir / "heldout.txt").read_text(encoding="utf-8")
-    sampled = []
-    for seed, header in enumerate(tqdm(held_out_headers(excerpt), desc="completions")):
-        text = complete(model, tokenizer, header, TEMPERATURE, seed)
-        unfinished = "" if text.endswith("\n") else text.rpartition("\n")[0]
-        sampled.append(function_of(unfinished or text))
     return {
         "held_out_tokens": len(held_out),
         "held_out_bytes": held_out_bytes,
         "perplexity": round(math.exp(nats / (len(held_out) - 1)), 4),
         "bits_per_byte": round(nats / math.log(2) / held_out_bytes, 4),
-        "completions": len(sampled),
-        "completions_that_parse": sum(map(parses, sampled)),
-        "greedy": {prompt: complete(model, tokenizer, prompt) for prompt in PROMPTS},
-        "sampled": {prompt: complete(model, tokenizer, prompt, TEMPERATURE) for prompt in PROMPTS},
+        "completions": len(completions),
+        "completions_that_parse": sum(map(parses, completions)),
+        "temperature": TEMPERATURE,
+        "greedy": complete(model, tokenizer, PROMPTS),
+        "sampled": complete(model, tokenizer, PROMPTS, TEMPERATURE),
+        "sampled_from_held_out_headers": completions[:10],
     }

@@ -35,9 +35,11 @@ class Recipe:
     minutes: float = 4.0  # training ends after this time at the latest, with the schedule shortened to match
     rows: int = 32  # sequences per step
     context: int = MAX_LENGTH  # tokens per sequence
-    learning_rate: float = 3e-3
+    aligned: float = 0.5  # share of the sequences that begin where a line does
+    muon: int = 1  # 0: AdamW alone, for a short stage on a CPU, where Muon's arithmetic would take most of the time
+    learning_rate: float = 6e-3
     weight_decay: float = 0.2
-    dropout: float = 0.1
+    dropout: float = 0.15
     warmup: float = 0.02  # share of the run
     decay: float = 0.6  # share of the run, at its end, in which the rate falls linearly to zero
     evaluations: int = 40
@@ -68,10 +70,11 @@ def model_config() -> LlamaConfig:
     )
 
 
-def build(recipe: Recipe, device: torch.device) -> LlamaForCausalLM:
-    """A fresh model with dropout on the embedding and on each residual branch; float32 weights."""
+def build(recipe: Recipe, start: Path | None, device: torch.device) -> LlamaForCausalLM:
+    """A model, fresh or from `start`, with dropout on the embedding and on each residual branch; float32 weights."""
     torch.manual_seed(recipe.seed)
-    model = LlamaForCausalLM(model_config()).to(device)
+    fresh = LlamaForCausalLM(model_config())
+    model = (LlamaForCausalLM.from_pretrained(start, dtype=torch.float32) if start else fresh).to(device)
 
     def drop(module: nn.Module, _: object, output: Tensor) -> Tensor:
         return functional.dropout(output, recipe.dropout, module.training)
@@ -86,22 +89,20 @@ def build(recipe: Recipe, device: torch.device) -> LlamaForCausalLM:
 
 
 def optimizers(model: LlamaForCausalLM, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Muon (Jordan et al., 2024) for the layers' matrices, AdamW for the embedding and the norms.
+    """Muon (Jordan et al., 2024) for the layers' matrices unless `recipe.muon` is 0, AdamW for everything else.
 
     With "match_rms_adamw" (Liu et al., arXiv:2502.16982) both take the same learning rate.
     """
-    layers = [parameter for parameter in model.model.layers.parameters() if parameter.ndim == 2]
+    matrices = [parameter for parameter in model.model.layers.parameters() if parameter.ndim == 2]
     norms = [parameter for parameter in model.parameters() if parameter.ndim == 1]
-    embedding = model.model.embed_tokens.weight
-    decay = recipe.weight_decay
-    return [
-        torch.optim.Muon(layers, weight_decay=decay, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(
-            [{"params": [embedding], "weight_decay": decay}, {"params": norms, "weight_decay": 0.0}],
-            betas=(0.9, 0.95),
-            fused=True,
-        ),
-    ]
+    others = [model.model.embed_tokens.weight]
+    found: list[torch.optim.Optimizer] = []
+    if recipe.muon:
+        found.append(torch.optim.Muon(matrices, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"))
+    else:
+        others += matrices
+    groups = [{"params": others, "weight_decay": recipe.weight_decay}, {"params": norms, "weight_decay": 0.0}]
+    return [*found, torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)]
 
 
 def loss_of(model: LlamaForCausalLM, batch: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> Tensor:
@@ -121,26 +122,28 @@ def held_out_loss(model: LlamaForCausalLM, held_out: Tokens, recipe: Recipe) -> 
     return torch.stack(losses).mean().item()
 
 
-def save(model: LlamaForCausalLM, record: dict[str, object], folder: Path) -> None:
-    """Write the weights in bf16, and `training.json`."""
+def save(model: LlamaForCausalLM, stages: list[dict[str, object]], folder: Path) -> None:
+    """Write the weights in bf16, and `training.json`: one record for each stage that led to them."""
     copy = LlamaForCausalLM(model.config).to(torch.bfloat16)
     copy.load_state_dict(model.state_dict())
     copy.save_pretrained(folder, max_shard_size=SHARD)
-    (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    (folder / "training.json").write_text(json.dumps({"stages": stages}, indent=1) + "\n")
 
 
-def train(recipe: Recipe, corpus: Path, folder: Path, device: torch.device) -> None:
-    """Train from scratch and keep in `folder` the weights with the lowest held-out loss."""
+def train(recipe: Recipe, corpus: Path, start: Path | None, folder: Path, device: torch.device) -> None:
+    """Train, from scratch or from the checkpoint `start`, and keep in `folder` the weights of lowest held-out loss."""
     torch.set_float32_matmul_precision("high")
     with np.load(corpus) as arrays:
         documents = np.split(arrays["train"], np.cumsum(arrays["train_lengths"])[:-1])
         held_out: Tokens = arrays["held_out"]
-    model = build(recipe, device)
+        line_ends: list[int] = arrays["line_ends"].tolist()
+    earlier = json.loads((start / "training.json").read_text())["stages"] if start else []
+    model = build(recipe, start, device)
     steppers = optimizers(model, recipe)
     tokens_per_step = recipe.rows * recipe.context
     steps = max(1, round(recipe.epochs * sum(map(len, documents)) / tokens_per_step))
     evaluate_every = max(1, steps // recipe.evaluations)
-    source = batches(documents, recipe.rows, recipe.context, recipe.seed)
+    source = batches(documents, line_ends, recipe.aligned, recipe.rows, recipe.context, recipe.seed)
     curve: list[dict[str, float]] = []
     best = float("inf")
     recent: list[Tensor] = []
@@ -149,7 +152,7 @@ def train(recipe: Recipe, corpus: Path, folder: Path, device: torch.device) -> N
     with tqdm(total=1.0, desc="train", bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}", mininterval=5) as bar:
         while progress < 1.0:
             loss = loss_of(model, next(source))
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for stepper in steppers:
                 for group in stepper.param_groups:
@@ -173,12 +176,14 @@ def train(recipe: Recipe, corpus: Path, folder: Path, device: torch.device) -> N
                 bar.set_postfix(point)
                 if point["held_out"] < best:
                     best = point["held_out"]
-                    save(model, describe(recipe, device, documents, curve), folder)
+                    save(model, [*earlier, describe(recipe, device, documents, curve)], folder)
             bar.update(progress - bar.n)
 
 
-def describe(recipe: Recipe, device: torch.device, documents: list[Tokens], curve: list[dict[str, float]]) -> dict[str, object]:
-    """What the model card reports of a run."""
+def describe(
+    recipe: Recipe, device: torch.device, documents: list[Tokens], curve: list[dict[str, float]]
+) -> dict[str, object]:
+    """What the model card reports of a stage."""
     return {
         "recipe": dataclasses.asdict(recipe),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
@@ -204,6 +209,7 @@ def main() -> None:
     parser.add_argument("command", choices=["prepare", "train", "export", "evaluate"])
     parser.add_argument("--corpus", type=Path, default=CORPUS, help="token arrays, written by prepare")
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT, help="folder written by train, read by export")
+    parser.add_argument("--start", type=Path, help="checkpoint that train starts from; without it, from scratch")
     parser.add_argument("--model", type=Path, default=MODEL_DIR, help="the bundled model's folder")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     for field in dataclasses.fields(Recipe):
@@ -215,7 +221,7 @@ def main() -> None:
             prepare(options["model"], options["corpus"])
         case "train":
             recipe = Recipe(**{field.name: options[field.name] for field in dataclasses.fields(Recipe)})
-            train(recipe, options["corpus"], options["checkpoint"], device)
+            train(recipe, options["corpus"], options["start"], options["checkpoint"], device)
         case "export":
             export(options["checkpoint"], options["model"])
         case "evaluate":
