@@ -102,8 +102,8 @@ class Run:
 
     def snapshot(self) -> RunSnapshot:
         """Everything at this moment; the engine is held up only while the raw values are copied."""
+        same = {name: getattr(self, name) for name in _SHARED}  # the status first: "done" promises the final figures
         metrics, samples = self._measured()
-        same = {name: getattr(self, name) for name in _SHARED}
         finished = metrics.num_finished + metrics.num_rejected if metrics else 0
         sentence = self.error or (limiting_sentence(metrics, self.config, self.workload) if metrics else "")
         return RunSnapshot(

@@ -10,6 +10,7 @@ from workbench import Workbench, screen
 from workbench import panel as panel_module
 from workbench.forecast import predicted_plan
 from workbench.knobs import KNOBS, config_from, slo_from, start_values, workload_from
+from workbench.run import Run
 from workbench.workload import PRESETS
 
 SIMULATED = {"model": "synthetic:0.5b", "device": "l4", "requests": 24, "rate": 20.0}
@@ -77,6 +78,22 @@ def test_blocking_run_measures_without_a_screen(panel):
     assert run.status == "done" and panel._screen is None
     assert panel.summary().startswith("run 1 · synthetic:0.5b on a simulated l4")
     assert len(panel.runs) == 1 and panel.runs.loc[1, "tokens_per_s"] > 0
+
+
+def test_a_snapshot_that_says_done_holds_the_final_figures(monkeypatch):
+    run = Run(
+        1, config_from(start_values(SIMULATED)), workload_from(start_values(SIMULATED)), slo_from(start_values({}))
+    )
+    run.begin(0.0)
+    measured = run._measured
+
+    def ends_meanwhile():
+        before = measured()
+        run.end("done")
+        return before
+
+    monkeypatch.setattr(run, "_measured", ends_meanwhile)
+    assert run.snapshot().status == "running"
 
 
 def test_run_button_only_asks_and_the_tick_starts(live):
