@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .decode_triton import LOG2_E, accumulate, load_query, load_rows, load_words, scores, store_planes, tile_at
 from .kv_cache import KVLayer
-from .kv_cache_triton import scale_strides
+from .kv_cache_triton import expand_blocks, scale_strides
 from .triton_common import INTERP, next_power_of_2
 from .tuning import PrefillConfig, prefill_config
 
@@ -81,6 +81,16 @@ def prefill_kernel(q, key, value, key_scale, value_scale, tables, query_starts, 
         store_planes(out + ((query_start + row).to(tl.int64) * H + head) * D, a0, a1, a2, a3, factor, shift * norm, real, VW, VALUE_BITS, INTERP)
 
 
+EXPAND_ROWS = 128  # new tokens per sequence from which expanding the blocks first is faster
+EXPAND_BYTES = 256 << 20  # and the largest workspace it may take
+
+
+def worth_expanding(rows: int, batch: int, width: int, layer: KVLayer) -> bool:
+    """Whether a quantized cache is better expanded to bf16 once than decoded by every tile of queries."""
+    workspace = 4 * batch * width * layer.block_size * layer.kv_heads * layer.head_dim
+    return layer.key_scale is not None and rows >= EXPAND_ROWS * batch and workspace <= EXPAND_BYTES
+
+
 def prefill_triton(q: Tensor, layer: KVLayer, block_tables: Tensor, query_starts: Tensor, lengths: Tensor, scale: float,
                    config: PrefillConfig | None = None) -> Tensor:
     """q [T, H, D] bf16; see `attention.prefill_attention`."""
@@ -88,6 +98,8 @@ def prefill_triton(q: Tensor, layer: KVLayer, block_tables: Tensor, query_starts
         raise ValueError(f"prefill_attention: impl 'triton' takes bfloat16 q with a contiguous last dimension, not {q.dtype} {q.stride()}")
     t, heads, d = q.shape
     batch = lengths.shape[0]
+    if config is None and worth_expanding(t, batch, block_tables.shape[1], layer):
+        layer, block_tables = expand_blocks(layer, block_tables, lengths)
     config = config or prefill_config(layer.format.name, d)
     out = torch.zeros(t, heads, d, dtype=q.dtype, device=q.device)  # padding rows give zeros
     grid = (heads, triton.cdiv(t, config.block_q) + batch)

@@ -41,6 +41,11 @@ def test_prefill(format: str, head_dim: int, group: int, block_size: int) -> Non
     checks.check_prefill(format, [(1, 40), (0, 20), (70, 90), (33, 33)], block_size, 2, group, head_dim, "cpu", impl="triton", order="block")
 
 
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_prefill_expanding_first(format: str) -> None:
+    checks.check_prefill(format, [(130, 150)], 64, 1, 1, 64, "cpu", impl="triton", order="block")
+
+
 @pytest.mark.parametrize("format", ["bf16", "int8", "int4"])
 @pytest.mark.parametrize("order", ["block", "head"])
 def test_write(format: str, order: str) -> None:
