@@ -36,8 +36,10 @@ def planes_candidates(m: int) -> list[Any]:
     bm = 8 if m <= 8 else 16 if m <= 16 else 32 if m <= 32 else 64
     if m <= 16:
         return [SkinnyConfig(bm, bn, s, w, st)
-                for bn, w, st, s in product((32, 64, 128), (1, 2, 4), (3, 4, 5), (1, 2, 3, 4, 6, 8, 10, 12, 16)) if 16 <= bn // w <= 64]
-    return [SkinnyConfig(b, bn, s, w, st) for b, bn, w, st, s in product((bm // 2, bm), (64, 128), (2, 4, 8), (2, 3, 4), (1, 2, 4)) if 16 <= bn // w]
+                for bn, w, st, s in product((32, 64, 128, 256), (1, 2, 4, 8), (3, 4, 5), (1, 2, 3, 4, 6, 8, 10, 12, 16))
+                if 16 <= bn // w <= 64 and (bn < 256 or s > 2)]
+    return [SkinnyConfig(b, bn, s, w, st)
+            for b, bn, w, st, s in product((bm // 2, bm), (64, 128, 256), (2, 4, 8), (2, 3, 4), (1, 2, 4, 8)) if 16 <= bn // w <= 64]
 
 
 def wide_candidates(m: int) -> list[Any]:
@@ -147,15 +149,29 @@ def tasks(kinds: list[str], most: int) -> list[Task]:
 
 def entries(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The fastest record of each problem that `tuning` looks up, as its file holds them."""
-    best: dict[tuple[Any, ...], dict[str, Any]] = {}
+    found = []
     for record in records:
         if record["op"] in ("decode", "a8w8"):
             continue  # decided by a rule
         problem = (record["format"], 128) if record["op"] == "prefill" else (record["m"], record["n"], record["k"])
-        key = (record["op"], *problem)
-        if key not in best or record["us"] < best[key]["us"]:
-            best[key] = {"kind": record["op"], "problem": list(problem), "config": record["config"], "us": round(record["us"], 2)}
+        found.append({"kind": record["op"], "problem": list(problem), "config": record["config"], "us": round(record["us"], 2)})
+    return fastest(found)
+
+
+def fastest(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One entry per problem."""
+    best: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for entry in found:
+        key = (entry["kind"], *entry["problem"])
+        if key not in best or entry["us"] < best[key]["us"]:
+            best[key] = entry
     return list(best.values())
+
+
+def file_text(about: dict[str, str], found: list[dict[str, Any]]) -> str:
+    """JSON with one entry per line, so that a change of one configuration reads as one changed line."""
+    head = "".join(f" {json.dumps(key)}: {json.dumps(value)},\n" for key, value in about.items())
+    return "{\n" + head + ' "entries": [\n' + ",\n".join("  " + json.dumps(entry) for entry in found) + "\n ]\n}\n"
 
 
 def main() -> None:
@@ -164,16 +180,20 @@ def main() -> None:
     parser.add_argument("--json", help="write every timing here")
     parser.add_argument("--write", action="store_true", help="write this GPU's file in kernels/tuned")
     parser.add_argument("--workers", type=int, default=12)
+    parser.add_argument("--rows", type=int, nargs="*", help="only these M")
     parser.add_argument("--most", type=int, default=150, help="candidates per problem")
     chosen = parser.parse_args()
-    records = run(tasks(chosen.op, chosen.most), chosen.workers)
+    wanted = [task for task in tasks(chosen.op, chosen.most) if not chosen.rows or task[1].get("m") in chosen.rows]
+    records = run(wanted, chosen.workers)
     if chosen.json:
         with open(chosen.json, "w") as file:
             json.dump({"gpu": torch.cuda.get_device_name(), "records": records}, file)
     if chosen.write:
         gpu = torch.cuda.get_device_name()
-        about = {"gpu": gpu, "torch": torch.__version__, "triton": triton.__version__, "command": "python -m kernels.tune --write"}
-        (TUNED / f"{gpu.replace(' ', '_')}.json").write_text(json.dumps({**about, "entries": entries(records)}, indent=1) + "\n")
+        about = {"gpu": gpu, "torch": torch.__version__, "triton": triton.__version__, "command": "python -m kernels.tune --write (fastest of several runs)"}
+        path = TUNED / f"{gpu.replace(' ', '_')}.json"
+        known = json.loads(path.read_text())["entries"] if path.exists() else []
+        path.write_text(file_text(about, fastest(known + entries(records))))
 
 
 if __name__ == "__main__":

@@ -122,11 +122,14 @@ def decode_config(format: str, batch: int, kv_heads: int, max_tokens: int, multi
 
     The fewer (sequence, head) pairs there are, the more the context is split, down to 128 tokens a split."""
     pairs = batch * kv_heads
-    tile, warps, programs_per_multiprocessor = 64, 2, 4
-    if format != "bf16":
-        tile, warps, programs_per_multiprocessor = (32, 1, 8) if pairs >= multiprocessors // 2 else (64, 1, 6)
-    wanted = round(multiprocessors * programs_per_multiprocessor / pairs)
-    return DecodeConfig(tile, max(1, min(wanted, -(-max_tokens // 128), 128)), 128, warps, 4 if format != "bf16" else 3)
+    few = pairs < multiprocessors // 2
+    if format == "bf16":
+        programs, warps = (3, 4) if few else (4, 2)
+    else:
+        programs, warps = (3, 2) if few else (8, 1)  # one warp a program has no barriers, and eight programs hide each other's latency
+    splits = max(1, min(round(multiprocessors * programs / pairs), -(-max_tokens // 128), 128))
+    narrow = not few and (splits > 1 if format == "bf16" else splits > 4 or format == "int8")
+    return DecodeConfig(32 if narrow else 64, splits, 128, warps, 4 if warps == 1 else 3)
 
 
 def prefill_config(format: str, head_dim: int) -> PrefillConfig:
