@@ -26,7 +26,7 @@ function decorate(root, charts) {
   }
   for (const plot of root.querySelectorAll(".js-plotly-plot")) {
     plot.setAttribute("role", "figure");
-    plot.setAttribute("aria-label", charts);
+    plot.setAttribute("aria-label", ("Charts of memory, throughput, latency and runs. " + charts).trim());
   }
 }
 

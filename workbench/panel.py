@@ -305,4 +305,5 @@ class Workbench:
         return headline.tiles(run, (run.memory if run else None) or self._plan, self._other_baseline)
 
     def _view(self) -> View:
-        return view_of(self._shown, self._plan, self._finished, self._baseline)
+        runs = [*self._finished, self._shown] if self._shown is not None and not self._shown.is_over else self._finished
+        return view_of(self._shown, self._plan, runs, self._baseline)

@@ -114,7 +114,7 @@ def view_of(
     runs: Sequence[RunSnapshot] = (),
     baseline: RunSnapshot | None = None,
 ) -> View:
-    """run: the newest one; plan: for the next run, or for this one while it loads; runs: those that are over."""
+    """run: the newest one; plan: for the next run, or for this one while it loads; runs: each gives a point."""
     going_on = run is not None and not run.is_over
     bars = []
     if plan is not None and not going_on:
