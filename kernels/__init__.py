@@ -2,6 +2,7 @@
 
 Every operation takes `impl`: "torch" (readable oracle), "aten" (CPU), "triton" (CUDA) or "auto". See `dispatch`.
 """
+
 from .attention import decode_attention, prefill_attention
 from .elementwise import add_rms_norm, rms_norm, rope, silu_mul
 from .kv_cache import KV_FORMATS, KVFormat, KVLayer, allocate_kv, read_kv, write_kv
@@ -10,7 +11,24 @@ from .packing import PackedWeight, pack_weight, random_weight
 from .weights import WEIGHT_FORMATS, QuantizedWeight, WeightFormat, quantize_weight
 
 __all__ = [
-    "KV_FORMATS", "KVFormat", "KVLayer", "PackedWeight", "QuantizedWeight", "WEIGHT_FORMATS", "WeightFormat",
-    "add_rms_norm", "allocate_kv", "decode_attention", "linear", "pack_weight", "prefill_attention", "quantize_weight",
-    "random_weight", "read_kv", "rms_norm", "rope", "silu_mul", "write_kv",
+    "KV_FORMATS",
+    "KVFormat",
+    "KVLayer",
+    "PackedWeight",
+    "QuantizedWeight",
+    "WEIGHT_FORMATS",
+    "WeightFormat",
+    "add_rms_norm",
+    "allocate_kv",
+    "decode_attention",
+    "linear",
+    "pack_weight",
+    "prefill_attention",
+    "quantize_weight",
+    "random_weight",
+    "read_kv",
+    "rms_norm",
+    "rope",
+    "silu_mul",
+    "write_kv",
 ]

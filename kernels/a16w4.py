@@ -1,18 +1,21 @@
 """A16W4 matmul from planes: y[M, N] = x[M, K] @ w[N, K].T for small M, and the dequantizer for large M.
 
-Why planes: at 4 bits per weight a GPU of 4.3 TB/s has under four instructions for each weight. A tile of int16 words [BN, G/4] has
-the width of a bf16 operand, so it reaches the tensor core's left operand by the ordinary 16-byte path, and a shift and one
-logic-and-or turn two words into two bf16 numbers 128 + code (`triton_common.nibbles_bf16`): nothing is converted, subtracted or
-scaled per weight. What was left out is made good once per group, with xsum[m] = sum of x over the group:
+Why planes: at 4 bits per weight a GPU of 4.3 TB/s has under four instructions for each weight. A tile of int16 words
+[BN, G/4] has the width of a bf16 operand, so it reaches the tensor core's left operand by the ordinary 16-byte path,
+and a shift and one logic-and-or turn two words into two bf16 numbers 128 + code (`triton_common.nibbles_bf16`): nothing
+is converted, subtracted or scaled per weight. What was left out is made good once per group, with xsum[m] = sum of x
+over the group:
 
     y[n, m] += scale[n] * ( (128 + code) . x  -  (128 + zero[n]) * xsum[m] )
 
-xsum comes from a dot with ones, which leaves it in the accumulator's own layout and costs a tensor-core instruction in an idle pipe.
+xsum comes from a dot with ones, which leaves it in the accumulator's own layout and costs a tensor-core instruction in
+an idle pipe.
 
     w tile      words [BN, G/4]  --shift, lop3-->  4 planes [BN, G/4] bf16        (left operand)
     x tile      [G/4, BM] for each plane, K contiguous                            (right operand)
     partial     [SPLITS, M, N] float32, reduced by `reduce_splits` (or by the consumer): deterministic, no atomics
 """
+
 # ruff: noqa: N803
 from __future__ import annotations
 
@@ -27,8 +30,10 @@ from .tuning import SkinnyConfig
 
 
 @triton.jit(do_not_specialize=["M", "groups_per_split"])
-def a16w4_kernel(x, words, scales, out, M, N, N_PADDED, K, groups_per_split, ROWS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                 G: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr, INTERP: tl.constexpr):
+def a16w4_kernel(
+    x, words, scales, out, M, N, N_PADDED, K, groups_per_split, ROWS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    G: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr, INTERP: tl.constexpr,
+):
     await_previous(EARLY)
     W: tl.constexpr = G // 4
     tile_n, tile_m, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -74,13 +79,17 @@ def a16w4_kernel(x, words, scales, out, M, N, N_PADDED, K, groups_per_split, ROW
 
 
 @triton.jit
-def dequantize_kernel(words, scales, out, K, N_PADDED, first_row, rows, ROWS: tl.constexpr, G: tl.constexpr, INTERP: tl.constexpr):
+def dequantize_kernel(
+    words, scales, out, K, N_PADDED, first_row, rows, ROWS: tl.constexpr, G: tl.constexpr, INTERP: tl.constexpr
+):
     """One tile of ROWS output features by one group: planes -> bf16 [rows, K]."""
     W: tl.constexpr = G // 4
     tile, group = tl.program_id(0), tl.program_id(1)
     r, i = tl.arange(0, ROWS), tl.arange(0, W)
     n = first_row + tile * ROWS + r
-    w = tl.load(words + ((n // ROWS).to(tl.int64)[:, None] * (K // G) + group) * ROWS * W + (n % ROWS)[:, None] * W + i[None, :])
+    w = tl.load(
+        words + ((n // ROWS).to(tl.int64)[:, None] * (K // G) + group) * ROWS * W + (n % ROWS)[:, None] * W + i[None, :]
+    )
     word = tl.load(scales + group * N_PADDED + n)
     scale = (word & -256).to(tl.float32, bitcast=True)[:, None]
     zero = (word & 255).to(tl.float32)[:, None]
@@ -92,7 +101,9 @@ def dequantize_kernel(words, scales, out, K, N_PADDED, first_row, rows, ROWS: tl
 
 
 @triton.jit
-def reduce_splits_kernel(partial, bias, out, size, N, SPLITS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr, INTERP: tl.constexpr):
+def reduce_splits_kernel(
+    partial, bias, out, size, N, SPLITS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr, INTERP: tl.constexpr
+):
     await_previous(EARLY)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -108,13 +119,16 @@ def reduce_splits(partial: Tensor, bias: Tensor | None = None) -> Tensor:
     splits, m, n = partial.shape
     out = torch.empty(m, n, dtype=torch.bfloat16, device=partial.device)
     block = 256 if m * n <= 1 << 17 else 1024
-    reduce_splits_kernel[(triton.cdiv(m * n, block),)](partial, bias, out, m * n, n, splits, block, early_launch(), INTERP,
-                                                            num_warps=block // 128, launch_pdl=early_launch())
+    reduce_splits_kernel[(triton.cdiv(m * n, block),)](
+        partial, bias, out, m * n, n, splits, block, early_launch(), INTERP, num_warps=block // 128,
+        launch_pdl=early_launch(),
+    )
     return out
 
 
 def a16w4_partials(x: Tensor, weight: PackedWeight, config: SkinnyConfig) -> Tensor:
-    """x [M, K] bf16 times a planes weight [N, K] -> float32 partials [SPLITS, M, N] (bf16 [1, M, N] where config has one split)."""
+    """x [M, K] bf16 times a planes weight [N, K] -> float32 partials [SPLITS, M, N] (bf16 [1, M, N] where config has
+    one split)."""
     assert weight.scale is not None and weight.group_size is not None
     (m, k), n, g = x.shape, weight.shape[0], weight.group_size
     per_split = triton.cdiv(k // g, config.splits)
@@ -122,14 +136,21 @@ def a16w4_partials(x: Tensor, weight: PackedWeight, config: SkinnyConfig) -> Ten
     out = torch.empty(splits, m, n, dtype=torch.float32 if splits > 1 else torch.bfloat16, device=x.device)
     n_padded = weight.scale.shape[1]
     grid = (triton.cdiv(n_padded, config.block_n), triton.cdiv(m, config.block_m), splits)
-    a16w4_kernel[grid](x, weight.data, weight.scale, out, m, n, n_padded, k, per_split, PLANE_ROWS, config.block_m, config.block_n, g,
-                       config.stages, early_launch(), INTERP, num_warps=config.warps, num_stages=config.stages, launch_pdl=early_launch())
+    a16w4_kernel[grid](
+        x, weight.data, weight.scale, out, m, n, n_padded, k, per_split, PLANE_ROWS, config.block_m, config.block_n, g,
+        config.stages, early_launch(), INTERP, num_warps=config.warps, num_stages=config.stages,
+        launch_pdl=early_launch(),
+    )
     return out
 
 
 def dequantize_rows(weight: PackedWeight, first: int, out: Tensor) -> None:
-    """Write rows first : first + len(out) of a planes weight as bf16 into out [rows, K]; `first` is a multiple of 64."""
+    """Write rows first : first + len(out) of a planes weight as bf16 into out [rows, K]; `first` is a multiple of
+    64."""
     assert weight.scale is not None and weight.group_size is not None
     rows, k = out.shape
     grid = (triton.cdiv(rows, PLANE_ROWS), k // weight.group_size)
-    dequantize_kernel[grid](weight.data, weight.scale, out, k, weight.scale.shape[1], first, rows, PLANE_ROWS, weight.group_size, INTERP, num_warps=4)
+    dequantize_kernel[grid](
+        weight.data, weight.scale, out, k, weight.scale.shape[1], first, rows, PLANE_ROWS, weight.group_size, INTERP,
+        num_warps=4,
+    )

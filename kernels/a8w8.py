@@ -1,9 +1,11 @@
-"""A8W8: int8 activations (per token) times int8 weights (per output channel), and the 8-bit quantization of activations.
+"""A8W8: int8 activations (per token) times int8 weights (per output channel), and the 8-bit quantization of
+activations.
 
-Both operands stay K-major, which is what Hopper's integer warp-group product reads from shared memory. The int32 accumulator is
-scaled and rounded to bf16 in the epilogue, so the int32 result that `torch._int_mm` writes and a second pass reads does not exist.
-Per-token dynamic scales: Dettmers et al., "LLM.int8()" (2022).
+Both operands stay K-major, which is what Hopper's integer warp-group product reads from shared memory. The int32
+accumulator is scaled and rounded to bf16 in the epilogue, so the int32 result that `torch._int_mm` writes and a second
+pass reads does not exist. Per-token dynamic scales: Dettmers et al., "LLM.int8()" (2022).
 """
+
 # ruff: noqa: N803
 from __future__ import annotations
 
@@ -17,8 +19,10 @@ from .tuning import WideConfig, a8w8_config
 
 
 @triton.jit(do_not_specialize=["M"])
-def a8w8_kernel(x, w, x_scale, w_scale, out, M, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BAND: tl.constexpr,
-                EVEN: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr, INTERP: tl.constexpr):
+def a8w8_kernel(
+    x, w, x_scale, w_scale, out, M, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BAND: tl.constexpr,
+    EVEN: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr, INTERP: tl.constexpr,
+):
     await_previous(EARLY)
     # Programs go down bands of BAND row tiles, so that a wave of them shares its x and w tiles in L2.
     rows, columns, program = tl.cdiv(M, BM), tl.cdiv(N, BN), tl.program_id(0)
@@ -39,7 +43,9 @@ def a8w8_kernel(x, w, x_scale, w_scale, out, M, N, K, BM: tl.constexpr, BN: tl.c
         x_at += BK
         w_at += BK
     y = acc.to(tl.float32) * tl.load(x_scale + m % M)[:, None] * tl.load(w_scale + n % N).to(tl.float32)[None, :]
-    tl.store(out + m[:, None].to(tl.int64) * N + n[None, :], to_bf16(y, INTERP), mask=(m < M)[:, None] & (n < N)[None, :])
+    tl.store(
+        out + m[:, None].to(tl.int64) * N + n[None, :], to_bf16(y, INTERP), mask=(m < M)[:, None] & (n < N)[None, :]
+    )
 
 
 @triton.jit
@@ -58,25 +64,36 @@ def quantize_rows_kernel(x, codes, scales, D, BLOCK: tl.constexpr, EARLY: tl.con
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [M, K] bf16 -> int8 codes [M, K] and float32 scales [M], symmetric per row."""
     m, k = x.shape
-    codes, scales = torch.empty(m, k, dtype=torch.int8, device=x.device), torch.empty(m, dtype=torch.float32, device=x.device)
+    codes, scales = (
+        torch.empty(m, k, dtype=torch.int8, device=x.device),
+        torch.empty(m, dtype=torch.float32, device=x.device),
+    )
     block, early = next_power_of_2(k), early_launch()
-    quantize_rows_kernel[(m,)](x.contiguous(), codes, scales, k, block, early, INTERP, num_warps=max(1, min(8, block // 512)), launch_pdl=early)
+    quantize_rows_kernel[(m,)](
+        x.contiguous(), codes, scales, k, block, early, INTERP, num_warps=max(1, min(8, block // 512)), launch_pdl=early
+    )
     return codes, scales
 
 
 def a8w8_matmul(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, config: WideConfig | None = None) -> Tensor:
     """int8 x [M, K] times int8 w [N, K] -> bf16 [M, N] = (x @ w.T) * x_scale[:, None] * w_scale.
 
-    x_scale [M] float32; w_scale [N] float32 or bf16. ValueError for other dtypes, or K not a multiple of 16 (the loads' width)."""
+    x_scale [M] float32; w_scale [N] float32 or bf16. ValueError for other dtypes, or K not a multiple of 16 (the loads'
+    width)."""
     (m, k), n = x.shape, w.shape[0]
     if x.dtype != torch.int8 or w.dtype != torch.int8 or w.shape[1] != k:
-        raise ValueError(f"a8w8_matmul: x and w must be int8 with equal in features, not {x.dtype} {tuple(x.shape)} and {w.dtype} {tuple(w.shape)}")
+        raise ValueError(
+            f"a8w8_matmul: x and w must be int8 with equal in features, not {x.dtype} {tuple(x.shape)} and {w.dtype} {tuple(w.shape)}"
+        )
     if k % 16:
         raise ValueError(f"a8w8_matmul: in features must be a multiple of 16, not {k}")
     config = config or a8w8_config(m, n, k)
     out = torch.empty(m, n, dtype=torch.bfloat16, device=x.device)
     early = early_launch()
     grid = (triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),)
-    a8w8_kernel[grid](x, w, x_scale, w_scale, out, m, n, k, config.block_m, config.block_n, config.block_k, 8, k % config.block_k == 0, config.stages,
-                      early, INTERP, num_warps=config.warps, num_stages=config.stages, launch_pdl=early)
+    a8w8_kernel[grid](
+        x, w, x_scale, w_scale, out, m, n, k, config.block_m, config.block_n, config.block_k, 8,
+        k % config.block_k == 0, config.stages, early, INTERP, num_warps=config.warps, num_stages=config.stages,
+        launch_pdl=early,
+    )
     return out

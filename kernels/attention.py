@@ -1,8 +1,9 @@
 """Attention over the paged KV cache: the operations, the readable reference, and the choice of implementation.
 
-Decode has one query per sequence, prefill a chunk of queries per sequence behind tokens that are already cached. Both follow
-Kwon et al., "PagedAttention" (2023); grouped query heads as in Ainslie et al. (2023).
+Decode has one query per sequence, prefill a chunk of queries per sequence behind tokens that are already cached. Both
+follow Kwon et al., "PagedAttention" (2023); grouped query heads as in Ainslie et al. (2023).
 """
+
 from __future__ import annotations
 
 import torch
@@ -13,11 +14,13 @@ from .dispatch import choose
 from .kv_cache import KVLayer, read_kv
 
 
-def decode_attention(q: Tensor, layer: KVLayer, block_tables: Tensor, lengths: Tensor, scale: float, *, impl: str = "auto") -> Tensor:
+def decode_attention(
+    q: Tensor, layer: KVLayer, block_tables: Tensor, lengths: Tensor, scale: float, *, impl: str = "auto"
+) -> Tensor:
     """q [B, H, D] against the first lengths[b] cached tokens of each sequence -> [B, H, D] in q's dtype.
 
-    block_tables [B, max_blocks] int32 (entries past a sequence's last block are never followed), lengths [B] int32; a row of length 0
-    gives zeros. scale multiplies q.k, normally D ** -0.5.
+    block_tables [B, max_blocks] int32 (entries past a sequence's last block are never followed), lengths [B] int32; a
+    row of length 0 gives zeros. scale multiplies q.k, normally D ** -0.5.
     """
     _check("decode_attention", q, layer, block_tables, lengths)
     if q.shape[0] != lengths.shape[0]:
@@ -26,30 +29,39 @@ def decode_attention(q: Tensor, layer: KVLayer, block_tables: Tensor, lengths: T
     return out
 
 
-def prefill_attention(q: Tensor, layer: KVLayer, block_tables: Tensor, query_starts: Tensor, lengths: Tensor, scale: float, *,
-                      impl: str = "auto") -> Tensor:
+def prefill_attention(
+    q: Tensor, layer: KVLayer, block_tables: Tensor, query_starts: Tensor, lengths: Tensor, scale: float, *,
+    impl: str = "auto",
+) -> Tensor:
     """Causal attention of ragged chunks q [T, H, D] -> [T, H, D] in q's dtype.
 
-    Sequence b owns rows query_starts[b] : query_starts[b+1] (query_starts [B+1] int32), which are its last tokens; lengths [B] int32
-    counts all its tokens, the chunk included, and all their keys and values are already written. Rows past query_starts[B] are padding
-    and give zeros.
+    Sequence b owns rows query_starts[b] : query_starts[b+1] (query_starts [B+1] int32), which are its last tokens;
+    lengths [B] int32 counts all its tokens, the chunk included, and all their keys and values are already written. Rows
+    past query_starts[B] are padding and give zeros.
     """
     _check("prefill_attention", q, layer, block_tables, lengths)
     if query_starts.shape[0] != lengths.shape[0] + 1:
-        raise ValueError(f"prefill_attention: {query_starts.shape[0]} query_starts for {lengths.shape[0]} sequences, one more is needed")
-    out: Tensor = choose("prefill_attention", PREFILL_ATTENTION, impl, q.device)(q, layer, block_tables, query_starts, lengths, scale)
+        raise ValueError(
+            f"prefill_attention: {query_starts.shape[0]} query_starts for {lengths.shape[0]} sequences, one more is needed"
+        )
+    out: Tensor = choose("prefill_attention", PREFILL_ATTENTION, impl, q.device)(
+        q, layer, block_tables, query_starts, lengths, scale
+    )
     return out
 
 
 def _check(op: str, q: Tensor, layer: KVLayer, block_tables: Tensor, lengths: Tensor) -> None:
     if q.dim() != 3 or q.shape[2] != layer.head_dim or q.shape[1] % layer.kv_heads:
-        raise ValueError(f"{op}: q {tuple(q.shape)} must be [rows, a multiple of {layer.kv_heads} heads, {layer.head_dim}]")
+        raise ValueError(
+            f"{op}: q {tuple(q.shape)} must be [rows, a multiple of {layer.kv_heads} heads, {layer.head_dim}]"
+        )
     if block_tables.shape[0] != lengths.shape[0]:
         raise ValueError(f"{op}: {block_tables.shape[0]} block tables for {lengths.shape[0]} lengths")
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Reference causal attention of q [T, H, D], the last T of L tokens, over k, v [L, Hkv, D]; float32, or float64 with q."""
+    """Reference causal attention of q [T, H, D], the last T of L tokens, over k, v [L, Hkv, D]; float32, or float64
+    with q."""
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     t, heads, _ = q.shape
     group = heads // k.shape[1]
@@ -63,11 +75,13 @@ def _decode_torch(q: Tensor, layer: KVLayer, block_tables: Tensor, lengths: Tens
     out = torch.zeros_like(q)
     for b, length in enumerate(lengths.tolist()):
         if length:
-            out[b] = attend(q[b:b + 1], *read_kv(layer, block_tables[b], length), scale)[0]
+            out[b] = attend(q[b : b + 1], *read_kv(layer, block_tables[b], length), scale)[0]
     return out
 
 
-def _prefill_torch(q: Tensor, layer: KVLayer, block_tables: Tensor, query_starts: Tensor, lengths: Tensor, scale: float) -> Tensor:
+def _prefill_torch(
+    q: Tensor, layer: KVLayer, block_tables: Tensor, query_starts: Tensor, lengths: Tensor, scale: float
+) -> Tensor:
     out = torch.zeros_like(q)
     starts = query_starts.tolist()
     for b, length in enumerate(lengths.tolist()):
@@ -83,7 +97,9 @@ def _decode_triton(q: Tensor, layer: KVLayer, block_tables: Tensor, lengths: Ten
     return decode_triton(q, layer, block_tables, lengths, scale)
 
 
-def _prefill_triton(q: Tensor, layer: KVLayer, block_tables: Tensor, query_starts: Tensor, lengths: Tensor, scale: float) -> Tensor:
+def _prefill_triton(
+    q: Tensor, layer: KVLayer, block_tables: Tensor, query_starts: Tensor, lengths: Tensor, scale: float
+) -> Tensor:
     from .prefill_triton import prefill_triton
 
     return prefill_triton(q, layer, block_tables, query_starts, lengths, scale)

@@ -1,10 +1,12 @@
 """Paged attention on the CPU from ATen's operators: gather a batch's blocks, then batched matrix products.
 
-In the CPU's memory order (heads outermost, see `kv_cache`) gathering a batch's blocks is one index_select, and what it gives is
-already the batch of matrices [heads * batch, tokens, D] that bmm wants: no transpose, no loop over sequences. Quantized codes enter
-the product as centred bf16 integers and the scales are applied to the scores and the weights (as in `decode_triton`).
-What lies behind a sequence's last token cannot reach a result: scores there are replaced, values there are cleared.
+In the CPU's memory order (heads outermost, see `kv_cache`) gathering a batch's blocks is one index_select, and what it
+gives is already the batch of matrices [heads * batch, tokens, D] that bmm wants: no transpose, no loop over sequences.
+Quantized codes enter the product as centred bf16 integers and the scales are applied to the scores and the weights (as
+in `decode_triton`). What lies behind a sequence's last token cannot reach a result: scores there are replaced, values
+there are cleared.
 """
+
 from __future__ import annotations
 
 from functools import lru_cache
@@ -15,8 +17,9 @@ from torch import Tensor
 
 from .kv_cache import Codec, KVLayer, decode, scale_and_low
 
-# Rows are taken in order of length, in chunks of this many key elements: 1 MB of bf16 stays in a core's cache, is handed out by malloc
-# without touching new pages (64 x 200 tokens: twice as fast as all at once), and short rows are not padded to long ones.
+# Rows are taken in order of length, in chunks of this many key elements: 1 MB of bf16 stays in a core's cache, is
+# handed out by malloc without touching new pages (64 x 200 tokens: twice as fast as all at once), and short rows are
+# not padded to long ones.
 CHUNK_ELEMENTS = 1 << 19
 CAUSAL_ROWS = 256  # a whole prompt of at least this many tokens runs alone, so that the masked half is skipped
 
@@ -39,7 +42,9 @@ def decode_cpu(q: Tensor, layer: KVLayer, block_tables: Tensor, lengths: Tensor,
     return out
 
 
-def _decode_padded(q: Tensor, layer: KVLayer, block_tables: Tensor, lengths: Tensor, counts: list[int], scale: float) -> Tensor:
+def _decode_padded(
+    q: Tensor, layer: KVLayer, block_tables: Tensor, lengths: Tensor, counts: list[int], scale: float
+) -> Tensor:
     """All rows at once, padded to the longest; every length is at least 1."""
     batch, heads, d = q.shape
     hkv = layer.kv_heads
@@ -58,7 +63,11 @@ def _decode_padded(q: Tensor, layer: KVLayer, block_tables: Tensor, lengths: Ten
         y = F.scaled_dot_product_attention(rows.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), scale=scale)
         return y.reshape(1, heads, d).to(q.dtype)
     q_codes = rows if ks is None else rows[..., _permutation(d, codec_k.bits)]
-    s = torch.bmm(q_codes.reshape(hkv * batch, -1, d), k.flatten(0, 1).transpose(1, 2)).view(hkv, batch, -1, k.shape[2]).float()
+    s = (
+        torch.bmm(q_codes.reshape(hkv * batch, -1, d), k.flatten(0, 1).transpose(1, 2))
+        .view(hkv, batch, -1, k.shape[2])
+        .float()
+    )
     if ks is not None and kl is not None:
         s = s.mul_(ks[:, :, None]).add_(rows.float().sum(-1, keepdim=True) * kl[:, :, None])
     if padded:
@@ -72,7 +81,8 @@ def _decode_padded(q: Tensor, layer: KVLayer, block_tables: Tensor, lengths: Ten
 
 
 def _blocks(block_tables: Tensor, lengths: Tensor, counts: list[int], block_size: int) -> tuple[Tensor, Tensor]:
-    """The blocks to gather, [B * n] with n the longest's count (a shorter row repeats its first), and how many each row holds [B]."""
+    """The blocks to gather, [B * n] with n the longest's count (a shorter row repeats its first), and how many each row
+    holds [B]."""
     n = -(-max(counts) // block_size)
     held = (lengths + (block_size - 1)) // block_size
     table = block_tables[:, :n]
@@ -82,21 +92,24 @@ def _blocks(block_tables: Tensor, lengths: Tensor, counts: list[int], block_size
 
 
 def _gather(words: Tensor, table: Tensor, batch: int) -> Tensor:
-    """words [blocks, block_size, Hkv, ...] of the blocks in `table` -> [Hkv, B, tokens, ...], contiguous in the CPU's memory order."""
+    """words [blocks, block_size, Hkv, ...] of the blocks in `table` -> [Hkv, B, tokens, ...], contiguous in the CPU's
+    memory order."""
     by_head = words.movedim(2, 0)
     found = by_head.flatten(2).index_select(1, table)
     return found.view(by_head.shape[0], batch, -1, *by_head.shape[3:])
 
 
-def _operand(words: Tensor, scales: Tensor | None, codec: Codec, table: Tensor, batch: int, alone: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """bf16 [Hkv, B, tokens, D] with scale and low [Hkv, B, tokens]: x ~ operand * scale + low, its elements in `_permutation`'s order;
-    one row is cut to its own length, `alone`."""
+def _operand(
+    words: Tensor, scales: Tensor | None, codec: Codec, table: Tensor, batch: int, alone: int
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """bf16 [Hkv, B, tokens, D] with scale and low [Hkv, B, tokens]: x ~ operand * scale + low, its elements in
+    `_permutation`'s order; one row is cut to its own length, `alone`."""
     x = _gather(words, table, batch)
     if batch == 1:
         x = x[:, :, :alone]
     if scales is None:
         return x, None, None
-    scale, low = scale_and_low(_gather(scales, table, batch)[:, :, :x.shape[2]])
+    scale, low = scale_and_low(_gather(scales, table, batch)[:, :, : x.shape[2]])
     middle = 1 << (codec.bits - 1)
     codes = x.contiguous().view(torch.uint8)
     if codec.bits == 4:
@@ -108,7 +121,9 @@ def _operand(words: Tensor, scales: Tensor | None, codec: Codec, table: Tensor, 
 def _permutation(d: int, bits: int) -> Tensor:
     """Which element each code of `_operand` is: bytes of a word in memory order, low nibbles before high ones."""
     planes = torch.arange(d).view(16 // bits, -1)
-    return planes.t().reshape(-1) if bits == 8 else torch.cat((planes[0::2].t().reshape(-1), planes[1::2].t().reshape(-1)))
+    return (
+        planes.t().reshape(-1) if bits == 8 else torch.cat((planes[0::2].t().reshape(-1), planes[1::2].t().reshape(-1)))
+    )
 
 
 @lru_cache(maxsize=16)
@@ -117,7 +132,8 @@ def _inverse(d: int, bits: int) -> Tensor:
 
 
 def _clear_tails(x: Tensor, held: Tensor, lengths: Tensor, block_size: int) -> None:
-    """Zero what lies behind each row's end of x [Hkv, B, tokens, D], in place: touches the last block of a row and those past it only."""
+    """Zero what lies behind each row's end of x [Hkv, B, tokens, D], in place: touches the last block of a row and
+    those past it only."""
     blocks = x.view(x.shape[0], -1, block_size, x.shape[-1])
     n = blocks.shape[1] // len(held)
     index = torch.arange(n)
@@ -129,13 +145,17 @@ def _clear_tails(x: Tensor, held: Tensor, lengths: Tensor, block_size: int) -> N
     blocks.index_copy_(1, last, blocks.index_select(1, last).masked_fill_(behind[None, :, :, None], 0))
 
 
-def prefill_cpu(q: Tensor, layer: KVLayer, block_tables: Tensor, query_starts: Tensor, lengths: Tensor, scale: float) -> Tensor:
+def prefill_cpu(
+    q: Tensor, layer: KVLayer, block_tables: Tensor, query_starts: Tensor, lengths: Tensor, scale: float
+) -> Tensor:
     """See `attention.prefill_attention`: whole long prompts alone, everything else in padded groups of similar size."""
     out = torch.zeros_like(q)
     starts, counts = query_starts.tolist(), lengths.tolist()
     chunks = [starts[b + 1] - starts[b] for b in range(len(counts))]
     alone = [b for b, t in enumerate(chunks) if t >= CAUSAL_ROWS and t == counts[b]]
-    for group in [[b] for b in alone] + _groups([b for b, t in enumerate(chunks) if t and b not in alone], chunks, counts):
+    for group in [[b] for b in alone] + _groups(
+        [b for b, t in enumerate(chunks) if t and b not in alone], chunks, counts
+    ):
         _prefill_group(out, q, layer, block_tables, group, starts, chunks, counts, scale)
     return out
 
@@ -155,8 +175,10 @@ def _groups(rows: list[int], chunks: list[int], counts: list[int]) -> list[list[
     return groups
 
 
-def _prefill_group(out: Tensor, q: Tensor, layer: KVLayer, block_tables: Tensor, group: list[int], starts: list[int], chunks: list[int],
-                   counts: list[int], scale: float) -> None:
+def _prefill_group(
+    out: Tensor, q: Tensor, layer: KVLayer, block_tables: Tensor, group: list[int], starts: list[int],
+    chunks: list[int], counts: list[int], scale: float,
+) -> None:
     (_, heads, d), hkv = q.shape, layer.kv_heads
     t, longest = max(chunks[b] for b in group), max(counts[b] for b in group)
     lengths, news = torch.tensor([counts[b] for b in group]), torch.tensor([chunks[b] for b in group])
@@ -174,14 +196,22 @@ def _prefill_group(out: Tensor, q: Tensor, layer: KVLayer, block_tables: Tensor,
         rows = slice(starts[group[0]], starts[group[0]] + t)
         x = q[None, rows]
     else:
-        at = torch.tensor([starts[b] for b in group])[:, None] + torch.arange(t).minimum(news[:, None] - 1)  # padding repeats the last row
+        at = torch.tensor([starts[b] for b in group])[:, None] + torch.arange(t).minimum(
+            news[:, None] - 1
+        )  # padding repeats the last row
         x = q[at]
     x = x.to(torch.bfloat16)
     if len(group) == 1 and t == longest:
-        y = F.scaled_dot_product_attention(x.transpose(1, 2), k, v, is_causal=True, scale=scale, enable_gqa=True).transpose(1, 2)
+        y = F.scaled_dot_product_attention(
+            x.transpose(1, 2), k, v, is_causal=True, scale=scale, enable_gqa=True
+        ).transpose(1, 2)
     else:
         position = lengths[:, None] - news[:, None] + torch.arange(t).minimum(news[:, None] - 1)
-        seen = (torch.arange(longest) <= position[:, :, None])[:, None, None].expand(-1, 1, heads // hkv, -1, -1).flatten(2, 3)
+        seen = (
+            (torch.arange(longest) <= position[:, :, None])[:, None, None]
+            .expand(-1, 1, heads // hkv, -1, -1)
+            .flatten(2, 3)
+        )
         packed = x.view(len(group), t, hkv, -1, d).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B, Hkv, group * T, D]
         y = F.scaled_dot_product_attention(packed, k, v, seen, scale=scale)
         y = y.view(len(group), hkv, -1, t, d).permute(0, 3, 1, 2, 4).flatten(2, 3)

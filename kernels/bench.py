@@ -1,10 +1,12 @@
-"""python -m kernels.bench [--op ...] [--json FILE]: every kernel against its reference, its ceiling and what else there is.
+"""python -m kernels.bench [--op ...] [--json FILE]: every kernel against its reference, its ceiling and what else there
+is.
 
-Correctness comes first: a row whose result is wrong has no time. Times are medians of CUDA-graph replays over rotating inputs
-(`timing`), in microseconds for the complete operation; for a split-K matmul "partials" is the time without the reduction, which a
-fused consumer does instead. "of read" is bytes over time over the read bandwidth measured in the same run, "of matrix" the same for
-bf16 matrix products.
+Correctness comes first: a row whose result is wrong has no time. Times are medians of CUDA-graph replays over rotating
+inputs (`timing`), in microseconds for the complete operation; for a split-K matmul "partials" is the time without the
+reduction, which a fused consumer does instead. "of read" is bytes over time over the read bandwidth measured in the
+same run, "of matrix" the same for bf16 matrix products.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -27,6 +29,7 @@ from .kv_cache import read_kv
 from .matmul_triton import linear_partials, linear_triton
 from .prefill_triton import prefill_triton
 from .timing import matmul_rate, microseconds, read_bandwidth
+from .tuning import SkinnyConfig
 
 
 @dataclass
@@ -60,7 +63,11 @@ def matmul_rows(format: str, rows: tuple[int, ...]) -> list[Row]:
         for m in rows:
             problem = problems.matmul(format, m, n, k)
             weight = problem.weights[0].dequantize(torch.float32)
-            error = checked(relative_error(linear_triton(problem.x, problem.weights[0], None), problem.x.float() @ weight.t()), 5e-3, f"{format} {name} M={m}")
+            error = checked(
+                relative_error(linear_triton(problem.x, problem.weights[0], None), problem.x.float() @ weight.t()),
+                5e-3,
+                f"{format} {name} M={m}",
+            )
             us = microseconds(problem.calls(lambda x, w: linear_triton(x, w, None)))
             small = m <= (16 if format == "bf16" else 64)
             partials = microseconds(problem.calls(linear_partials)) if small else None
@@ -68,8 +75,12 @@ def matmul_rows(format: str, rows: tuple[int, ...]) -> list[Row]:
             others = {"cuBLAS bf16": microseconds([lambda w=w: F.linear(problem.x, w) for w in dense])}  # type: ignore[misc]
             if format == "int4" and m <= 16:
                 others["tinygemm"] = tinygemm(problem.x, n, k)
-            found.append(Row(f"A16W{ {'bf16': 16, 'int8': 8, 'int4': 4}[format] }", f"{name} M={m}", us, error, partials,
-                             problem.nbytes / us / 1e6, problem.flops / us / 1e6 if m > 64 else None, others))
+            found.append(
+                Row(
+                    f"A16W{ {'bf16': 16, 'int8': 8, 'int4': 4}[format] }", f"{name} M={m}", us, error, partials,
+                    problem.nbytes / us / 1e6, problem.flops / us / 1e6 if m > 64 else None, others,
+                )
+            )
             print_row(found[-1])
     return found
 
@@ -82,41 +93,60 @@ def tinygemm(x: Tensor, n: int, k: int) -> float:
 
 
 def slope_rows() -> list[Row]:
-    """Bandwidth from two sizes, so that what a launch costs anyway cancels: A16W4, M = 1."""
+    """Bandwidth from two sizes and the same tiles, so that what a launch costs anyway cancels: A16W4, M = 1."""
     times = []
+    config = SkinnyConfig(8, 64, 2, 1, 4)
     for n in (28672, 57344):
         problem = problems.matmul("int4", 1, n, 8192)
-        times.append((microseconds(problem.calls(linear_partials)), problem.weights[0].nbytes))
-        del problem
+        times.append(
+            (microseconds(problem.calls(lambda x, w: linear_partials(x, w, config))), problem.weights[0].nbytes)
+        )
     (short, few), (long, many) = times
-    row = Row("A16W4", "slope M=1, 8192x28672 to 8192x57344", long - short, 0.0, tb_per_s=(many - few) / (long - short) / 1e6)
+    row = Row(
+        "A16W4", "slope M=1, 8192x28672 to 8192x57344", long - short, 0.0, tb_per_s=(many - few) / (long - short) / 1e6
+    )
     print_row(row)
     return [row]
 
 
 def decode_rows() -> list[Row]:
-    """32 query heads, 8 KV heads, head_dim 128, blocks of 64 tokens; beside ours scaled_dot_product_attention on contiguous bf16."""
+    """32 query heads, 8 KV heads, head_dim 128, blocks of 64 tokens; beside ours scaled_dot_product_attention on
+    contiguous bf16."""
     found = []
     for batch, context in ((1, 8192), (16, 2048), (64, 2048)):
         for format in ("bf16", "int8", "int4"):
             problem = problems.decode(format, batch, context)
-            got = decode_triton(problem.q, problem.layers[0], problem.tables, problem.lengths, problem.head_dim ** -0.5)
-            want = torch.stack([attend(problem.q[b:b + 1].double(), *read_kv(problem.layers[0], problem.tables[b], context), problem.head_dim ** -0.5)[0]
-                                for b in range(min(batch, 4))])
-            error = checked(relative_error(got[:len(want)], want), 8e-3, f"decode {format} {batch} x {context}")
+            got = decode_triton(problem.q, problem.layers[0], problem.tables, problem.lengths, problem.head_dim**-0.5)
+            want = torch.stack(
+                [
+                    attend(
+                        problem.q[b : b + 1].double(), *read_kv(problem.layers[0], problem.tables[b], context),
+                        problem.head_dim**-0.5,
+                    )[0]
+                    for b in range(min(batch, 4))
+                ]
+            )
+            error = checked(relative_error(got[: len(want)], want), 8e-3, f"decode {format} {batch} x {context}")
             us = microseconds(problem.calls(decode_triton))
             others = {}
             if format == "bf16":
                 k, v = (torch.randn(batch, 8, context, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-                others["SDPA"] = microseconds([lambda: F.scaled_dot_product_attention(problem.q[:, :, None], k, v, enable_gqa=True)])
-            found.append(Row("decode attention", f"{batch} x {context} {format}", us, error, None, problem.nbytes / us / 1e6, None, others))
+                others["SDPA"] = microseconds(
+                    [lambda: F.scaled_dot_product_attention(problem.q[:, :, None], k, v, enable_gqa=True)]
+                )
+            found.append(
+                Row(
+                    "decode attention", f"{batch} x {context} {format}", us, error, None, problem.nbytes / us / 1e6,
+                    None, others,
+                )
+            )
             print_row(found[-1])
-            del problem
     return found
 
 
 def prefill_rows() -> list[Row]:
-    """512 new tokens behind 4096 cached ones; beside ours PyTorch's flash attention on contiguous bf16, causal at the lower right."""
+    """512 new tokens behind 4096 cached ones; beside ours PyTorch's flash attention on contiguous bf16, causal at the
+    lower right."""
     from torch.nn.attention.bias import causal_lower_right
 
     found = []
@@ -124,18 +154,31 @@ def prefill_rows() -> list[Row]:
         problem = problems.prefill(format, 512, 4608)
         call = (problem.q, problem.layers[0], problem.table, problem.query_starts, problem.lengths, problem.scale)
         k, v = read_kv(problem.layers[0], problem.table[0], 4608)
-        error = checked(relative_error(prefill_triton(*call), attend(problem.q.float(), k, v, problem.scale)), 8e-3, f"prefill {format}")
+        error = checked(
+            relative_error(prefill_triton(*call), attend(problem.q.float(), k, v, problem.scale)),
+            8e-3,
+            f"prefill {format}",
+        )
         us = microseconds(problem.calls(prefill_triton))
         q, k, v = (x.bfloat16().transpose(0, 1)[None].contiguous() for x in (problem.q, k, v))
         k, v = (x.repeat_interleave(4, 1) for x in (k, v))
-        others = {"SDPA bf16": microseconds([lambda: F.scaled_dot_product_attention(q, k, v, causal_lower_right(512, 4608), scale=problem.scale)])}
-        found.append(Row("prefill attention", f"512 after 4096 {format}", us, error, None, None, problem.flops / us / 1e6, others))
+        others = {
+            "SDPA bf16": microseconds(
+                [lambda: F.scaled_dot_product_attention(q, k, v, causal_lower_right(512, 4608), scale=problem.scale)]
+            )
+        }
+        found.append(
+            Row(
+                "prefill attention", f"512 after 4096 {format}", us, error, None, None, problem.flops / us / 1e6, others
+            )
+        )
         print_row(found[-1])
     return found
 
 
 def a8w8_rows() -> list[Row]:
-    """int8 8192^3 with the scaled bf16 epilogue; beside ours _int_mm without one, and fp8 by _scaled_mm with row-wise scales."""
+    """int8 8192^3 with the scaled bf16 epilogue; beside ours _int_mm without one, and fp8 by _scaled_mm with row-wise
+    scales."""
     x, x_scale, w, w_scale = problems.int8_matmul(8192, 8192, 8192)
     want = (x[:64].double() @ w.double().t()) * x_scale[:64].double()[:, None] * w_scale.double()
     error = checked(relative_error(a8w8_matmul(x, x_scale, w, w_scale)[:64], want), 3e-3, "A8W8")
@@ -143,8 +186,12 @@ def a8w8_rows() -> list[Row]:
     x8, w8 = (torch.randn(8192, 8192, device="cuda").to(torch.float8_e4m3fn) for _ in range(2))
     ones = torch.ones(8192, 1, device="cuda")
     us = microseconds([lambda: a8w8_matmul(x, x_scale, w, w_scale)])
-    others = {"_int_mm (int32 out)": microseconds([lambda: torch._int_mm(x, w.t())]),
-              "fp8 _scaled_mm": microseconds([lambda: torch._scaled_mm(x8, w8.t(), ones, ones.t(), out_dtype=torch.bfloat16)])}
+    others = {
+        "_int_mm (int32 out)": microseconds([lambda: torch._int_mm(x, w.t())]),
+        "fp8 _scaled_mm": microseconds(
+            [lambda: torch._scaled_mm(x8, w8.t(), ones, ones.t(), out_dtype=torch.bfloat16)]
+        ),
+    }
     row = Row("A8W8", "8192^3", us, error, None, None, flops / us / 1e6, others)
     print_row(row)
     return [row]
@@ -163,9 +210,21 @@ def elementwise_rows() -> list[Row]:
         print_row(found[-1])
 
     x, residual, gate_up = sets[0]
-    row("add + RMSNorm", 8 * t * d, lambda x, r, g: elementwise.add_rms_norm(x, r, weight, 1e-5),
-        relative_error(elementwise.add_rms_norm(x, residual, weight, 1e-5)[0], elementwise.add_rms_norm(x, residual, weight, 1e-5, impl="torch")[0]))
-    row("SiLU-mul", 6 * t * i, lambda x, r, g: elementwise.silu_mul(g), relative_error(elementwise.silu_mul(gate_up), elementwise.silu_mul(gate_up, impl="torch")))
+    row(
+        "add + RMSNorm",
+        8 * t * d,
+        lambda x, r, g: elementwise.add_rms_norm(x, r, weight, 1e-5),
+        relative_error(
+            elementwise.add_rms_norm(x, residual, weight, 1e-5)[0],
+            elementwise.add_rms_norm(x, residual, weight, 1e-5, impl="torch")[0],
+        ),
+    )
+    row(
+        "SiLU-mul",
+        6 * t * i,
+        lambda x, r, g: elementwise.silu_mul(g),
+        relative_error(elementwise.silu_mul(gate_up), elementwise.silu_mul(gate_up, impl="torch")),
+    )
     return found
 
 
@@ -199,11 +258,21 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.exit(1, "kernels.bench measures CUDA kernels, and PyTorch sees no CUDA device here.\n")
     torch.manual_seed(0)
-    about = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version(),
-             "seed": 0, "command": "python -m kernels.bench " + " ".join(sys.argv[1:]), "read_tb_per_s": read_bandwidth(),
-             "matmul_tflops": matmul_rate()}
-    print(f"{about['gpu']}, torch {about['torch']}, triton {about['triton']}; ceilings: read {about['read_tb_per_s']:.2f} TB/s, "
-          f"bf16 matrix {about['matmul_tflops']:.0f} TFLOP/s", flush=True)
+    about = {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+        "seed": 0,
+        "command": "python -m kernels.bench " + " ".join(sys.argv[1:]),
+        "read_tb_per_s": read_bandwidth(),
+        "matmul_tflops": matmul_rate(),
+    }
+    print(
+        f"{about['gpu']}, torch {about['torch']}, triton {about['triton']}; ceilings: read {about['read_tb_per_s']:.2f} TB/s, "
+        f"bf16 matrix {about['matmul_tflops']:.0f} TFLOP/s",
+        flush=True,
+    )
     rows = [row for op in chosen.op for row in OPS[op]()]
     if chosen.json:
         with open(chosen.json, "w") as file:

@@ -1,16 +1,18 @@
-"""Paged decode attention in Triton: split over the context (flash decoding, Dao et al. 2023), query heads of one KV head packed.
+"""Paged decode attention in Triton: split over the context (flash decoding, Dao et al. 2023), query heads of one KV
+head packed.
 
-Quantized keys and values are read as planes (see `kv_cache`), and only the step from code to fp16 bias + code touches a tile; every
-scale is factored out of it, with k = ks * code + kl and v = vs * code + vl per token:
+Quantized keys and values are read as planes (see `kv_cache`), and only the step from code to fp16 bias + code touches a
+tile; every scale is factored out of it, with k = ks * code + kl and v = vs * code + vl per token:
 
     S[h, n] = ks[n] * ( q[h] . (bias + code) )  +  qsum[h] * (kl[n] - bias * ks[n])
     O[h]    = sum_n p[n] * vs[n] * (bias + code)  +  sum_n p[n] * (vl[n] - bias * vs[n])
 
-Each plane has its own slice of q and its own accumulator, so nothing is interleaved. p * vs is divided by the largest vs so far
-before it is rounded to fp16. Full tiles run without masks; a masked tile at the end of the context follows.
+Each plane has its own slice of q and its own accumulator, so nothing is interleaved. p * vs is divided by the largest
+vs so far before it is rounded to fp16. Full tiles run without masks; a masked tile at the end of the context follows.
 
     grid [splits, kv heads, B]   q [16, D/planes] x planes   tile [TILE tokens, D/planes]   partial [B, H, splits, D] float32
 """
+
 # ruff: noqa: N803
 from __future__ import annotations
 
@@ -38,7 +40,8 @@ def load_plane(q, rows, inside, scale, PLANE: tl.constexpr, BITS: tl.constexpr, 
 
 @triton.jit
 def load_query(q, rows, inside, scale, BITS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr):
-    """q as one, two or four planes (the rest repeats the first and is not used), and the sum of its elements as rounded."""
+    """q as one, two or four planes (the rest repeats the first and is not used), and the sum of its elements as
+    rounded."""
     q0 = load_plane(q, rows, inside, scale, 0, BITS, D)
     q1, q2, q3 = q0, q0, q0
     total = tl.zeros((ROWS,), tl.float32)
@@ -53,36 +56,38 @@ def load_query(q, rows, inside, scale, BITS: tl.constexpr, D: tl.constexpr, ROWS
 
 
 @triton.jit
-def tile_at(base, tables, block_stride, token_stride, head_stride, kv_head, start, n, inside, BLOCK: tl.constexpr, TILE: tl.constexpr,
-            MASKED: tl.constexpr):
-    """Pointers to the TILE tokens from `start` on, through the block table."""
-    if BLOCK >= TILE:  # the tile lies in one block
-        block = tl.load(tables + start // BLOCK).to(tl.int64)
-        at = base + block * block_stride + kv_head * head_stride + (start % BLOCK + n) * token_stride
-    else:
-        if MASKED:
-            blocks = tl.load(tables + (start + n) // BLOCK, mask=inside, other=0).to(tl.int64)
-        else:
-            blocks = tl.load(tables + (start + n) // BLOCK).to(tl.int64)
-        at = base + blocks * block_stride + kv_head * head_stride + (n % BLOCK) * token_stride
-    return at
-
-
-@triton.jit
-def load_rows(at, inside, W: tl.constexpr, MASKED: tl.constexpr):
-    i = tl.arange(0, W)
+def load_side(
+    words, scales, block, token, head, inside, block_stride, token_stride, head_stride, scale_block, scale_token,
+    scale_head, BITS: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
+):
+    """The words [TILE, W] of a tile's keys or values, and their scale and low [TILE] (zeros for bf16)."""
+    i = tl.arange(0, D * BITS // 16)
+    at = (words + block * block_stride + head * head_stride + token * token_stride)[:, None] + i[None, :]
+    scale = tl.zeros((TILE,), tl.float32)
+    low = scale
     if MASKED:
-        x = tl.load(at[:, None] + i[None, :], mask=inside[:, None], other=0)
+        x = tl.load(at, mask=inside[:, None], other=0)
     else:
-        x = tl.load(at[:, None] + i[None, :])
-    return x
+        x = tl.load(at)
+    if BITS != 16:
+        scale_at = scales + block * scale_block + head * scale_head + token * scale_token
+        word = tl.load(scale_at, mask=inside, other=0) if MASKED else tl.load(scale_at)
+        scale = (word & -0x10000).to(tl.float32, bitcast=True)
+        low = (word << 16).to(tl.float32, bitcast=True)
+    return x, scale, low
 
 
 @triton.jit
-def load_words(at, inside, MASKED: tl.constexpr):
-    """Scale words as float32 scale and low."""
-    word = tl.load(at, mask=inside, other=0) if MASKED else tl.load(at)
-    return (word & -0x10000).to(tl.float32, bitcast=True), (word << 16).to(tl.float32, bitcast=True)
+def tile_blocks(tables, start, n, inside, BLOCK: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr):
+    """Block and offset of the TILE tokens from `start` on: one block where the tile lies in it, else one for each token."""
+    if BLOCK >= TILE:
+        block = tl.load(tables + start // BLOCK).to(tl.int64)
+        token = start % BLOCK + n
+    else:
+        at = tables + (start + n) // BLOCK
+        block = (tl.load(at, mask=inside, other=0) if MASKED else tl.load(at)).to(tl.int64)
+        token = n % BLOCK
+    return block, token
 
 
 @triton.jit
@@ -104,8 +109,8 @@ def scores(q0, q1, q2, q3, q_sum, k, ks, kl, scale, zeros, BITS: tl.constexpr, I
 def accumulate(s, v, vs, vl, top, total, largest, shift, a0, a1, a2, a3, BITS: tl.constexpr, INTERP: tl.constexpr):
     """One step of the online softmax: scores s [rows, TILE] and a value tile into the running state.
 
-    State: top and total [rows], the maximum and the denominator; a0..a3, one accumulator per plane, in units of `largest`, the largest
-    vs so far; shift, what a token adds to every element: the sum of p * (vl - bias * vs)."""
+    State: top and total [rows], the maximum and the denominator; a0..a3, one accumulator per plane, in units of
+    `largest`, the largest vs so far; shift, what a token adds to every element: the sum of p * (vl - bias * vs)."""
     new_top = tl.maximum(top, tl.max(s, 1))
     alpha = tl.exp2(top - new_top)
     p = tl.exp2(s - new_top[:, None])
@@ -139,13 +144,14 @@ def store_planes(to, a0, a1, a2, a3, factor, shift, inside, W: tl.constexpr, BIT
 
 
 @triton.jit(do_not_specialize=["table_row"])
-def decode_kernel(q, key, value, key_scale, value_scale, tables, lengths, out, partial, partial_ml, scale, q_row, q_head, table_row,
-                  key_block, key_token, key_head, value_block, value_token, value_head, scale_block, scale_token, scale_head,
-                  H, GROUP: tl.constexpr, D: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, BLOCK: tl.constexpr,
-                  TILE: tl.constexpr, SPLIT: tl.constexpr, MIN_SPLIT: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
-                  EARLY: tl.constexpr, INTERP: tl.constexpr):
+def decode_kernel(
+    q, key, value, key_scale, value_scale, tables, lengths, out, partial, partial_ml, scale, q_row, q_head, table_row,
+    key_block, key_token, key_head, value_block, value_token, value_head, scale_block, scale_token, scale_head, H,
+    GROUP: tl.constexpr, D: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, BLOCK: tl.constexpr,
+    TILE: tl.constexpr, SPLIT: tl.constexpr, MIN_SPLIT: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
+    EARLY: tl.constexpr, INTERP: tl.constexpr,
+):
     await_previous(EARLY)
-    KW: tl.constexpr = D * KEY_BITS // 16
     VW: tl.constexpr = D * VALUE_BITS // 16
     HEAD_TILES: tl.constexpr = (GROUP + ROWS - 1) // ROWS
     split, kv_head, b = tl.program_id(0), tl.program_id(1) // HEAD_TILES, tl.program_id(2)
@@ -167,37 +173,45 @@ def decode_kernel(q, key, value, key_scale, value_scale, tables, lengths, out, p
         top = tl.full((ROWS,), float("-inf"), tl.float32)
         total = tl.zeros((ROWS,), tl.float32)
         shift, largest = total, 1e-30
-        ks = tl.zeros((TILE,), tl.float32)
-        kl, vs, vl = ks, ks, ks
         full = first + tl.maximum(last - first, 0) // TILE * TILE
         for start in tl.range(first, full, TILE, num_stages=STAGES):
-            k = load_rows(tile_at(key, tables, key_block, key_token, key_head, kv_head, start, n, n, BLOCK, TILE, False), n, KW, False)
-            v = load_rows(tile_at(value, tables, value_block, value_token, value_head, kv_head, start, n, n, BLOCK, TILE, False), n, VW, False)
-            if KEY_BITS != 16:
-                ks, kl = load_words(tile_at(key_scale, tables, scale_block, scale_token, scale_head, kv_head, start, n, n, BLOCK, TILE, False), n, False)
-            if VALUE_BITS != 16:
-                vs, vl = load_words(tile_at(value_scale, tables, scale_block, scale_token, scale_head, kv_head, start, n, n, BLOCK, TILE, False), n, False)
+            block, token = tile_blocks(tables, start, n, n, BLOCK, TILE, False)
+            k, ks, kl = load_side(
+                key, key_scale, block, token, kv_head, n, key_block, key_token, key_head, scale_block, scale_token,
+                scale_head, KEY_BITS, D, TILE, False,
+            )
+            v, vs, vl = load_side(
+                value, value_scale, block, token, kv_head, n, value_block, value_token, value_head, scale_block,
+                scale_token, scale_head, VALUE_BITS, D, TILE, False,
+            )
             s = scores(q0, q1, q2, q3, q_sum, k, ks, kl, scale, score_zeros, KEY_BITS, INTERP)
-            top, total, largest, shift, a0, a1, a2, a3 = accumulate(s, v, vs, vl, top, total, largest, shift, a0, a1, a2, a3,
-                                                                             VALUE_BITS, INTERP)
+            top, total, largest, shift, a0, a1, a2, a3 = accumulate(
+                s, v, vs, vl, top, total, largest, shift, a0, a1, a2, a3, VALUE_BITS, INTERP
+            )
         if full < last:
             inside = full + n < last
-            k = load_rows(tile_at(key, tables, key_block, key_token, key_head, kv_head, full, n, inside, BLOCK, TILE, True), inside, KW, True)
-            v = load_rows(tile_at(value, tables, value_block, value_token, value_head, kv_head, full, n, inside, BLOCK, TILE, True), inside, VW, True)
-            if KEY_BITS != 16:
-                ks, kl = load_words(tile_at(key_scale, tables, scale_block, scale_token, scale_head, kv_head, full, n, inside, BLOCK, TILE, True), inside, True)
-            if VALUE_BITS != 16:
-                vs, vl = load_words(tile_at(value_scale, tables, scale_block, scale_token, scale_head, kv_head, full, n, inside, BLOCK, TILE, True), inside, True)
+            block, token = tile_blocks(tables, full, n, inside, BLOCK, TILE, True)
+            k, ks, kl = load_side(
+                key, key_scale, block, token, kv_head, inside, key_block, key_token, key_head, scale_block, scale_token,
+                scale_head, KEY_BITS, D, TILE, True,
+            )
+            v, vs, vl = load_side(
+                value, value_scale, block, token, kv_head, inside, value_block, value_token, value_head, scale_block,
+                scale_token, scale_head, VALUE_BITS, D, TILE, True,
+            )
             s = scores(q0, q1, q2, q3, q_sum, k, ks, kl, scale, score_zeros, KEY_BITS, INTERP)
             s = tl.where(inside[None, :], s, float("-inf"))
-            top, total, largest, shift, a0, a1, a2, a3 = accumulate(s, v, vs, vl, top, total, largest, shift, a0, a1, a2, a3,
-                                                                             VALUE_BITS, INTERP)
+            top, total, largest, shift, a0, a1, a2, a3 = accumulate(
+                s, v, vs, vl, top, total, largest, shift, a0, a1, a2, a3, VALUE_BITS, INTERP
+            )
         row = b.to(tl.int64) * H + head
         factor = tl.full((ROWS,), 1.0, tl.float32)
         if VALUE_BITS != 16:
             factor *= largest
         if SPLIT:
-            store_planes(partial + (row * splits + split) * D, a0, a1, a2, a3, factor, shift, real, VW, VALUE_BITS, INTERP)
+            store_planes(
+                partial + (row * splits + split) * D, a0, a1, a2, a3, factor, shift, real, VW, VALUE_BITS, INTERP
+            )
             tl.store(partial_ml + (row * splits + split) * 2, top, mask=real)
             tl.store(partial_ml + (row * splits + split) * 2 + 1, total, mask=real)
         else:
@@ -206,8 +220,10 @@ def decode_kernel(q, key, value, key_scale, value_scale, tables, lengths, out, p
 
 
 @triton.jit(do_not_specialize=["splits"])
-def combine_kernel(partial, partial_ml, lengths, out, H, splits, D: tl.constexpr, TILE: tl.constexpr, PADDED: tl.constexpr,
-                   MIN_SPLIT: tl.constexpr, EARLY: tl.constexpr, INTERP: tl.constexpr):
+def combine_kernel(
+    partial, partial_ml, lengths, out, H, splits, D: tl.constexpr, TILE: tl.constexpr, PADDED: tl.constexpr,
+    MIN_SPLIT: tl.constexpr, EARLY: tl.constexpr, INTERP: tl.constexpr,
+):
     """Merge the splits of one query head; splits past the length were never written and are not read."""
     await_previous(EARLY)
     row = tl.program_id(0).to(tl.int64)
@@ -224,10 +240,14 @@ def combine_kernel(partial, partial_ml, lengths, out, H, splits, D: tl.constexpr
     tl.store(out + row * D + i, to_bf16(tl.sum(acc * weight[:, None], 0) / denominator, INTERP))
 
 
-def decode_triton(q: Tensor, layer: KVLayer, block_tables: Tensor, lengths: Tensor, scale: float, config: DecodeConfig | None = None) -> Tensor:
+def decode_triton(
+    q: Tensor, layer: KVLayer, block_tables: Tensor, lengths: Tensor, scale: float, config: DecodeConfig | None = None
+) -> Tensor:
     """q [B, H, D] bf16; lengths are read on the device only, so the launch is the same for every step (CUDA graphs)."""
     if q.dtype != torch.bfloat16 or q.stride(2) != 1:
-        raise ValueError(f"decode_attention: impl 'triton' takes bfloat16 q with a contiguous last dimension, not {q.dtype} {q.stride()}")
+        raise ValueError(
+            f"decode_attention: impl 'triton' takes bfloat16 q with a contiguous last dimension, not {q.dtype} {q.stride()}"
+        )
     batch, heads, d = q.shape
     group = heads // layer.kv_heads
     config = config or decode_config(layer.format.name, batch, layer.kv_heads, block_tables.shape[1] * layer.block_size)
@@ -237,11 +257,15 @@ def decode_triton(q: Tensor, layer: KVLayer, block_tables: Tensor, lengths: Tens
     partial_ml = torch.empty(batch, heads, splits, 2, dtype=torch.float32, device=q.device) if splits > 1 else out
     grid = (splits, layer.kv_heads * triton.cdiv(group, ROWS), batch)
     decode_kernel[grid](
-        q, layer.key, layer.value, layer.key_scale, layer.value_scale, block_tables, lengths, out, partial, partial_ml, scale * LOG2_E,
-        q.stride(0), q.stride(1), block_tables.stride(0), *layer.key.stride()[:3], *layer.value.stride()[:3], *scale_strides(layer), heads,
-        group, d, layer.format.key.bits, layer.format.value.bits, layer.block_size, config.tile, splits > 1, config.min_split, ROWS, config.stages,
-        early, INTERP, num_warps=config.warps, num_stages=config.stages, launch_pdl=early)
+        q, layer.key, layer.value, layer.key_scale, layer.value_scale, block_tables, lengths, out, partial, partial_ml,
+        scale * LOG2_E, q.stride(0), q.stride(1), block_tables.stride(0), *layer.key.stride()[:3],
+        *layer.value.stride()[:3], *scale_strides(layer), heads, group, d, layer.format.key.bits,
+        layer.format.value.bits, layer.block_size, config.tile, splits > 1, config.min_split, ROWS, config.stages,
+        early, INTERP, num_warps=config.warps, num_stages=config.stages, launch_pdl=early,
+    )
     if splits > 1:
-        combine_kernel[(batch * heads,)](partial, partial_ml, lengths, out, heads, splits, d, config.tile, next_power_of_2(splits),
-                                         config.min_split, early, INTERP, num_warps=2 if splits <= 16 else 4, launch_pdl=early)
+        combine_kernel[(batch * heads,)](
+            partial, partial_ml, lengths, out, heads, splits, d, config.tile, next_power_of_2(splits), config.min_split,
+            early, INTERP, num_warps=2 if splits <= 16 else 4, launch_pdl=early,
+        )
     return out

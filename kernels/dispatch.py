@@ -1,8 +1,10 @@
 """Choosing an implementation: a plain dict per operation, and one function that reads it.
 
-`impl` is "torch" (the readable oracle, any device), "aten" (ATen's packed CPU operators), "triton" (our kernels; a CUDA device, or
-Triton's interpreter) or "auto". A choice that cannot run where the tensors are raises: nothing falls back silently.
+`impl` is "torch" (the readable oracle, any device), "aten" (ATen's packed CPU operators), "triton" (our kernels; a CUDA
+device, or Triton's interpreter) or "auto". A choice that cannot run where the tensors are raises: nothing falls back
+silently.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
@@ -19,7 +21,8 @@ def interpreted() -> bool:
 
 
 def choose(op: str, impls: Mapping[str, Callable[..., Any]], impl: str, device: torch.device) -> Callable[..., Any]:
-    """The function registered for `impl` ("auto": triton on CUDA, aten on CPU); ValueError for a name that is not in `impls`."""
+    """The function registered for `impl` ("auto": triton on CUDA, aten on CPU); ValueError for a name that is not in
+    `impls`."""
     if impl == "auto":
         impl = "triton" if device.type == "cuda" else "aten"
     if impl not in impls:

@@ -1,7 +1,9 @@
 """The small operations between the matrix products: RMSNorm (with the residual added), SiLU-mul and rotary embedding.
 
-RMSNorm: Zhang & Sennrich 2019. SwiGLU: Shazeer 2020. RoPE: Su et al. 2021, in the half-split order that Llama checkpoints use.
+RMSNorm: Zhang & Sennrich 2019. SwiGLU: Shazeer 2020. RoPE: Su et al. 2021, in the half-split order that Llama
+checkpoints use.
 """
+
 from __future__ import annotations
 
 import torch
@@ -12,7 +14,8 @@ from .dispatch import choose
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, impl: str = "auto") -> Tensor:
-    """x / rms(x) * weight over the last dimension, statistics in float32 (float64 stays float64) -> x's shape and dtype.
+    """x / rms(x) * weight over the last dimension, statistics in float32 (float64 stays float64) -> x's shape and
+    dtype.
 
     x [..., D] may be any view whose last dimension is contiguous, e.g. the heads of a fused qkv for a per-head norm.
     """
@@ -22,10 +25,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, impl: str = "auto") -> Te
     return out
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, impl: str = "auto") -> tuple[Tensor, Tensor]:
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, impl: str = "auto"
+) -> tuple[Tensor, Tensor]:
     """(rms_norm(x + residual), x + residual), both new tensors in x's dtype; the norm reads the rounded sum."""
     if x.shape != residual.shape or weight.shape != x.shape[-1:]:
-        raise ValueError(f"add_rms_norm: x {tuple(x.shape)}, residual {tuple(residual.shape)} and weight {tuple(weight.shape)} do not fit")
+        raise ValueError(
+            f"add_rms_norm: x {tuple(x.shape)}, residual {tuple(residual.shape)} and weight {tuple(weight.shape)} do not fit"
+        )
     out: tuple[Tensor, Tensor] = choose("add_rms_norm", ADD_RMS_NORM, impl, x.device)(x, residual, weight, eps)
     return out
 
@@ -41,7 +48,8 @@ def silu_mul(gate_up: Tensor, *, impl: str = "auto") -> Tensor:
 def rope(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor, *, impl: str = "auto") -> tuple[Tensor, Tensor]:
     """Rotate q [T, H, D] and k [T, Hkv, D] to `positions` [T] int64; new tensors, the inputs are left alone.
 
-    cos_sin [max_position, D] float32: cosines of the D/2 frequencies, then their sines. Element i turns with element i + D/2.
+    cos_sin [max_position, D] float32: cosines of the D/2 frequencies, then their sines. Element i turns with element i
+    + D/2.
     """
     if cos_sin.shape[-1] != q.shape[-1] or q.shape[-1] != k.shape[-1] or q.shape[0] != k.shape[0]:
         raise ValueError(f"rope: q {tuple(q.shape)}, k {tuple(k.shape)} and cos_sin {tuple(cos_sin.shape)} do not fit")

@@ -1,4 +1,5 @@
 """RMSNorm (+ residual), SiLU-mul and RoPE in Triton: one pass over memory each, statistics in float32."""
+
 # ruff: noqa: N803
 from __future__ import annotations
 
@@ -11,12 +12,16 @@ from .triton_common import INTERP, next_power_of_2, to_bf16
 
 
 @triton.jit
-def rms_norm_kernel(x, residual, weight, out, total, stride_outer, stride_inner, INNER, D, eps, BLOCK: tl.constexpr, ADD: tl.constexpr,
-                    INTERP: tl.constexpr):
+def rms_norm_kernel(
+    x, residual, weight, out, total, stride_outer, stride_inner, INNER, D, eps, BLOCK: tl.constexpr, ADD: tl.constexpr,
+    INTERP: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
     inside = i < D
-    value = tl.load(x + (row // INNER) * stride_outer + (row % INNER) * stride_inner + i, mask=inside, other=0.0).to(tl.float32)
+    value = tl.load(x + (row // INNER) * stride_outer + (row % INNER) * stride_inner + i, mask=inside, other=0.0).to(
+        tl.float32
+    )
     if ADD:
         value += tl.load(residual + row * D + i, mask=inside, other=0.0).to(tl.float32)
         rounded = to_bf16(value, INTERP)
@@ -38,7 +43,9 @@ def silu_mul_kernel(gate_up, out, I, BLOCK: tl.constexpr, INTERP: tl.constexpr):
 
 
 @triton.jit
-def rope_kernel(x, positions, cos_sin, out, stride_row, stride_head, HEADS, D: tl.constexpr, BH: tl.constexpr, INTERP: tl.constexpr):
+def rope_kernel(
+    x, positions, cos_sin, out, stride_row, stride_head, HEADS, D: tl.constexpr, BH: tl.constexpr, INTERP: tl.constexpr
+):
     HALF: tl.constexpr = D // 2
     row = tl.program_id(0).to(tl.int64)
     h, i = tl.program_id(1) * BH + tl.arange(0, BH), tl.arange(0, HALF)
@@ -57,7 +64,9 @@ def rope_kernel(x, positions, cos_sin, out, stride_row, stride_head, HEADS, D: t
 def _check(op: str, *tensors: Tensor) -> None:
     for x in tensors:
         if x.dtype != torch.bfloat16 or x.stride(-1) != 1:
-            raise ValueError(f"{op}: impl 'triton' takes bfloat16 with a contiguous last dimension, not {x.dtype} of strides {x.stride()}")
+            raise ValueError(
+                f"{op}: impl 'triton' takes bfloat16 with a contiguous last dimension, not {x.dtype} of strides {x.stride()}"
+            )
 
 
 def _warps(block: int) -> int:
@@ -74,8 +83,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     inner = x.shape[1] if x.dim() == 3 else 1
     outer_stride, inner_stride = (x.stride(0), x.stride(1)) if x.dim() == 3 else (x.stride(0) if x.dim() == 2 else d, 0)
     block = next_power_of_2(d)
-    rms_norm_kernel[(max(1, x.numel() // d),)](x, x, weight, out, out, outer_stride, inner_stride, inner, d, eps, block, False, INTERP,
-                                               num_warps=_warps(block))
+    rms_norm_kernel[(max(1, x.numel() // d),)](
+        x, x, weight, out, out, outer_stride, inner_stride, inner, d, eps, block, False, INTERP, num_warps=_warps(block)
+    )
     return out
 
 
@@ -86,7 +96,9 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     d = x.shape[-1]
     out, total = torch.empty_like(x), torch.empty_like(x)
     block = next_power_of_2(d)
-    rms_norm_kernel[(x.numel() // d,)](x, residual, weight, out, total, d, 0, 1, d, eps, block, True, INTERP, num_warps=_warps(block))
+    rms_norm_kernel[(x.numel() // d,)](
+        x, residual, weight, out, total, d, 0, 1, d, eps, block, True, INTERP, num_warps=_warps(block)
+    )
     return out, total
 
 
@@ -109,6 +121,8 @@ def rope(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> tuple[Tens
         t, heads, d = x.shape
         out = torch.empty(t, heads, d, dtype=x.dtype, device=x.device)
         bh = min(8, next_power_of_2(heads))
-        rope_kernel[(t, triton.cdiv(heads, bh))](x, positions, cos_sin, out, x.stride(0), x.stride(1), heads, d, bh, INTERP, num_warps=1)
+        rope_kernel[(t, triton.cdiv(heads, bh))](
+            x, positions, cos_sin, out, x.stride(0), x.stride(1), heads, d, bh, INTERP, num_warps=1
+        )
         turned.append(out)
     return turned[0], turned[1]

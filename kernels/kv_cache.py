@@ -1,14 +1,15 @@
 """The paged KV cache: formats, one layer's storage, writing and reading.
 
-A quantized format keeps, per token and head, a code for each element and one 32-bit scale word: x ~ code * scale + low, with the
-bf16 scale in the word's upper and the bf16 low (the smallest element) in its lower half. Codes are planes in int16 words, so that a
-word tile has the shape of a 16-bit operand (as in `packing.pack_planes`):
+A quantized format keeps, per token and head, a code for each element and one 32-bit scale word: x ~ code * scale + low,
+with the bf16 scale in the word's upper and the bf16 low (the smallest element) in its lower half. Codes are planes in
+int16 words, so that a word tile has the shape of a 16-bit operand (as in `packing.pack_planes`):
 
     int8   word[i] = code[i] | code[i + D/2] << 8                                              i < D/2
     int4   word[i] = code[i] | code[i + D/4] << 4 | code[i + D/2] << 8 | code[i + 3D/4] << 12  i < D/4
 
 Per-token, per-head quantization as in LMDeploy and in Sheng et al., "FlexGen" (2023), with scale and range guarded.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -24,7 +25,8 @@ BLOCK_SIZES = (16, 32, 64, 128)
 
 @dataclass(frozen=True)
 class Codec:
-    """How one side (keys or values) of a token's head is stored: `bits` per element, `scale_bytes` per token and head."""
+    """How one side (keys or values) of a token's head is stored: `bits` per element, `scale_bytes` per token and
+    head."""
 
     bits: int
     scale_bytes: int
@@ -36,7 +38,8 @@ class Codec:
 
 @dataclass(frozen=True)
 class KVFormat:
-    """One entry of `KV_FORMATS`: what a panel lists, and what a memory plan needs. Keys and values may differ (k8v4)."""
+    """One entry of `KV_FORMATS`: what a panel lists, and what a memory plan needs. Keys and values may differ
+    (k8v4)."""
 
     name: str
     label: str
@@ -53,8 +56,12 @@ class KVFormat:
 _BF16, _INT8, _INT4 = Codec(16, 0), Codec(8, 4), Codec(4, 4)
 KV_FORMATS: dict[str, KVFormat] = {
     "bf16": KVFormat("bf16", "bf16", "16-bit keys and values, the reference", _BF16, _BF16),
-    "int8": KVFormat("int8", "int8", "8-bit codes, scale per token and head: 1.94x the tokens at head_dim 128", _INT8, _INT8),
-    "int4": KVFormat("int4", "int4", "4-bit codes, scale per token and head: 3.76x the tokens at head_dim 128", _INT4, _INT4),
+    "int8": KVFormat(
+        "int8", "int8", "8-bit codes, scale per token and head: 1.94x the tokens at head_dim 128", _INT8, _INT8
+    ),
+    "int4": KVFormat(
+        "int4", "int4", "4-bit codes, scale per token and head: 3.76x the tokens at head_dim 128", _INT4, _INT4
+    ),
 }
 
 
@@ -62,9 +69,10 @@ KV_FORMATS: dict[str, KVFormat] = {
 class KVLayer:
     """One layer's paged keys and values, allocated once.
 
-    key, value [num_blocks, block_size, kv_heads, words]: bfloat16, or int16 planes; key_scale, value_scale
-    [num_blocks, block_size, kv_heads] int32, or None. The shapes are views; the memory order is the device's: blocks, heads, tokens on
-    CUDA (a program streams one head of a block), heads, blocks, tokens on the CPU (gathered blocks are a batch of matrices).
+    key, value [num_blocks, block_size, kv_heads, words]: bfloat16, or int16 planes; key_scale, value_scale [num_blocks,
+    block_size, kv_heads] int32, or None. The shapes are views; the memory order is the device's: blocks, heads, tokens
+    on CUDA (a program streams one head of a block), heads, blocks, tokens on the CPU (gathered blocks are a batch of
+    matrices).
     """
 
     format: KVFormat
@@ -93,7 +101,11 @@ class KVLayer:
     @property
     def nbytes(self) -> int:
         """Bytes held by this layer."""
-        return sum(t.numel() * t.element_size() for t in (self.key, self.value, self.key_scale, self.value_scale) if t is not None)
+        return sum(
+            t.numel() * t.element_size()
+            for t in (self.key, self.value, self.key_scale, self.value_scale)
+            if t is not None
+        )
 
 
 def kv_format(name: str) -> KVFormat:
@@ -103,8 +115,10 @@ def kv_format(name: str) -> KVFormat:
     return KV_FORMATS[name]
 
 
-def allocate_kv(format: str, num_blocks: int, block_size: int, kv_heads: int, head_dim: int, device: torch.device | str,
-                order: str | None = None) -> KVLayer:
+def allocate_kv(
+    format: str, num_blocks: int, block_size: int, kv_heads: int, head_dim: int, device: torch.device | str,
+    order: str | None = None,
+) -> KVLayer:
     """Allocate one layer of `num_blocks` blocks of `block_size` tokens, zeroed.
 
     order: the outermost dimension in memory, "block" or "head", instead of the device's own (see KVLayer).
@@ -133,7 +147,9 @@ def allocate_kv(format: str, num_blocks: int, block_size: int, kv_heads: int, he
     return KVLayer(chosen, head_dim, key, value, key_scale, value_scale)
 
 
-# --- codes -------------------------------------------------------------------------------------------------------------------------
+# --- codes
+# -------------------------------------------------------------------------------------------------------------------------
+
 
 def encode(x: Tensor, codec: Codec) -> tuple[Tensor, Tensor | None]:
     """x [..., D] -> words [..., words] and scale words [...] int32 (None for bf16)."""
@@ -171,10 +187,13 @@ def decode(words: Tensor, scale_words: Tensor | None, codec: Codec) -> Tensor:
     return codes * scale[..., None] + low[..., None]
 
 
-# --- writing and reading -------------------------------------------------------------------------------------------------------------
+# --- writing and reading
+# -------------------------------------------------------------------------------------------------------------
+
 
 def write_kv(layer: KVLayer, k: Tensor, v: Tensor, slots: Tensor, *, impl: str = "auto") -> None:
-    """Store k, v [T, kv_heads, D] at `slots` [T] int64 (block * block_size + offset; -1 marks a padding row, which writes nothing)."""
+    """Store k, v [T, kv_heads, D] at `slots` [T] int64 (block * block_size + offset; -1 marks a padding row, which
+    writes nothing)."""
     expected = (slots.shape[0], layer.kv_heads, layer.head_dim)
     if tuple(k.shape) != expected or tuple(v.shape) != expected:
         raise ValueError(f"write_kv: k {tuple(k.shape)} and v {tuple(v.shape)} must be {expected}")
@@ -183,7 +202,7 @@ def write_kv(layer: KVLayer, k: Tensor, v: Tensor, slots: Tensor, *, impl: str =
 
 def read_kv(layer: KVLayer, block_table: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """The first `length` tokens behind block_table [n], dequantized: two float32 tensors [length, kv_heads, D]."""
-    blocks = block_table[:-(-length // layer.block_size)].long()
+    blocks = block_table[: -(-length // layer.block_size)].long()
 
     def side(words: Tensor, scales: Tensor | None, codec: Codec) -> Tensor:
         held = words[blocks].flatten(0, 1)[:length]
@@ -197,7 +216,10 @@ def _write_torch(layer: KVLayer, k: Tensor, v: Tensor, slots: Tensor) -> None:
         live = slots >= 0
         k, v, slots = k[live], v[live], slots[live]
     where = (slots // layer.block_size, slots % layer.block_size)
-    for x, codec, words, scales in ((k, layer.format.key, layer.key, layer.key_scale), (v, layer.format.value, layer.value, layer.value_scale)):
+    for x, codec, words, scales in (
+        (k, layer.format.key, layer.key, layer.key_scale),
+        (v, layer.format.value, layer.value, layer.value_scale),
+    ):
         new_words, new_scales = encode(x, codec)
         words.index_put_(where, new_words)
         if scales is not None and new_scales is not None:
@@ -205,13 +227,17 @@ def _write_torch(layer: KVLayer, k: Tensor, v: Tensor, slots: Tensor) -> None:
 
 
 def _write_aten(layer: KVLayer, k: Tensor, v: Tensor, slots: Tensor) -> None:
-    """As the reference, for the CPU's memory order: each side is one index_copy_ along the slots of [heads, slots, words]."""
+    """As the reference, for the CPU's memory order: each side is one index_copy_ along the slots of [heads, slots,
+    words]."""
     if layer.key.stride(2) < layer.key.stride(0):
         raise ValueError("write_kv: impl 'aten' needs the CPU's memory order (heads outermost)")
     if slots.numel() and int(slots.min()) < 0:
         live = slots >= 0
         k, v, slots = k[live], v[live], slots[live]
-    for x, codec, words, scales in ((k, layer.format.key, layer.key, layer.key_scale), (v, layer.format.value, layer.value, layer.value_scale)):
+    for x, codec, words, scales in (
+        (k, layer.format.key, layer.key, layer.key_scale),
+        (v, layer.format.value, layer.value, layer.value_scale),
+    ):
         new_words, new_scales = encode(x, codec)
         words.movedim(2, 0).flatten(1, 2).index_copy_(1, slots, new_words.transpose(0, 1))
         if scales is not None and new_scales is not None:

@@ -1,7 +1,9 @@
 """Storing new keys and values in the paged cache, quantized on the way, and expanding blocks to bf16 again.
 
-A vector is read as [planes, words], so each plane's codes meet in the same word by a shift and a sum: one program per token and head.
+A vector is read as [planes, words], so each plane's codes meet in the same word by a shift and a sum: one program per
+token and head.
 """
+
 # ruff: noqa: N803
 from __future__ import annotations
 
@@ -15,8 +17,10 @@ from .triton_common import INTERP, to_bf16
 
 
 @triton.jit
-def _store(x, words, scales, block, offset, head, word_block, word_token, word_head, scale_block, scale_token, scale_head,
-           D: tl.constexpr, BITS: tl.constexpr, INTERP: tl.constexpr):
+def _store(
+    x, words, scales, block, offset, head, word_block, word_token, word_head, scale_block, scale_token, scale_head,
+    D: tl.constexpr, BITS: tl.constexpr, INTERP: tl.constexpr,
+):
     PLANES: tl.constexpr = 16 // BITS
     W: tl.constexpr = D // PLANES
     to = words + block * word_block + offset * word_token + head * word_head
@@ -43,19 +47,25 @@ def _store(x, words, scales, block, offset, head, word_block, word_token, word_h
 
 
 @triton.jit
-def write_kv_kernel(k, v, slots, key, value, key_scale, value_scale, k_row, k_head, v_row, v_head, key_block, key_token, key_head,
-                    value_block, value_token, value_head, scale_block, scale_token, scale_head, BLOCK: tl.constexpr, D: tl.constexpr,
-                    KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, INTERP: tl.constexpr):
+def write_kv_kernel(
+    k, v, slots, key, value, key_scale, value_scale, k_row, k_head, v_row, v_head, key_block, key_token, key_head,
+    value_block, value_token, value_head, scale_block, scale_token, scale_head, BLOCK: tl.constexpr, D: tl.constexpr,
+    KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, INTERP: tl.constexpr,
+):
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     slot = tl.load(slots + row)
     if slot >= 0:
         block, offset = slot // BLOCK, slot % BLOCK
         if tl.program_id(2) == 0:
-            _store(k + row * k_row + head * k_head, key, key_scale, block, offset, head, key_block, key_token, key_head,
-                   scale_block, scale_token, scale_head, D, KEY_BITS, INTERP)
+            _store(
+                k + row * k_row + head * k_head, key, key_scale, block, offset, head, key_block, key_token, key_head,
+                scale_block, scale_token, scale_head, D, KEY_BITS, INTERP,
+            )
         else:
-            _store(v + row * v_row + head * v_head, value, value_scale, block, offset, head, value_block, value_token, value_head,
-                   scale_block, scale_token, scale_head, D, VALUE_BITS, INTERP)
+            _store(
+                v + row * v_row + head * v_head, value, value_scale, block, offset, head, value_block, value_token,
+                value_head, scale_block, scale_token, scale_head, D, VALUE_BITS, INTERP,
+            )
 
 
 def scale_strides(layer: KVLayer) -> tuple[int, int, int]:
@@ -67,23 +77,32 @@ def scale_strides(layer: KVLayer) -> tuple[int, int, int]:
 def write_kv_triton(layer: KVLayer, k: Tensor, v: Tensor, slots: Tensor) -> None:
     """k, v [T, Hkv, D], last dimension contiguous."""
     if k.stride(2) != 1 or v.stride(2) != 1 or slots.dtype != torch.int64:
-        raise ValueError(f"write_kv: k and v need a contiguous last dimension, slots int64, not {k.stride()}, {v.stride()}, {slots.dtype}")
+        raise ValueError(
+            f"write_kv: k and v need a contiguous last dimension, slots int64, not {k.stride()}, {v.stride()}, {slots.dtype}"
+        )
     key, value = layer.key, layer.value
     if len(slots):
         write_kv_kernel[(len(slots), layer.kv_heads, 2)](
-            k, v, slots, key, value, layer.key_scale, layer.value_scale, k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-            *key.stride()[:3], *value.stride()[:3], *scale_strides(layer), layer.block_size, layer.head_dim,
-            layer.format.key.bits, layer.format.value.bits, INTERP, num_warps=1)
+            k, v, slots, key, value, layer.key_scale, layer.value_scale, k.stride(0), k.stride(1), v.stride(0),
+            v.stride(1), *key.stride()[:3], *value.stride()[:3], *scale_strides(layer), layer.block_size,
+            layer.head_dim, layer.format.key.bits, layer.format.value.bits, INTERP, num_warps=1,
+        )
 
 
 @triton.jit
-def _expand(words, scales, out, block, tokens, head, word_block, word_token, word_head, scale_block, scale_token, scale_head,
-            D: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, INTERP: tl.constexpr):
+def _expand(
+    words, scales, out, block, tokens, head, word_block, word_token, word_head, scale_block, scale_token, scale_head,
+    D: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, INTERP: tl.constexpr,
+):
     PLANES: tl.constexpr = 16 // BITS
     W: tl.constexpr = D // PLANES
     n, i = tl.arange(0, BLOCK), tl.arange(0, W)
     inside = n < tokens
-    w = tl.load(words + block * word_block + head * word_head + n[:, None] * word_token + i[None, :], mask=inside[:, None], other=0)
+    w = tl.load(
+        words + block * word_block + head * word_head + n[:, None] * word_token + i[None, :],
+        mask=inside[:, None],
+        other=0,
+    )
     to = out + n[:, None] * D + i[None, :]
     if BITS == 16:
         tl.store(to, w, mask=inside[:, None])
@@ -97,30 +116,38 @@ def _expand(words, scales, out, block, tokens, head, word_block, word_token, wor
 
 
 @triton.jit(do_not_specialize=["table_row"])
-def expand_kernel(key, value, key_scale, value_scale, tables, lengths, key_out, value_out, table_row, key_block, key_token, key_head,
-                  value_block, value_token, value_head, scale_block, scale_token, scale_head, D: tl.constexpr, KEY_BITS: tl.constexpr,
-                  VALUE_BITS: tl.constexpr, BLOCK: tl.constexpr, INTERP: tl.constexpr):
+def expand_kernel(
+    key, value, key_scale, value_scale, tables, lengths, key_out, value_out, table_row, key_block, key_token, key_head,
+    value_block, value_token, value_head, scale_block, scale_token, scale_head, D: tl.constexpr, KEY_BITS: tl.constexpr,
+    VALUE_BITS: tl.constexpr, BLOCK: tl.constexpr, INTERP: tl.constexpr,
+):
     index, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2) // 2
     tokens = tl.minimum(tl.load(lengths + b) - index * BLOCK, BLOCK)
     if tokens > 0:
         block = tl.load(tables + b * table_row + index).to(tl.int64)
         to = ((b.to(tl.int64) * tl.num_programs(0) + index) * tl.num_programs(1) + head) * BLOCK * D
         if tl.program_id(2) % 2 == 0:
-            _expand(key, key_scale, key_out + to, block, tokens, head, key_block, key_token, key_head, scale_block, scale_token, scale_head,
-                    D, KEY_BITS, BLOCK, INTERP)
+            _expand(
+                key, key_scale, key_out + to, block, tokens, head, key_block, key_token, key_head, scale_block,
+                scale_token, scale_head, D, KEY_BITS, BLOCK, INTERP,
+            )
         else:
-            _expand(value, value_scale, value_out + to, block, tokens, head, value_block, value_token, value_head, scale_block, scale_token,
-                    scale_head, D, VALUE_BITS, BLOCK, INTERP)
+            _expand(
+                value, value_scale, value_out + to, block, tokens, head, value_block, value_token, value_head,
+                scale_block, scale_token, scale_head, D, VALUE_BITS, BLOCK, INTERP,
+            )
 
 
 def expand_blocks(layer: KVLayer, block_tables: Tensor, lengths: Tensor) -> tuple[KVLayer, Tensor]:
-    """The blocks of a batch as a bf16 layer of their own, and the tables [B, width] that address it; written up to each length."""
+    """The blocks of a batch as a bf16 layer of their own, and the tables [B, width] that address it; written up to each
+    length."""
     batch, width = block_tables.shape
     shape = (batch * width, layer.kv_heads, layer.block_size, layer.head_dim)
     key, value = (torch.empty(shape, dtype=torch.bfloat16, device=layer.device) for _ in range(2))
     expand_kernel[(width, layer.kv_heads, 2 * batch)](
-        layer.key, layer.value, layer.key_scale, layer.value_scale, block_tables, lengths, key, value, block_tables.stride(0),
-        *layer.key.stride()[:3], *layer.value.stride()[:3], *scale_strides(layer), layer.head_dim, layer.format.key.bits,
-        layer.format.value.bits, layer.block_size, INTERP, num_warps=2)
+        layer.key, layer.value, layer.key_scale, layer.value_scale, block_tables, lengths, key, value,
+        block_tables.stride(0), *layer.key.stride()[:3], *layer.value.stride()[:3], *scale_strides(layer),
+        layer.head_dim, layer.format.key.bits, layer.format.value.bits, layer.block_size, INTERP, num_warps=2,
+    )
     dense = KVLayer(KV_FORMATS["bf16"], layer.head_dim, key.transpose(1, 2), value.transpose(1, 2), None, None)
     return dense, torch.arange(batch * width, dtype=torch.int32, device=layer.device).view(batch, width)

@@ -1,4 +1,6 @@
-"""y = x @ weight.T + bias for a weight in any format: the operation, its implementations, and which variant runs at which M."""
+"""y = x @ weight.T + bias for a weight in any format: the operation, its implementations, and which variant runs at
+which M."""
+
 from __future__ import annotations
 
 import torch
@@ -8,8 +10,9 @@ from torch import Tensor
 from .dispatch import choose
 from .packing import PackedWeight, nibble_rows
 
-# ATen's packed CPU kernels win while reading the weights dominates; above this many rows, dequantizing blocks of them into a small
-# bf16 buffer and multiplying by oneDNN does. Measured at 4096 x 4096 on a 2-core Zen 4; no second copy of the weights is kept.
+# ATen's packed CPU kernels win while reading the weights dominates; above this many rows, dequantizing blocks of them
+# into a small bf16 buffer and multiplying by oneDNN does. Measured at 4096 x 4096 on a 2-core Zen 4; no second copy of
+# the weights is kept.
 CPU_PACKED_ROWS = {"int8": 16, "int4": 48}
 CPU_BLOCK_ELEMENTS = 1 << 21  # weights dequantized at a time: 4 MB of bf16, which stays in the cache
 
@@ -17,7 +20,8 @@ CPU_BLOCK_ELEMENTS = 1 << 21  # weights dequantized at a time: 4 MB of bf16, whi
 def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, impl: str = "auto") -> Tensor:
     """x [..., K] times weight [N, K] plus bias [N] -> [..., N] in x's dtype.
 
-    impl "torch": any floating x; "aten" and "triton": bfloat16 x. ValueError for shapes, dtypes or devices that do not fit.
+    impl "torch": any floating x; "aten" and "triton": bfloat16 x. ValueError for shapes, dtypes or devices that do not
+    fit.
     """
     n, k = weight.shape
     if x.shape[-1] != k:
@@ -54,8 +58,8 @@ def _int8pack(x: Tensor, weight: PackedWeight) -> Tensor:
     rows = max(64, CPU_BLOCK_ELEMENTS // k)
     y = torch.empty(x.shape[0], n, dtype=x.dtype)
     for block in range(0, n, rows):  # the scale is applied to the product, so a block costs one conversion
-        codes = weight.data[block:block + rows].to(x.dtype)
-        torch.mul(F.linear(x, codes), weight.scale[block:block + rows], out=y[:, block:block + rows])
+        codes = weight.data[block : block + rows].to(x.dtype)
+        torch.mul(F.linear(x, codes), weight.scale[block : block + rows], out=y[:, block : block + rows])
     return y
 
 
@@ -70,13 +74,13 @@ def _int4pack(x: Tensor, weight: PackedWeight) -> Tensor:
     dense = torch.empty(min(step, len(tiles)), k, 2 * rows, dtype=x.dtype)
     y = torch.empty(len(tiles), m, 2 * rows, dtype=x.dtype)
     for first in range(0, len(tiles), step):
-        block = tiles[first:first + step]
-        w = dense[:len(block)]
+        block = tiles[first : first + step]
+        w = dense[: len(block)]
         w[..., :rows].copy_(block & 15)
         w[..., rows:].copy_(block >> 4)
         grouped = w.sub_(8).unflatten(1, (-1, weight.group_size))
-        torch.addcmul(offset[first:first + step], grouped, scale[first:first + step], out=grouped)
-        torch.bmm(x.expand(len(block), m, k), w, out=y[first:first + step])
+        torch.addcmul(offset[first : first + step], grouped, scale[first : first + step], out=grouped)
+        torch.bmm(x.expand(len(block), m, k), w, out=y[first : first + step])
     return y.transpose(0, 1).reshape(m, -1)[:, :n]
 
 

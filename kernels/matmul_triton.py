@@ -1,4 +1,5 @@
 """The CUDA variants of `linear`, and the one function that picks by M."""
+
 from __future__ import annotations
 
 import torch
@@ -8,13 +9,15 @@ from torch import Tensor
 from .a16w4 import a16w4_partials, dequantize_rows, reduce_splits
 from .packing import PLANE_ROWS, PackedWeight
 from .skinny import skinny_partials
-from .tuning import plain_config, planes_config, wide_config
+from .tuning import SkinnyConfig, WideConfig, plain_config, planes_config, wide_config
 from .wide import wide_partials
 
-# Up to these rows a kernel of ours streams the weight; above, it is dequantized once (in slices) and multiplied by cuBLAS. bf16 goes
-# to cuBLAS directly.
+# Up to these rows a kernel of ours streams the weight; above, it is dequantized once (in slices) and multiplied by
+# cuBLAS. bf16 goes to cuBLAS directly.
 FUSED_ROWS = {"bf16": 16, "int8": 64, "int4": 512}
-SKINNY_ROWS = 64  # int4: up to here scales are applied per group to the accumulator (`a16w4`), above to the weight (`wide`)
+SKINNY_ROWS = (
+    64  # int4: up to here scales are applied per group to the accumulator (`a16w4`), above to the weight (`wide`)
+)
 DEQUANTIZED_ELEMENTS = 1 << 25  # 64 MB of bf16 workspace at a time
 
 
@@ -27,21 +30,30 @@ def linear_triton(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tenso
         return x.new_empty(0, weight.shape[0])
     if x.shape[0] > FUSED_ROWS[weight.format]:
         return F.linear(x, weight.data, bias) if weight.format == "bf16" else _dequantize_once(x, weight, bias)
-    partials = linear_partials(x, weight)
-    if partials.shape[0] == 1:
-        return partials[0] if bias is None else partials[0].add_(bias)
-    return reduce_splits(partials, bias)
+    return linear_fused(x, weight, bias)
 
 
-def linear_partials(x: Tensor, weight: PackedWeight) -> Tensor:
-    """The split-K partials [SPLITS, M, N] of x @ weight.T, for a consumer that sums them (float32; bf16 where there is one split)."""
+def linear_partials(x: Tensor, weight: PackedWeight, config: SkinnyConfig | WideConfig | None = None) -> Tensor:
+    """The split-K partials [SPLITS, M, N] of x @ weight.T, for a consumer that sums them (float32; bf16 where there is
+    one split)."""
     (m, k), n = x.shape, weight.shape[0]
-    if weight.layout == "planes":
-        assert weight.group_size is not None
-        if m <= SKINNY_ROWS:
-            return a16w4_partials(x, weight, planes_config(m, n, k, weight.group_size))
-        return wide_partials(x, weight, wide_config(m, n, k, weight.group_size))
-    return skinny_partials(x, weight, plain_config(m, n, k, weight.data.element_size()))
+    if weight.layout != "planes":
+        return skinny_partials(x, weight, config or plain_config(m, n, k, weight.data.element_size()))
+    assert weight.group_size is not None
+    config = config or (planes_config if m <= SKINNY_ROWS else wide_config)(m, n, k, weight.group_size)
+    if isinstance(config, SkinnyConfig):
+        return a16w4_partials(x, weight, config)
+    return wide_partials(x, weight, config)
+
+
+def linear_fused(
+    x: Tensor, weight: PackedWeight, bias: Tensor | None = None, config: SkinnyConfig | WideConfig | None = None
+) -> Tensor:
+    """x [M, K] times the weight as it is stored, the splits of K summed -> bf16 [M, N]."""
+    partials = linear_partials(x, weight, config)
+    if partials.shape[0] > 1:
+        return reduce_splits(partials, bias)
+    return partials[0] if bias is None else partials[0].add_(bias)
 
 
 def _dequantize_once(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
@@ -55,7 +67,6 @@ def _dequantize_once(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Te
             dequantize_rows(weight, first, dense[:count])
         else:
             assert weight.scale is not None
-            torch.mul(weight.data[first:first + count], weight.scale[first:first + count, None], out=dense[:count])
-        part = slice(first, first + count)
-        y[:, part] = F.linear(x, dense[:count], None if bias is None else bias[part])
-    return y
+            torch.mul(weight.data[first : first + count], weight.scale[first : first + count, None], out=dense[:count])
+        torch.mm(x, dense[:count].t(), out=y[:, first : first + count])
+    return y if bias is None else y.add_(bias)

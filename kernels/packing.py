@@ -1,11 +1,12 @@
 """Device layouts of a weight: what `linear` reads.
 
-    plain     [N, K] as it is (bf16, int8 on CUDA), scale [N]
-    planes    int4 on CUDA, see `pack_planes`
-    mkldnn    bf16 on CPU, oneDNN's own blocking
-    int8pack  int8 on CPU, [N, K] int8 and bf16 scale [N], for torch._weight_int8pack_mm
-    int4pack  int4 on CPU, [N/64, K, 32] uint8 and bf16 (scale, zero) [K/G, N, 2], for torch's _weight_int4pack_mm_for_cpu
+plain     [N, K] as it is (bf16, int8 on CUDA), scale [N]
+planes    int4 on CUDA, see `pack_planes`
+mkldnn    bf16 on CPU, oneDNN's own blocking
+int8pack  int8 on CPU, [N, K] int8 and bf16 scale [N], for torch._weight_int8pack_mm
+int4pack  int4 on CPU, [N/64, K, 32] uint8 and bf16 (scale, zero) [K/G, N, 2], for torch's _weight_int4pack_mm_for_cpu
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ _CPU_ROWS = 64  # the same for ATen's CPU int4 packing
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A weight [N, K] in the layout of its device. `data` and `scale` are read by kernels; everything else goes through `to_plain`."""
+    """A weight [N, K] in the layout of its device. `data` and `scale` are read by kernels; everything else goes through
+    `to_plain`."""
 
     format: str
     layout: str
@@ -55,15 +57,18 @@ def _pad_rows(x: Tensor, multiple: int) -> Tensor:
     return torch.nn.functional.pad(x, (0, 0, 0, rows)) if rows else x
 
 
-# --- planes: int4 on CUDA -------------------------------------------------------------------------------------------------------
+# --- planes: int4 on CUDA
+# -------------------------------------------------------------------------------------------------------
+
 
 def pack_planes(weight: QuantizedWeight) -> PackedWeight:
     """int4 codes as int16 words whose tile has the shape and width of a bf16 operand of the tensor core.
 
         word[n, g, i] = code[k0+i] | code[k0+G/4+i] << 4 | code[k0+2G/4+i] << 8 | code[k0+3G/4+i] << 12,   k0 = g*G,  i < G/4
 
-    Tiles of 64 output features are contiguous: [N/64, K/G, 64, G/4] int16, N padded with zero scales. The scale [K/G, N] int32 holds
-    the float32 scale in its upper 24 bits (16 significant bits: exact for any bf16 or fp16 scale) and the zero point in the lower 8.
+    Tiles of 64 output features are contiguous: [N/64, K/G, 64, G/4] int16, N padded with zero scales. The scale [K/G,
+    N] int32 holds the float32 scale in its upper 24 bits (16 significant bits: exact for any bf16 or fp16 scale) and
+    the zero point in the lower 8.
     """
     assert weight.scale is not None and weight.zero is not None and weight.group_size is not None
     n, k = weight.shape
@@ -84,10 +89,14 @@ def unpack_planes(packed: PackedWeight) -> QuantizedWeight:
     shifts = torch.arange(0, 16, 4, device=words.device, dtype=torch.int16).view(1, 1, 4, 1)
     codes = ((words >> shifts) & 15).to(torch.uint8).reshape(n, k)
     scale = packed.scale.t()[:n].contiguous()
-    return QuantizedWeight("int4", codes, (scale & ~0xFF).view(torch.float32), (scale & 0xFF).to(torch.uint8), packed.group_size)
+    return QuantizedWeight(
+        "int4", codes, (scale & ~0xFF).view(torch.float32), (scale & 0xFF).to(torch.uint8), packed.group_size
+    )
 
 
-# --- CPU: ATen's packings --------------------------------------------------------------------------------------------------------
+# --- CPU: ATen's packings
+# --------------------------------------------------------------------------------------------------------
+
 
 @lru_cache(maxsize=1)
 def has_mkldnn_linear() -> bool:
@@ -97,7 +106,8 @@ def has_mkldnn_linear() -> bool:
 
 @lru_cache(maxsize=1)
 def nibble_rows() -> int:
-    """ATen's int4 tile holds row r in the low and row r + rows in the high nibble; `rows` depends on the vector unit, so look once."""
+    """ATen's int4 tile holds row r in the low and row r + rows in the high nibble; `rows` depends on the vector unit,
+    so look once."""
     codes = (torch.arange(_CPU_ROWS * 32, dtype=torch.int32).view(_CPU_ROWS, 32) * 7 + 3) % 16
     tile = torch._convert_weight_to_int4pack_for_cpu(codes, 2)
     for rows in (32, 16, 8, 1):
@@ -117,7 +127,14 @@ def _pack_int4_cpu(weight: QuantizedWeight) -> PackedWeight:
     data = torch._convert_weight_to_int4pack_for_cpu(codes, 2)
     scale = _pad_rows(weight.scale, _CPU_ROWS)
     offset = (8 - _pad_rows(weight.zero, _CPU_ROWS).float()) * scale  # ATen: w = (code - 8) * scale + offset
-    return PackedWeight("int4", "int4pack", weight.shape, data, torch.stack((scale.t(), offset.t()), -1).bfloat16().contiguous(), weight.group_size)
+    return PackedWeight(
+        "int4",
+        "int4pack",
+        weight.shape,
+        data,
+        torch.stack((scale.t(), offset.t()), -1).bfloat16().contiguous(),
+        weight.group_size,
+    )
 
 
 def _unpack_int4_cpu(packed: PackedWeight) -> QuantizedWeight:
@@ -125,26 +142,47 @@ def _unpack_int4_cpu(packed: PackedWeight) -> QuantizedWeight:
     n, k = packed.shape
     scale, offset = packed.scale.float().permute(2, 1, 0)[:, :n].contiguous()
     zero = (8 - offset / scale).round_()
-    return QuantizedWeight("int4", _unpack_tiles(packed.data.view(-1), k, nibble_rows())[:n], scale, zero.to(torch.uint8), packed.group_size)
+    return QuantizedWeight(
+        "int4", _unpack_tiles(packed.data.view(-1), k, nibble_rows())[:n], scale, zero.to(torch.uint8),
+        packed.group_size,
+    )
 
 
-# --- choosing ----------------------------------------------------------------------------------------------------------------------
+# --- choosing
+# ----------------------------------------------------------------------------------------------------------------------
+
 
 def _plain(weight: QuantizedWeight) -> PackedWeight:
-    return PackedWeight(weight.format, "plain", weight.shape, weight.codes.contiguous(), None if weight.scale is None else weight.scale.bfloat16())
+    return PackedWeight(
+        weight.format, "plain", weight.shape, weight.codes.contiguous(),
+        None if weight.scale is None else weight.scale.bfloat16(),
+    )
 
 
 def _pack_mkldnn(weight: QuantizedWeight) -> PackedWeight:
-    return PackedWeight("bf16", "mkldnn", weight.shape, torch.ops.mkldnn._reorder_linear_weight(weight.codes.contiguous()))
+    return PackedWeight(
+        "bf16", "mkldnn", weight.shape, torch.ops.mkldnn._reorder_linear_weight(weight.codes.contiguous())
+    )
 
 
 def _unpack_plain(packed: PackedWeight) -> QuantizedWeight:
     return QuantizedWeight(packed.format, packed.data, None if packed.scale is None else packed.scale.float())
 
 
-_PACK = {"plain": _plain, "planes": pack_planes, "mkldnn": _pack_mkldnn, "int8pack": lambda w: _relabel(_plain(w)), "int4pack": _pack_int4_cpu}
-_UNPACK = {"plain": _unpack_plain, "planes": unpack_planes, "mkldnn": lambda p: QuantizedWeight("bf16", p.data.to_dense()),
-           "int8pack": _unpack_plain, "int4pack": _unpack_int4_cpu}
+_PACK = {
+    "plain": _plain,
+    "planes": pack_planes,
+    "mkldnn": _pack_mkldnn,
+    "int8pack": lambda w: _relabel(_plain(w)),
+    "int4pack": _pack_int4_cpu,
+}
+_UNPACK = {
+    "plain": _unpack_plain,
+    "planes": unpack_planes,
+    "mkldnn": lambda p: QuantizedWeight("bf16", p.data.to_dense()),
+    "int8pack": _unpack_plain,
+    "int4pack": _unpack_int4_cpu,
+}
 
 
 def _relabel(packed: PackedWeight) -> PackedWeight:
@@ -158,8 +196,10 @@ def device_layout(format: str, device: torch.device) -> str:
     return {"bf16": "plain", "int8": "plain", "int4": "planes"}[format]
 
 
-def pack_weight(weight: Tensor | QuantizedWeight, format: str, *, group_size: int = 128, device: torch.device | str,
-                layout: str | None = None) -> PackedWeight:
+def pack_weight(
+    weight: Tensor | QuantizedWeight, format: str, *, group_size: int = 128, device: torch.device | str,
+    layout: str | None = None,
+) -> PackedWeight:
     """Quantize (a floating [N, K] tensor) and lay out a weight for `linear` on `device`.
 
     layout: one of the names above instead of the device's own (tests pack planes on the CPU for the interpreter).
@@ -175,7 +215,9 @@ def pack_weight(weight: Tensor | QuantizedWeight, format: str, *, group_size: in
         check_groups(weight.shape[1], weight.group_size)
     moved = [None if t is None else t.to(device) for t in (weight.codes, weight.scale, weight.zero)]
     assert moved[0] is not None
-    return _PACK[layout or device_layout(format, device)](QuantizedWeight(format, moved[0], moved[1], moved[2], weight.group_size))
+    return _PACK[layout or device_layout(format, device)](
+        QuantizedWeight(format, moved[0], moved[1], moved[2], weight.group_size)
+    )
 
 
 def random_weight(n: int, k: int, std: float, generator: torch.Generator | None, device: torch.device | str) -> Tensor:

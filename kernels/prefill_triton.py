@@ -1,9 +1,10 @@
 """Causal attention of ragged prompt chunks over the paged, maybe quantized cache (FlashAttention-2, Dao 2023).
 
-A program owns BQ queries of one sequence and one head. Program t belongs to the last sequence b with
-query_starts[b] // BQ + b <= t, so the grid is sized by the batch's rows and no host value of a length is needed. Tiles are read and
+A program owns BQ queries of one sequence and one head. Program t belongs to the last sequence b with query_starts[b] //
+BQ + b <= t, so the grid is sized by the batch's rows and no host value of a length is needed. Tiles are read and
 accumulated as in `decode_triton`; tiles that end before the first query of the program run without masks.
 """
+
 # ruff: noqa: N803
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .decode_triton import LOG2_E, accumulate, load_query, load_rows, load_words, scores, store_planes, tile_at
+from .decode_triton import LOG2_E, accumulate, load_query, load_side, scores, store_planes, tile_blocks
 from .kv_cache import KVLayer
 from .kv_cache_triton import expand_blocks, scale_strides
 from .triton_common import INTERP, next_power_of_2
@@ -20,11 +21,12 @@ from .tuning import PrefillConfig, prefill_config
 
 
 @triton.jit(do_not_specialize=["table_row", "B"])
-def prefill_kernel(q, key, value, key_scale, value_scale, tables, query_starts, lengths, out, scale, q_row, q_head, table_row,
-                   key_block, key_token, key_head, value_block, value_token, value_head, scale_block, scale_token, scale_head,
-                   B, H, GROUP: tl.constexpr, D: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, BLOCK: tl.constexpr,
-                   BQ: tl.constexpr, TILE: tl.constexpr, B_PADDED: tl.constexpr, STAGES: tl.constexpr, INTERP: tl.constexpr):
-    KW: tl.constexpr = D * KEY_BITS // 16
+def prefill_kernel(
+    q, key, value, key_scale, value_scale, tables, query_starts, lengths, out, scale, q_row, q_head, table_row,
+    key_block, key_token, key_head, value_block, value_token, value_head, scale_block, scale_token, scale_head, B, H,
+    GROUP: tl.constexpr, D: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, BLOCK: tl.constexpr,
+    BQ: tl.constexpr, TILE: tl.constexpr, B_PADDED: tl.constexpr, STAGES: tl.constexpr, INTERP: tl.constexpr,
+):
     VW: tl.constexpr = D * VALUE_BITS // 16
     t, head = tl.program_id(1), tl.program_id(0)
     kv_head = head // GROUP
@@ -40,7 +42,9 @@ def prefill_kernel(q, key, value, key_scale, value_scale, tables, query_starts, 
         row = first + tl.arange(0, BQ)
         real = row < queries
         position = length - queries + row
-        q0, q1, q2, q3, q_sum = load_query(q, (query_start + row).to(tl.int64) * q_row + head * q_head, real, scale, KEY_BITS, D, BQ)
+        q0, q1, q2, q3, q_sum = load_query(
+            q, (query_start + row).to(tl.int64) * q_row + head * q_head, real, scale, KEY_BITS, D, BQ
+        )
         n = tl.arange(0, TILE)
         score_zeros = tl.zeros((BQ, TILE), tl.float32)
         a0 = tl.zeros((BQ, VW), tl.float32)
@@ -48,37 +52,48 @@ def prefill_kernel(q, key, value, key_scale, value_scale, tables, query_starts, 
         top = tl.full((BQ,), float("-inf"), tl.float32)
         total = tl.zeros((BQ,), tl.float32)
         shift, largest = total, 1e-30
-        ks = tl.zeros((TILE,), tl.float32)
-        kl, vs, vl = ks, ks, ks
         full = (length - queries + first + 1) // TILE * TILE  # every query sees all of these
         last = tl.minimum(length, length - queries + first + BQ)
         for start in tl.range(0, full, TILE, num_stages=STAGES):
-            k = load_rows(tile_at(key, tables, key_block, key_token, key_head, kv_head, start, n, n, BLOCK, TILE, False), n, KW, False)
-            v = load_rows(tile_at(value, tables, value_block, value_token, value_head, kv_head, start, n, n, BLOCK, TILE, False), n, VW, False)
-            if KEY_BITS != 16:
-                ks, kl = load_words(tile_at(key_scale, tables, scale_block, scale_token, scale_head, kv_head, start, n, n, BLOCK, TILE, False), n, False)
-            if VALUE_BITS != 16:
-                vs, vl = load_words(tile_at(value_scale, tables, scale_block, scale_token, scale_head, kv_head, start, n, n, BLOCK, TILE, False), n, False)
+            block, token = tile_blocks(tables, start, n, n, BLOCK, TILE, False)
+            k, ks, kl = load_side(
+                key, key_scale, block, token, kv_head, n, key_block, key_token, key_head, scale_block, scale_token,
+                scale_head, KEY_BITS, D, TILE, False,
+            )
+            v, vs, vl = load_side(
+                value, value_scale, block, token, kv_head, n, value_block, value_token, value_head, scale_block,
+                scale_token, scale_head, VALUE_BITS, D, TILE, False,
+            )
             s = scores(q0, q1, q2, q3, q_sum, k, ks, kl, scale, score_zeros, KEY_BITS, INTERP)
-            top, total, largest, shift, a0, a1, a2, a3 = accumulate(s, v, vs, vl, top, total, largest, shift, a0, a1, a2, a3,
-                                                                             VALUE_BITS, INTERP)
+            top, total, largest, shift, a0, a1, a2, a3 = accumulate(
+                s, v, vs, vl, top, total, largest, shift, a0, a1, a2, a3, VALUE_BITS, INTERP
+            )
         for start in tl.range(full, last, TILE, num_stages=1):
             inside = start + n < last
-            k = load_rows(tile_at(key, tables, key_block, key_token, key_head, kv_head, start, n, inside, BLOCK, TILE, True), inside, KW, True)
-            v = load_rows(tile_at(value, tables, value_block, value_token, value_head, kv_head, start, n, inside, BLOCK, TILE, True), inside, VW, True)
-            if KEY_BITS != 16:
-                ks, kl = load_words(tile_at(key_scale, tables, scale_block, scale_token, scale_head, kv_head, start, n, inside, BLOCK, TILE, True), inside, True)
-            if VALUE_BITS != 16:
-                vs, vl = load_words(tile_at(value_scale, tables, scale_block, scale_token, scale_head, kv_head, start, n, inside, BLOCK, TILE, True), inside, True)
+            block, token = tile_blocks(tables, start, n, inside, BLOCK, TILE, True)
+            k, ks, kl = load_side(
+                key, key_scale, block, token, kv_head, inside, key_block, key_token, key_head, scale_block, scale_token,
+                scale_head, KEY_BITS, D, TILE, True,
+            )
+            v, vs, vl = load_side(
+                value, value_scale, block, token, kv_head, inside, value_block, value_token, value_head, scale_block,
+                scale_token, scale_head, VALUE_BITS, D, TILE, True,
+            )
             s = scores(q0, q1, q2, q3, q_sum, k, ks, kl, scale, score_zeros, KEY_BITS, INTERP)
-            s = tl.where((start + n)[None, :] <= position[:, None], s, -1e30)  # finite: a row may see nothing of its last tile
-            top, total, largest, shift, a0, a1, a2, a3 = accumulate(s, v, vs, vl, top, total, largest, shift, a0, a1, a2, a3,
-                                                                             VALUE_BITS, INTERP)
+            s = tl.where(
+                (start + n)[None, :] <= position[:, None], s, -1e30
+            )  # finite: a row may see nothing of its last tile
+            top, total, largest, shift, a0, a1, a2, a3 = accumulate(
+                s, v, vs, vl, top, total, largest, shift, a0, a1, a2, a3, VALUE_BITS, INTERP
+            )
         norm = 1 / total
         factor = norm
         if VALUE_BITS != 16:
             factor *= largest
-        store_planes(out + ((query_start + row).to(tl.int64) * H + head) * D, a0, a1, a2, a3, factor, shift * norm, real, VW, VALUE_BITS, INTERP)
+        store_planes(
+            out + ((query_start + row).to(tl.int64) * H + head) * D, a0, a1, a2, a3, factor, shift * norm, real, VW,
+            VALUE_BITS, INTERP,
+        )
 
 
 EXPAND_ROWS = 128  # new tokens per sequence from which expanding the blocks first is faster
@@ -91,11 +106,15 @@ def worth_expanding(rows: int, batch: int, width: int, layer: KVLayer) -> bool:
     return layer.key_scale is not None and rows >= EXPAND_ROWS * batch and workspace <= EXPAND_BYTES
 
 
-def prefill_triton(q: Tensor, layer: KVLayer, block_tables: Tensor, query_starts: Tensor, lengths: Tensor, scale: float,
-                   config: PrefillConfig | None = None) -> Tensor:
+def prefill_triton(
+    q: Tensor, layer: KVLayer, block_tables: Tensor, query_starts: Tensor, lengths: Tensor, scale: float,
+    config: PrefillConfig | None = None,
+) -> Tensor:
     """q [T, H, D] bf16; see `attention.prefill_attention`."""
     if q.dtype != torch.bfloat16 or q.stride(2) != 1:
-        raise ValueError(f"prefill_attention: impl 'triton' takes bfloat16 q with a contiguous last dimension, not {q.dtype} {q.stride()}")
+        raise ValueError(
+            f"prefill_attention: impl 'triton' takes bfloat16 q with a contiguous last dimension, not {q.dtype} {q.stride()}"
+        )
     t, heads, d = q.shape
     batch = lengths.shape[0]
     if config is None and worth_expanding(t, batch, block_tables.shape[1], layer):
@@ -104,8 +123,10 @@ def prefill_triton(q: Tensor, layer: KVLayer, block_tables: Tensor, query_starts
     out = torch.zeros(t, heads, d, dtype=q.dtype, device=q.device)  # padding rows give zeros
     grid = (heads, triton.cdiv(t, config.block_q) + batch)
     prefill_kernel[grid](
-        q, layer.key, layer.value, layer.key_scale, layer.value_scale, block_tables, query_starts, lengths, out, scale * LOG2_E,
-        q.stride(0), q.stride(1), block_tables.stride(0), *layer.key.stride()[:3], *layer.value.stride()[:3], *scale_strides(layer),
-        batch, heads, heads // layer.kv_heads, d, layer.format.key.bits, layer.format.value.bits, layer.block_size, config.block_q, config.tile,
-        next_power_of_2(batch), config.stages, INTERP, num_warps=config.warps, num_stages=config.stages)
+        q, layer.key, layer.value, layer.key_scale, layer.value_scale, block_tables, query_starts, lengths, out,
+        scale * LOG2_E, q.stride(0), q.stride(1), block_tables.stride(0), *layer.key.stride()[:3],
+        *layer.value.stride()[:3], *scale_strides(layer), batch, heads, heads // layer.kv_heads, d,
+        layer.format.key.bits, layer.format.value.bits, layer.block_size, config.block_q, config.tile,
+        next_power_of_2(batch), config.stages, INTERP, num_warps=config.warps, num_stages=config.stages,
+    )
     return out

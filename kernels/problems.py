@@ -1,4 +1,6 @@
-"""The problems that `bench` and `tune` run: shapes of a 7B decoder, inputs on the device, and calls that rotate through copies."""
+"""The problems that `bench` and `tune` run: shapes of a 7B decoder, inputs on the device, and calls that rotate through
+copies."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -50,29 +52,44 @@ def matmul(format: str, m: int, n: int, k: int, group_size: int = 128, seed: int
     first = pack_weight(random_weight(n, k, 0.02, generator, "cuda"), format, group_size=group_size, device="cuda")
     copies = copies_for(WEIGHT_FORMATS[format].nbytes(n, k, group_size))
     scale = first.scale
-    weights = [PackedWeight(first.format, first.layout, first.shape, first.data.clone(), None if scale is None else scale.clone(), first.group_size)
-               for _ in range(copies)]
+    weights = [
+        PackedWeight(
+            first.format, first.layout, first.shape, first.data.clone(), None if scale is None else scale.clone(),
+            first.group_size,
+        )
+        for _ in range(copies)
+    ]
     return Matmul(format, m, n, k, group_size, x, weights)
 
 
 def int8_matmul(m: int, n: int, k: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Random int8 x [m, k], its scales [m], int8 w [n, k] and its scales [n]."""
     generator = torch.Generator("cuda").manual_seed(seed)
-    x, w = (torch.randint(-127, 128, shape, generator=generator, device="cuda", dtype=torch.int8) for shape in ((m, k), (n, k)))
+    x, w = (
+        torch.randint(-127, 128, shape, generator=generator, device="cuda", dtype=torch.int8)
+        for shape in ((m, k), (n, k))
+    )
     x_scale, w_scale = (torch.rand(size, generator=generator, device="cuda") * 0.01 for size in (m, n))
     return x, x_scale, w, w_scale
 
 
-def random_layer(format: str, blocks: int, block_size: int, kv_heads: int, head_dim: int, generator: torch.Generator) -> KVLayer:
+def random_layer(
+    format: str, blocks: int, block_size: int, kv_heads: int, head_dim: int, generator: torch.Generator
+) -> KVLayer:
     """A cache full of random codes with sane scales (or of Gaussian bf16)."""
     layer = allocate_kv(format, blocks, block_size, kv_heads, head_dim, "cuda")
-    for data, scales, codec in ((layer.key, layer.key_scale, layer.format.key), (layer.value, layer.value_scale, layer.format.value)):
+    for data, scales, codec in (
+        (layer.key, layer.key_scale, layer.format.key),
+        (layer.value, layer.value_scale, layer.format.value),
+    ):
         if scales is None:
             data.normal_(generator=generator)
         else:
             data.random_(-(1 << 15), 1 << 15, generator=generator)
             levels = (1 << codec.bits) - 1
-            words = torch.tensor([-3.0, 6 / levels]).bfloat16().view(torch.int32)  # low in the lower half, scale in the upper
+            words = (
+                torch.tensor([-3.0, 6 / levels]).bfloat16().view(torch.int32)
+            )  # low in the lower half, scale in the upper
             scales.fill_(int(words[0]))
     return layer
 
@@ -97,18 +114,38 @@ class Decode:
         return self.batch * self.context * self.layers[0].format.bytes_per_token(self.kv_heads, self.head_dim)
 
     def calls(self, run: Callable[[Tensor, KVLayer, Tensor, Tensor, float], object]) -> Calls:
-        return [lambda layer=layer: run(self.q, layer, self.tables, self.lengths, self.head_dim ** -0.5) for layer in self.layers]  # type: ignore[misc]
+        return [
+            lambda layer=layer: run(self.q, layer, self.tables, self.lengths, self.head_dim**-0.5)
+            for layer in self.layers
+        ]  # type: ignore[misc]
 
 
-def decode(format: str, batch: int, context: int, block_size: int = 64, heads: int = 32, kv_heads: int = 8, head_dim: int = 128, seed: int = 0) -> Decode:
+def decode(
+    format: str, batch: int, context: int, block_size: int = 64, heads: int = 32, kv_heads: int = 8,
+    head_dim: int = 128, seed: int = 0,
+) -> Decode:
     """A random problem over shuffled blocks; the caches hold random codes with sane scales."""
     generator = torch.Generator("cuda").manual_seed(seed)
     per_row = -(-context // block_size)
     nbytes = batch * context * 4 * kv_heads * head_dim
-    layers = [random_layer(format, per_row * batch, block_size, kv_heads, head_dim, generator) for _ in range(copies_for(nbytes))]
+    layers = [
+        random_layer(format, per_row * batch, block_size, kv_heads, head_dim, generator)
+        for _ in range(copies_for(nbytes))
+    ]
     tables = torch.randperm(per_row * batch, device="cuda", generator=generator).int().view(batch, per_row)
     q = torch.randn(batch, heads, head_dim, generator=generator, device="cuda").bfloat16()
-    return Decode(format, batch, context, heads, kv_heads, head_dim, q, layers, tables, torch.full((batch,), context, dtype=torch.int32, device="cuda"))
+    return Decode(
+        format,
+        batch,
+        context,
+        heads,
+        kv_heads,
+        head_dim,
+        q,
+        layers,
+        tables,
+        torch.full((batch,), context, dtype=torch.int32, device="cuda"),
+    )
 
 
 @dataclass(frozen=True)
@@ -124,10 +161,16 @@ class Prefill:
     flops: int
 
     def calls(self, run: Callable[[Tensor, KVLayer, Tensor, Tensor, Tensor, float], object]) -> Calls:
-        return [lambda layer=layer: run(self.q, layer, self.table, self.query_starts, self.lengths, self.scale) for layer in self.layers]  # type: ignore[misc]
+        return [
+            lambda layer=layer: run(self.q, layer, self.table, self.query_starts, self.lengths, self.scale)
+            for layer in self.layers
+        ]  # type: ignore[misc]
 
 
-def prefill(format: str, chunk: int, context: int, block_size: int = 64, heads: int = 32, kv_heads: int = 8, head_dim: int = 128, seed: int = 0) -> Prefill:
+def prefill(
+    format: str, chunk: int, context: int, block_size: int = 64, heads: int = 32, kv_heads: int = 8,
+    head_dim: int = 128, seed: int = 0,
+) -> Prefill:
     """A chunk of `chunk` tokens that ends a context of `context`."""
     generator = torch.Generator("cuda").manual_seed(seed)
     blocks = -(-context // block_size)
@@ -136,4 +179,4 @@ def prefill(format: str, chunk: int, context: int, block_size: int = 64, heads: 
     q = torch.randn(chunk, heads, head_dim, generator=generator, device="cuda").bfloat16()
     seen = chunk * (context - chunk) + chunk * (chunk + 1) // 2
     starts, lengths = (torch.tensor(x, dtype=torch.int32, device="cuda") for x in ([0, chunk], [context]))
-    return Prefill(q, layers, table, starts, lengths, head_dim ** -0.5, 4 * seen * heads * head_dim)
+    return Prefill(q, layers, table, starts, lengths, head_dim**-0.5, 4 * seen * heads * head_dim)

@@ -1,11 +1,12 @@
 """bf16 and A16W8 matmul for small M: y[M, N] = x[M, K] @ w[N, K].T, a stream over the weight rows.
 
-At M <= 16 the time is the weight's bytes over the bandwidth, so all that counts is bytes in flight: many small programs, deep
-pipelines, and splits of K where N alone gives too few programs. int8 codes become bf16 by Triton's own fast conversion; the scale
-of the output channel is applied to the accumulator.
+At M <= 16 the time is the weight's bytes over the bandwidth, so all that counts is bytes in flight: many small
+programs, deep pipelines, and splits of K where N alone gives too few programs. int8 codes become bf16 by Triton's own
+fast conversion; the scale of the output channel is applied to the accumulator.
 
     x [BM, BK] (left operand, rows past M are zeros)   w [BN, BK], K contiguous (right operand, transposed by addressing)
 """
+
 # ruff: noqa: N803
 from __future__ import annotations
 
@@ -16,12 +17,14 @@ from torch import Tensor
 
 from .packing import PackedWeight
 from .triton_common import INTERP, await_previous, dot, early_launch, to_bf16
-from .tuning import SkinnyConfig
+from .tuning import SkinnyConfig, WideConfig
 
 
 @triton.jit(do_not_specialize=["M"])
-def skinny_kernel(x, w, scale, out, M, N, K, k_per_split, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
-                  STAGES: tl.constexpr, EARLY: tl.constexpr, INTERP: tl.constexpr):
+def skinny_kernel(
+    x, w, scale, out, M, N, K, k_per_split, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
+    STAGES: tl.constexpr, EARLY: tl.constexpr, INTERP: tl.constexpr,
+):
     await_previous(EARLY)
     tile_n, tile_m, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     m, n, i = tile_m * BM + tl.arange(0, BM), tile_n * BN + tl.arange(0, BN), tl.arange(0, BK)
@@ -50,14 +53,18 @@ def skinny_kernel(x, w, scale, out, M, N, K, k_per_split, BM: tl.constexpr, BN: 
         tl.store(at, acc, mask=inside)
 
 
-def skinny_partials(x: Tensor, weight: PackedWeight, config: SkinnyConfig) -> Tensor:
-    """x [M, K] bf16 times a plain bf16 or int8 weight -> float32 partials [SPLITS, M, N] (bf16 [1, M, N] where config has one split)."""
+def skinny_partials(x: Tensor, weight: PackedWeight, config: SkinnyConfig | WideConfig) -> Tensor:
+    """x [M, K] bf16 times a plain bf16 or int8 weight -> float32 partials [SPLITS, M, N] (bf16 [1, M, N] where config
+    has one split)."""
     (m, k), n = x.shape, weight.shape[0]
     bk = config.block_k
     per_split = triton.cdiv(triton.cdiv(k, bk), config.splits) * bk
     splits = triton.cdiv(k, per_split)
     out = torch.empty(splits, m, n, dtype=torch.float32 if splits > 1 else torch.bfloat16, device=x.device)
     grid = (triton.cdiv(n, config.block_n), triton.cdiv(m, config.block_m), splits)
-    skinny_kernel[grid](x, weight.data, weight.scale, out, m, n, k, per_split, config.block_m, config.block_n, bk, k % bk == 0,
-                        config.stages, early_launch(), INTERP, num_warps=config.warps, num_stages=config.stages, launch_pdl=early_launch())
+    skinny_kernel[grid](
+        x, weight.data, weight.scale, out, m, n, k, per_split, config.block_m, config.block_n, bk, k % bk == 0,
+        config.stages, early_launch(), INTERP, num_warps=config.warps, num_stages=config.stages,
+        launch_pdl=early_launch(),
+    )
     return out

@@ -1,4 +1,6 @@
-"""Device time of a call: CUDA-graph replays over rotating inputs, so that neither launches nor the L2 cache are measured."""
+"""Device time of a call: CUDA-graph replays over rotating inputs, so that neither launches nor the L2 cache are
+measured."""
+
 from __future__ import annotations
 
 import statistics
@@ -17,7 +19,8 @@ def copies_for(nbytes: int, at_most: int = 64) -> int:
 
 
 def microseconds(calls: Sequence[Callable[[], object]], replays: int = 7, at_least_us: float = 1500.0) -> float:
-    """Median time of one call, in microseconds: all `calls` captured in one graph, repeated until a replay is long enough."""
+    """Median time of one call, in microseconds: all `calls` captured in one graph, repeated until a replay is long
+    enough."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

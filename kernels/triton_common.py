@@ -1,8 +1,9 @@
 """What the Triton kernels share: dots and code-to-float tricks that also run in Triton's interpreter.
 
-The interpreter has no inline assembly and gets bf16 arithmetic wrong, so every kernel takes `INTERP: tl.constexpr` and these helpers
-use plain float32 arithmetic under it; on a GPU the same source compiles to the fast form.
+The interpreter has no inline assembly and gets bf16 arithmetic wrong, so every kernel takes `INTERP: tl.constexpr` and
+these helpers use plain float32 arithmetic under it; on a GPU the same source compiles to the fast form.
 """
+
 # ruff: noqa: N803  (Triton's constexpr parameters are upper case by custom)
 from __future__ import annotations
 
@@ -30,9 +31,11 @@ def next_power_of_2(n: int) -> int:
 
 @triton.jit
 def await_previous(EARLY: tl.constexpr):
-    """First statement of every kernel launched early: wait for the previous kernel's memory, let the next one be launched.
+    """First statement of every kernel launched early: wait for the previous kernel's memory, let the next one be
+    launched.
 
-    Every program must come here, idle ones too: a kernel that ends without having waited would let its successor overtake."""
+    Every program must come here, idle ones too: a kernel that ends without having waited would let its successor
+    overtake."""
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()
@@ -62,53 +65,112 @@ def nibbles_bf16(words, SHIFT: tl.constexpr, INTERP: tl.constexpr):
     if INTERP:
         return (((words >> SHIFT) & 15) | 0x4300).to(tl.int16).to(tl.bfloat16, bitcast=True)
     if SHIFT == 0:
-        return tl.inline_asm_elementwise("lop3.b32 $0, $1, 0x000f000f, 0x43004300, 0xea;", "=r,r", [words],
-                                         dtype=tl.bfloat16, is_pure=True, pack=2)
+        return tl.inline_asm_elementwise(
+            "lop3.b32 $0, $1, 0x000f000f, 0x43004300, 0xea;", "=r,r", [words], dtype=tl.bfloat16, is_pure=True, pack=2
+        )
     elif SHIFT == 4:
-        return tl.inline_asm_elementwise("{ .reg .b32 t; shr.u32 t, $1, 4; lop3.b32 $0, t, 0x000f000f, 0x43004300, 0xea; }", "=r,r", [words],
-                                         dtype=tl.bfloat16, is_pure=True, pack=2)
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 t; shr.u32 t, $1, 4; lop3.b32 $0, t, 0x000f000f, 0x43004300, 0xea; }",
+            "=r,r",
+            [words],
+            dtype=tl.bfloat16,
+            is_pure=True,
+            pack=2,
+        )
     elif SHIFT == 8:
-        return tl.inline_asm_elementwise("{ .reg .b32 t; shr.u32 t, $1, 8; lop3.b32 $0, t, 0x000f000f, 0x43004300, 0xea; }", "=r,r", [words],
-                                         dtype=tl.bfloat16, is_pure=True, pack=2)
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 t; shr.u32 t, $1, 8; lop3.b32 $0, t, 0x000f000f, 0x43004300, 0xea; }",
+            "=r,r",
+            [words],
+            dtype=tl.bfloat16,
+            is_pure=True,
+            pack=2,
+        )
     else:
-        return tl.inline_asm_elementwise("{ .reg .b32 t; shr.u32 t, $1, 12; lop3.b32 $0, t, 0x000f000f, 0x43004300, 0xea; }", "=r,r", [words],
-                                         dtype=tl.bfloat16, is_pure=True, pack=2)
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 t; shr.u32 t, $1, 12; lop3.b32 $0, t, 0x000f000f, 0x43004300, 0xea; }",
+            "=r,r",
+            [words],
+            dtype=tl.bfloat16,
+            is_pure=True,
+            pack=2,
+        )
 
 
 @triton.jit
 def codes_fp16(words, PLANE: tl.constexpr, BITS: tl.constexpr, CENTRED: tl.constexpr, INTERP: tl.constexpr):
     """fp16 bias + code of one plane of int16 words, exactly; see `code_bias`.
 
-    A 4-bit code shifted to mantissa bits 6..9 under the exponent of 16 is 16 + code; a byte in the low mantissa under the exponent of
-    1024 is 1024 + code, from which CENTRED subtracts 1152. The small biases are for values: a large one would have to cancel against
-    a sum over the whole context, and the tensor core truncates as it accumulates."""
+    A 4-bit code shifted to mantissa bits 6..9 under the exponent of 16 is 16 + code; a byte in the low mantissa under
+    the exponent of 1024 is 1024 + code, from which CENTRED subtracts 1152. The small biases are for values: a large one
+    would have to cancel against a sum over the whole context, and the tensor core truncates as it accumulates."""
     if INTERP:
         code = ((words >> (PLANE * BITS)) & ((1 << BITS) - 1)).to(tl.float32)
         return (code + code_bias(BITS, CENTRED)).to(tl.float16)
     if BITS == 8:
         if CENTRED:
             if PLANE == 0:
-                return tl.inline_asm_elementwise("{ .reg .b32 t, c; prmt.b32 t, $1, 0x64646464, 0x4240; mov.b32 c, 0xe480e480; add.f16x2 $0, t, c; }", "=r,r",
-                                                 [words], dtype=tl.float16, is_pure=True, pack=2)
+                return tl.inline_asm_elementwise(
+                    "{ .reg .b32 t, c; prmt.b32 t, $1, 0x64646464, 0x4240; mov.b32 c, 0xe480e480; add.f16x2 $0, t, c; }",
+                    "=r,r",
+                    [words],
+                    dtype=tl.float16,
+                    is_pure=True,
+                    pack=2,
+                )
             else:
-                return tl.inline_asm_elementwise("{ .reg .b32 t, c; prmt.b32 t, $1, 0x64646464, 0x4341; mov.b32 c, 0xe480e480; add.f16x2 $0, t, c; }", "=r,r",
-                                                 [words], dtype=tl.float16, is_pure=True, pack=2)
+                return tl.inline_asm_elementwise(
+                    "{ .reg .b32 t, c; prmt.b32 t, $1, 0x64646464, 0x4341; mov.b32 c, 0xe480e480; add.f16x2 $0, t, c; }",
+                    "=r,r",
+                    [words],
+                    dtype=tl.float16,
+                    is_pure=True,
+                    pack=2,
+                )
         elif PLANE == 0:
-            return tl.inline_asm_elementwise("prmt.b32 $0, $1, 0x64646464, 0x4240;", "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2)
+            return tl.inline_asm_elementwise(
+                "prmt.b32 $0, $1, 0x64646464, 0x4240;", "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2
+            )
         else:
-            return tl.inline_asm_elementwise("prmt.b32 $0, $1, 0x64646464, 0x4341;", "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2)
+            return tl.inline_asm_elementwise(
+                "prmt.b32 $0, $1, 0x64646464, 0x4341;", "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2
+            )
     elif PLANE == 0:
-        return tl.inline_asm_elementwise("{ .reg .b32 t; shl.b32 t, $1, 6; lop3.b32 $0, t, 0x03c003c0, 0x4c004c00, 0xea; }", "=r,r", [words],
-                                         dtype=tl.float16, is_pure=True, pack=2)
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 t; shl.b32 t, $1, 6; lop3.b32 $0, t, 0x03c003c0, 0x4c004c00, 0xea; }",
+            "=r,r",
+            [words],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=2,
+        )
     elif PLANE == 1:
-        return tl.inline_asm_elementwise("{ .reg .b32 t; shl.b32 t, $1, 2; lop3.b32 $0, t, 0x03c003c0, 0x4c004c00, 0xea; }", "=r,r", [words],
-                                         dtype=tl.float16, is_pure=True, pack=2)
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 t; shl.b32 t, $1, 2; lop3.b32 $0, t, 0x03c003c0, 0x4c004c00, 0xea; }",
+            "=r,r",
+            [words],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=2,
+        )
     elif PLANE == 2:
-        return tl.inline_asm_elementwise("{ .reg .b32 t; shr.u32 t, $1, 2; lop3.b32 $0, t, 0x03c003c0, 0x4c004c00, 0xea; }", "=r,r", [words],
-                                         dtype=tl.float16, is_pure=True, pack=2)
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 t; shr.u32 t, $1, 2; lop3.b32 $0, t, 0x03c003c0, 0x4c004c00, 0xea; }",
+            "=r,r",
+            [words],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=2,
+        )
     else:
-        return tl.inline_asm_elementwise("{ .reg .b32 t; shr.u32 t, $1, 6; lop3.b32 $0, t, 0x03c003c0, 0x4c004c00, 0xea; }", "=r,r", [words],
-                                         dtype=tl.float16, is_pure=True, pack=2)
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 t; shr.u32 t, $1, 6; lop3.b32 $0, t, 0x03c003c0, 0x4c004c00, 0xea; }",
+            "=r,r",
+            [words],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=2,
+        )
 
 
 @triton.constexpr_function

@@ -1,8 +1,9 @@
 """python -m kernels.tune: find the fastest tiles on this GPU and print them as data for `tuning.py`.
 
-Never runs inside a request. Candidates are compiled by several processes first (Triton keeps what they compile on disk), then timed
-one at a time.
+Never runs inside a request. Candidates are compiled by several processes first (Triton keeps what they compile on
+disk), then timed one at a time.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -21,13 +22,11 @@ import triton
 
 from . import problems
 from .a8w8 import a8w8_matmul
-from .a16w4 import a16w4_partials
 from .decode_triton import decode_triton
+from .matmul_triton import linear_fused
 from .prefill_triton import prefill_triton
-from .skinny import skinny_partials
 from .timing import microseconds
 from .tuning import TUNED, DecodeConfig, PrefillConfig, SkinnyConfig, WideConfig
-from .wide import wide_partials
 
 Task = tuple[str, dict[str, Any], list[Any]]  # operation, arguments of its problem, candidates
 
@@ -35,41 +34,66 @@ Task = tuple[str, dict[str, Any], list[Any]]  # operation, arguments of its prob
 def planes_candidates(m: int) -> list[Any]:
     bm = 8 if m <= 8 else 16 if m <= 16 else 32 if m <= 32 else 64
     if m <= 16:
-        return [SkinnyConfig(bm, bn, s, w, st)
-                for bn, w, st, s in product((32, 64, 128, 256), (1, 2, 4, 8), (3, 4, 5), (1, 2, 3, 4, 6, 8, 10, 12, 16))
-                if 16 <= bn // w <= 64 and (bn < 256 or s > 2)]
-    return [SkinnyConfig(b, bn, s, w, st)
-            for b, bn, w, st, s in product((bm // 2, bm), (64, 128, 256), (2, 4, 8), (2, 3, 4), (1, 2, 4, 8)) if 16 <= bn // w <= 64]
+        return [
+            SkinnyConfig(bm, bn, s, w, st)
+            for bn, w, st, s in product((32, 64, 128, 256), (1, 2, 4, 8), (3, 4, 5), (1, 2, 3, 4, 6, 8, 10, 12, 16))
+            if 16 <= bn // w <= 64 and (bn < 256 or s > 2)
+        ]
+    return [
+        SkinnyConfig(b, bn, s, w, st)
+        for b, bn, w, st, s in product((bm // 2, bm), (64, 128, 256), (2, 4, 8), (2, 3, 4), (1, 2, 4, 8))
+        if 16 <= bn // w <= 64
+    ]
 
 
 def wide_candidates(m: int) -> list[Any]:
-    return [WideConfig(bm, bn, s, w, st)
-            for bm, bn, w, st, s in product((64, 128, 256), (64, 128, 256), (4, 8), (2, 3, 4), (1, 2, 4))
-            if bm <= m and bm * bn <= 1 << 15 and bm * bn // w >= 1024 and (s == 1 or m <= 256) and (bm < 256 or st < 4)]
+    return [
+        WideConfig(bm, bn, s, w, st)
+        for bm, bn, w, st, s in product((64, 128, 256), (64, 128, 256), (4, 8), (2, 3, 4), (1, 2, 4))
+        if bm <= m and bm * bn <= 1 << 15 and bm * bn // w >= 1024 and (s == 1 or m <= 256) and (bm < 256 or st < 4)
+    ]
 
 
 def plain_candidates(m: int, element_bytes: int) -> list[Any]:
     bm = 16 if m <= 16 else 32 if m <= 32 else 64
     if element_bytes == 2:
-        shapes = [(bn, bk, w, st) for bn, bk, w, st in product((16, 32, 64), (128, 256), (1, 2, 4), (2, 3, 4, 5, 6)) if 8192 <= bn * bk * st <= 49152]
+        shapes = [
+            (bn, bk, w, st)
+            for bn, bk, w, st in product((16, 32, 64), (128, 256), (1, 2, 4), (2, 3, 4, 5, 6))
+            if 8192 <= bn * bk * st <= 49152
+        ]
     else:
-        shapes = [(bn, bk, w, st) for bn, bk, w, st in product((32, 64, 128), (128, 256), (2, 4), (2, 3, 4)) if 12288 <= bn * bk * st <= 98304]
+        shapes = [
+            (bn, bk, w, st)
+            for bn, bk, w, st in product((32, 64, 128), (128, 256), (2, 4), (2, 3, 4))
+            if 12288 <= bn * bk * st <= 98304
+        ]
     return [SkinnyConfig(bm, bn, s, w, st, bk) for (bn, bk, w, st), s in product(shapes, (1, 2, 4, 6))]
 
 
 def a8w8_candidates() -> list[Any]:
-    return [WideConfig(bm, bn, 1, w, st, bk) for bm, bn, w, st, bk in product((128, 256), (128, 256), (4, 8), (3, 4), (64, 128))
-            if bm * bn <= 1 << 15 and bm * bn // w <= 1 << 12]
+    return [
+        WideConfig(bm, bn, 1, w, st, bk)
+        for bm, bn, w, st, bk in product((128, 256), (128, 256), (4, 8), (3, 4), (64, 128))
+        if bm * bn <= 1 << 15 and bm * bn // w <= 1 << 12
+    ]
 
 
 def decode_candidates(batch: int, kv_heads: int) -> list[Any]:
     wanted = [max(1, round(132 * c / (batch * kv_heads))) for c in (2, 3, 4, 6, 8, 12)]
-    return [DecodeConfig(tile, s, 128, w, st) for tile, w, st, s in product((32, 64, 128), (1, 2, 4), (2, 3, 4), sorted(set(wanted)))
-            if 16 <= tile // w <= 64]
+    return [
+        DecodeConfig(tile, s, 128, w, st)
+        for tile, w, st, s in product((32, 64, 128), (1, 2, 4), (2, 3, 4), sorted(set(wanted)))
+        if 16 <= tile // w <= 64
+    ]
 
 
 def prefill_candidates() -> list[Any]:
-    return [PrefillConfig(bq, tile, w, st) for bq, tile, w, st in product((64, 128), (32, 64, 128), (4, 8), (2, 3)) if bq * tile // w <= 2048]
+    return [
+        PrefillConfig(bq, tile, w, st)
+        for bq, tile, w, st in product((64, 128), (32, 64, 128), (4, 8), (2, 3))
+        if bq * tile // w <= 2048
+    ]
 
 
 def _runner(op: str, arguments: dict[str, Any]) -> Callable[[Any], problems.Calls]:
@@ -83,8 +107,7 @@ def _runner(op: str, arguments: dict[str, Any]) -> Callable[[Any], problems.Call
         int8 = problems.int8_matmul(**arguments)
         return lambda config: [lambda: a8w8_matmul(*int8, config=config)]
     problem = problems.matmul(**arguments)
-    run = {"planes": a16w4_partials, "wide": wide_partials, "bf16": skinny_partials, "int8": skinny_partials}[op]
-    return lambda config: problem.calls(lambda x, w: run(x, w, config))
+    return lambda config: problem.calls(lambda x, w: linear_fused(x, w, None, config))
 
 
 def _compile(job: tuple[str, dict[str, Any], list[Any]]) -> None:
@@ -93,7 +116,9 @@ def _compile(job: tuple[str, dict[str, Any], list[Any]]) -> None:
     for config in configs:
         try:
             calls(config)[0]()
-        except Exception as error:  # a candidate that needs more shared memory than there is; the timing pass reports it
+        except (
+            Exception
+        ) as error:  # a candidate that needs more shared memory than there is; the timing pass reports it
             print(f"skipped {op} {arguments} {config}: {str(error)[:80]}", flush=True)
     torch.cuda.synchronize()
 
@@ -127,24 +152,36 @@ def run(tasks: Iterable[Task], workers: int) -> list[dict[str, Any]]:
 
 
 def tasks(kinds: list[str], most: int) -> list[Task]:
-    """What is tuned: the shapes of `problems.SHAPES` at the M where a configuration changes, and attention; at most `most` candidates
-    of each problem, drawn with a fixed seed."""
+    """What is tuned: the shapes of `problems.SHAPES` at the M where a configuration changes, and attention; at most
+    `most` candidates of each problem, drawn with a fixed seed."""
     found: list[Task] = []
     rows = {"planes": (1, 16, 64), "wide": (256, 2048), "bf16": (1, 16), "int8": (1, 16, 64)}
     for kind in kinds:
         if kind == "decode":
             for format, (batch, context) in product(("bf16", "int8", "int4"), ((1, 8192), (16, 2048), (64, 2048))):
-                found.append((kind, {"format": format, "batch": batch, "context": context}, decode_candidates(batch, 8)))
+                found.append(
+                    (kind, {"format": format, "batch": batch, "context": context}, decode_candidates(batch, 8))
+                )
         elif kind == "prefill":
-            found += [(kind, {"format": format, "chunk": 512, "context": 4608}, prefill_candidates()) for format in ("bf16", "int8", "int4")]
+            found += [
+                (kind, {"format": format, "chunk": 512, "context": 4608}, prefill_candidates())
+                for format in ("bf16", "int8", "int4")
+            ]
         elif kind == "a8w8":
             found.append((kind, {"m": 8192, "n": 8192, "k": 8192}, a8w8_candidates()))
         else:
             format = "int4" if kind in ("planes", "wide") else kind
             for m, (n, k) in product(rows[kind], problems.SHAPES.values()):
-                candidates = {"planes": planes_candidates, "wide": wide_candidates}[kind](m) if format == "int4" else plain_candidates(m, 2 if kind == "bf16" else 1)
+                candidates = (
+                    {"planes": planes_candidates, "wide": wide_candidates}[kind](m)
+                    if format == "int4"
+                    else plain_candidates(m, 2 if kind == "bf16" else 1)
+                )
                 found.append((kind, {"format": format, "m": m, "n": n, "k": k}, candidates))
-    return [(op, arguments, configs if len(configs) <= most else Random(0).sample(configs, most)) for op, arguments, configs in found]
+    return [
+        (op, arguments, configs if len(configs) <= most else Random(0).sample(configs, most))
+        for op, arguments, configs in found
+    ]
 
 
 def entries(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -154,7 +191,9 @@ def entries(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if record["op"] in ("decode", "a8w8"):
             continue  # decided by a rule
         problem = (record["format"], 128) if record["op"] == "prefill" else (record["m"], record["n"], record["k"])
-        found.append({"kind": record["op"], "problem": list(problem), "config": record["config"], "us": round(record["us"], 2)})
+        found.append(
+            {"kind": record["op"], "problem": list(problem), "config": record["config"], "us": round(record["us"], 2)}
+        )
     return fastest(found)
 
 
@@ -190,7 +229,12 @@ def main() -> None:
             json.dump({"gpu": torch.cuda.get_device_name(), "records": records}, file)
     if chosen.write:
         gpu = torch.cuda.get_device_name()
-        about = {"gpu": gpu, "torch": torch.__version__, "triton": triton.__version__, "command": "python -m kernels.tune --write (fastest of several runs)"}
+        about = {
+            "gpu": gpu,
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+            "command": "python -m kernels.tune --write (fastest of several runs)",
+        }
         path = TUNED / f"{gpu.replace(' ', '_')}.json"
         known = json.loads(path.read_text())["entries"] if path.exists() else []
         path.write_text(file_text(about, fastest(known + entries(records))))

@@ -1,8 +1,10 @@
-"""Which tile sizes run at which problem: data per GPU in `tuned/`, found by `python -m kernels.tune`, and a rule for everything else.
+"""Which tile sizes run at which problem: data per GPU in `tuned/`, found by `python -m kernels.tune`, and a rule for
+everything else.
 
-A file holds the fastest configuration of each problem that was tuned on that GPU. Shapes that are not in it, and GPUs without a file,
-follow the rules below, which were fitted to the same measurements.
+A file holds the fastest configuration of each problem that was tuned on that GPU. Shapes that are not in it, and GPUs
+without a file, follow the rules below, which were fitted to the same measurements.
 """
+
 from __future__ import annotations
 
 import json
@@ -126,7 +128,9 @@ def decode_config(format: str, batch: int, kv_heads: int, max_tokens: int, multi
     if format == "bf16":
         programs, warps = (3, 4) if few else (4, 2)
     else:
-        programs, warps = (3, 2) if few else (8, 1)  # one warp a program has no barriers, and eight programs hide each other's latency
+        programs, warps = (
+            (3, 2) if few else (8, 1)
+        )  # one warp a program has no barriers, and eight programs hide each other's latency
     splits = max(1, min(round(multiprocessors * programs / pairs), -(-max_tokens // 128), 128))
     narrow = not few and (splits > 1 if format == "bf16" else splits > 4 or format == "int8")
     return DecodeConfig(32 if narrow else 64, splits, 128, warps, 4 if warps == 1 else 3)

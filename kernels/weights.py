@@ -7,6 +7,7 @@
 Scales are rounded to bfloat16 before the codes are chosen, so every device layout holds exactly the same weights.
 Rounding to nearest is the baseline of Nagel et al., "A White Paper on Neural Network Quantization" (2021).
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -104,8 +105,18 @@ def _quantize_int4(weight: Tensor, group_size: int) -> QuantizedWeight:
 
 WEIGHT_FORMATS: dict[str, WeightFormat] = {
     "bf16": WeightFormat("bf16", "bf16", "16-bit weights, the reference", 16, 0, False, _quantize_bf16),
-    "int8": WeightFormat("int8", "int8 (A16W8)", "8-bit weights, one scale per output channel: half the bytes", 8, 2, False, _quantize_int8),
-    "int4": WeightFormat("int4", "int4 (A16W4)", "4-bit weights, scale and zero per group: 3.8x fewer bytes", 4, 4, True, _quantize_int4),
+    "int8": WeightFormat(
+        "int8",
+        "int8 (A16W8)",
+        "8-bit weights, one scale per output channel: half the bytes",
+        8,
+        2,
+        False,
+        _quantize_int8,
+    ),
+    "int4": WeightFormat(
+        "int4", "int4 (A16W4)", "4-bit weights, scale and zero per group: 3.8x fewer bytes", 4, 4, True, _quantize_int4
+    ),
 }
 
 

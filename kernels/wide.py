@@ -1,9 +1,11 @@
 """A16W4 matmul for M > 64: the dequantized weight is the register operand of the warp-group product.
 
-Here arithmetic counts, not bytes: each plane becomes bf16 (128 + code) - (128 + zero), exact, times the scale (one rounding, as any
-dequantized bf16 weight), and goes straight into the tensor core as the left operand, while x tiles stream through shared memory. The
-weight is never written back. Every program dequantizes its own rows, so BM is as large as registers allow.
+Here arithmetic counts, not bytes: each plane becomes bf16 (128 + code) - (128 + zero), exact, times the scale (one
+rounding, as any dequantized bf16 weight), and goes straight into the tensor core as the left operand, while x tiles
+stream through shared memory. The weight is never written back. Every program dequantizes its own rows, so BM is as
+large as registers allow.
 """
+
 # ruff: noqa: N803
 from __future__ import annotations
 
@@ -25,22 +27,52 @@ def dequantized_plane(words, zero, scale, SHIFT: tl.constexpr, INTERP: tl.conste
         return to_bf16((code + 128.0 - zero.to(tl.float32)) * scale.to(tl.float32), INTERP)
     zero, scale = tl.broadcast_to(zero, words.shape), tl.broadcast_to(scale, words.shape)
     if SHIFT == 0:
-        return tl.inline_asm_elementwise("""{ .reg .b32 t; lop3.b32 t, $1, 0x000f000f, 0x43004300, 0xea;
-            sub.bf16x2 t, t, $2; mul.bf16x2 $0, t, $3; }""", "=r,r,r,r", [words, zero, scale], dtype=tl.bfloat16, is_pure=True, pack=2)
+        return tl.inline_asm_elementwise(
+            """{ .reg .b32 t; lop3.b32 t, $1, 0x000f000f, 0x43004300, 0xea;
+            sub.bf16x2 t, t, $2; mul.bf16x2 $0, t, $3; }""",
+            "=r,r,r,r",
+            [words, zero, scale],
+            dtype=tl.bfloat16,
+            is_pure=True,
+            pack=2,
+        )
     elif SHIFT == 4:
-        return tl.inline_asm_elementwise("""{ .reg .b32 t; shr.u32 t, $1, 4; lop3.b32 t, t, 0x000f000f, 0x43004300, 0xea;
-            sub.bf16x2 t, t, $2; mul.bf16x2 $0, t, $3; }""", "=r,r,r,r", [words, zero, scale], dtype=tl.bfloat16, is_pure=True, pack=2)
+        return tl.inline_asm_elementwise(
+            """{ .reg .b32 t; shr.u32 t, $1, 4; lop3.b32 t, t, 0x000f000f, 0x43004300, 0xea;
+            sub.bf16x2 t, t, $2; mul.bf16x2 $0, t, $3; }""",
+            "=r,r,r,r",
+            [words, zero, scale],
+            dtype=tl.bfloat16,
+            is_pure=True,
+            pack=2,
+        )
     elif SHIFT == 8:
-        return tl.inline_asm_elementwise("""{ .reg .b32 t; shr.u32 t, $1, 8; lop3.b32 t, t, 0x000f000f, 0x43004300, 0xea;
-            sub.bf16x2 t, t, $2; mul.bf16x2 $0, t, $3; }""", "=r,r,r,r", [words, zero, scale], dtype=tl.bfloat16, is_pure=True, pack=2)
+        return tl.inline_asm_elementwise(
+            """{ .reg .b32 t; shr.u32 t, $1, 8; lop3.b32 t, t, 0x000f000f, 0x43004300, 0xea;
+            sub.bf16x2 t, t, $2; mul.bf16x2 $0, t, $3; }""",
+            "=r,r,r,r",
+            [words, zero, scale],
+            dtype=tl.bfloat16,
+            is_pure=True,
+            pack=2,
+        )
     else:
-        return tl.inline_asm_elementwise("""{ .reg .b32 t; shr.u32 t, $1, 12; lop3.b32 t, t, 0x000f000f, 0x43004300, 0xea;
-            sub.bf16x2 t, t, $2; mul.bf16x2 $0, t, $3; }""", "=r,r,r,r", [words, zero, scale], dtype=tl.bfloat16, is_pure=True, pack=2)
+        return tl.inline_asm_elementwise(
+            """{ .reg .b32 t; shr.u32 t, $1, 12; lop3.b32 t, t, 0x000f000f, 0x43004300, 0xea;
+            sub.bf16x2 t, t, $2; mul.bf16x2 $0, t, $3; }""",
+            "=r,r,r,r",
+            [words, zero, scale],
+            dtype=tl.bfloat16,
+            is_pure=True,
+            pack=2,
+        )
 
 
 @triton.jit(do_not_specialize=["M"])
-def wide_kernel(x, words, scales, out, M, N, N_PADDED, K, groups_per_split, ROWS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                G: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr, INTERP: tl.constexpr):
+def wide_kernel(
+    x, words, scales, out, M, N, N_PADDED, K, groups_per_split, ROWS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    G: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr, INTERP: tl.constexpr,
+):
     await_previous(EARLY)
     W: tl.constexpr = G // 4
     tile_m, tile_n, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -79,7 +111,8 @@ def wide_kernel(x, words, scales, out, M, N, N_PADDED, K, groups_per_split, ROWS
 
 
 def wide_partials(x: Tensor, weight: PackedWeight, config: WideConfig) -> Tensor:
-    """x [M, K] bf16 times a planes weight [N, K] -> float32 partials [SPLITS, M, N] (bf16 [1, M, N] where config has one split)."""
+    """x [M, K] bf16 times a planes weight [N, K] -> float32 partials [SPLITS, M, N] (bf16 [1, M, N] where config has
+    one split)."""
     assert weight.scale is not None and weight.group_size is not None
     (m, k), n, g = x.shape, weight.shape[0], weight.group_size
     per_split = triton.cdiv(k // g, config.splits)
@@ -88,6 +121,8 @@ def wide_partials(x: Tensor, weight: PackedWeight, config: WideConfig) -> Tensor
     n_padded = weight.scale.shape[1]
     grid = (triton.cdiv(m, config.block_m), triton.cdiv(n_padded, config.block_n), splits)
     early = early_launch()
-    wide_kernel[grid](x, weight.data, weight.scale, out, m, n, n_padded, k, per_split, PLANE_ROWS, config.block_m, config.block_n, g,
-                      config.stages, early, INTERP, num_warps=config.warps, num_stages=config.stages, launch_pdl=early)
+    wide_kernel[grid](
+        x, weight.data, weight.scale, out, m, n, n_padded, k, per_split, PLANE_ROWS, config.block_m, config.block_n, g,
+        config.stages, early, INTERP, num_warps=config.warps, num_stages=config.stages, launch_pdl=early,
+    )
     return out

@@ -1,4 +1,5 @@
 """The Triton kernels on a CUDA device, against float64."""
+
 from __future__ import annotations
 
 import pytest
@@ -29,7 +30,9 @@ def test_a8w8(m: int, n: int, k: int) -> None:
 
 
 @pytest.mark.parametrize("format", ["bf16", "int8", "int4"])
-@pytest.mark.parametrize("head_dim, group, block_size", [(64, 3, 16), (64, 7, 32), (128, 4, 16), (128, 4, 64), (128, 1, 128), (128, 20, 64)])
+@pytest.mark.parametrize(
+    "head_dim, group, block_size", [(64, 3, 16), (64, 7, 32), (128, 4, 16), (128, 4, 64), (128, 1, 128), (128, 20, 64)]
+)
 def test_decode(format: str, head_dim: int, group: int, block_size: int) -> None:
     checks.check_decode(format, [1, 0, 64, 127, 130, 2000], block_size, 2, group, head_dim, "cuda", impl="triton")
     checks.check_decode(format, [900] * 70, block_size, 8, group, head_dim, "cuda", impl="triton")
@@ -38,7 +41,16 @@ def test_decode(format: str, head_dim: int, group: int, block_size: int) -> None
 @pytest.mark.parametrize("format", ["bf16", "int8", "int4"])
 @pytest.mark.parametrize("head_dim, group, block_size", [(64, 3, 16), (128, 4, 64), (128, 2, 128)])
 def test_prefill(format: str, head_dim: int, group: int, block_size: int) -> None:
-    checks.check_prefill(format, [(1, 40), (0, 20), (70, 90), (333, 333), (128, 1024), (5, 3000)], block_size, 2, group, head_dim, "cuda", impl="triton")
+    checks.check_prefill(
+        format,
+        [(1, 40), (0, 20), (70, 90), (333, 333), (128, 1024), (5, 3000)],
+        block_size,
+        2,
+        group,
+        head_dim,
+        "cuda",
+        impl="triton",
+    )
 
 
 @pytest.mark.parametrize("format", ["bf16", "int8", "int4"])

@@ -1,7 +1,9 @@
-"""What every implementation of an operation must satisfy, on any device: the interpreter's tests and the GPU's call these.
+"""What every implementation of an operation must satisfy, on any device: the interpreter's tests and the GPU's call
+these.
 
 Each check draws fresh inputs from a seed, poisons what an operation might forget to write, and compares with float64.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -36,7 +38,10 @@ def poison(device: str, nbytes: int = 1 << 22) -> None:
         torch.full((size // 4,), float("nan"), device=device)
 
 
-def check_linear(m: int, n: int, k: int, format: str, group_size: int, device: str, *, impl: str, layout: str | None = None, bias: bool = False) -> None:
+def check_linear(
+    m: int, n: int, k: int, format: str, group_size: int, device: str, *, impl: str, layout: str | None = None,
+    bias: bool = False,
+) -> None:
     weight = packed(normal((n, k), 1, device).float() * 0.05 + 0.01, format, group_size, device, layout)
     x = normal((m, k), m, device)
     b = normal((n,), 3, device) if bias else None
@@ -48,25 +53,36 @@ def check_linear(m: int, n: int, k: int, format: str, group_size: int, device: s
     assert error < 4e-3, f"{format} M={m} N={n} K={k} g{group_size}: relative error {error:.2e}"
 
 
-def check_linear_exact(m: int, n: int, k: int, format: str, group_size: int, device: str, *, impl: str, layout: str | None = None) -> None:
+def check_linear_exact(
+    m: int, n: int, k: int, format: str, group_size: int, device: str, *, impl: str, layout: str | None = None
+) -> None:
     """Integer-valued inputs whose products and sums are exact in float32: the result must be bit-exact."""
     g = generator(m * n, device)
     codes = torch.randint(-7, 8, (n, k), generator=g, device=device)
     if format == "int4":
-        plain = kernels.QuantizedWeight("int4", (codes + 7).to(torch.uint8), torch.ones(n, k // group_size, device=device),
-                                        torch.full((n, k // group_size), 7, dtype=torch.uint8, device=device), group_size)
+        plain = kernels.QuantizedWeight(
+            "int4",
+            (codes + 7).to(torch.uint8),
+            torch.ones(n, k // group_size, device=device),
+            torch.full((n, k // group_size), 7, dtype=torch.uint8, device=device),
+            group_size,
+        )
     elif format == "int8":
         plain = kernels.QuantizedWeight("int8", codes.to(torch.int8), torch.ones(n, device=device))
     else:
         plain = kernels.QuantizedWeight("bf16", codes.bfloat16())
     weight = kernels.pack_weight(plain, format, device=device, layout=layout)
     x = torch.zeros(m, k, device=device)
-    chosen = torch.randint(0, k, (m, 16), generator=g, device=device)  # few live inputs keep every sum within bf16's 8 bits
+    chosen = torch.randint(
+        0, k, (m, 16), generator=g, device=device
+    )  # few live inputs keep every sum within bf16's 8 bits
     x.scatter_(1, chosen, torch.randint(-1, 2, (m, 16), generator=g, device=device).float())
     got = kernels.linear(x.bfloat16(), weight, impl=impl)
     want = x.double() @ codes.double().t()
     assert want.abs().max() <= 256
-    assert torch.equal(got.double(), want), f"{format} M={m} N={n} K={k}: {(got.double() != want).sum().item()} elements differ"
+    assert torch.equal(got.double(), want), (
+        f"{format} M={m} N={n} K={k}: {(got.double() != want).sum().item()} elements differ"
+    )
 
 
 def check_a8w8(m: int, n: int, k: int, device: str) -> None:
@@ -103,13 +119,17 @@ def poison_layer(layer: kernels.KVLayer) -> None:
             scales.fill_(0x7FC07FC0)  # a NaN scale and a NaN low
 
 
-def fill_cache(format: str, lengths: list[int], block_size: int, kv_heads: int, head_dim: int, device: str, *, impl: str = "torch",
-               order: str | None = None) -> Cache:
+def fill_cache(
+    format: str, lengths: list[int], block_size: int, kv_heads: int, head_dim: int, device: str, *, impl: str = "torch",
+    order: str | None = None,
+) -> Cache:
     per_row = max(1, max(-(-n // block_size) for n in lengths)) + 1
     blocks = per_row * len(lengths) + 3
     layer = kernels.allocate_kv(format, blocks, block_size, kv_heads, head_dim, device, order)
     poison_layer(layer)
-    order = torch.randperm(blocks, generator=torch.Generator().manual_seed(7))[:per_row * len(lengths)].view(len(lengths), per_row)
+    order = torch.randperm(blocks, generator=torch.Generator().manual_seed(7))[: per_row * len(lengths)].view(
+        len(lengths), per_row
+    )
     tables = torch.full_like(order, -1)
     for b, n in enumerate(lengths):
         held = -(-n // block_size)
@@ -126,17 +146,21 @@ def fill_cache(format: str, lengths: list[int], block_size: int, kv_heads: int, 
         held_k, held_v = kernels.read_kv(layer, tables[b].to(device), n)
         bound = {"bf16": 1e-6, "int8": 1e-2, "int4": 0.15}[format]
         for held, given in ((held_k, k), (held_v, v)):
-            assert n == 0 or relative_error(held, given) < bound, f"{format}: stored with relative error {relative_error(held, given):.2e}"
+            assert n == 0 or relative_error(held, given) < bound, (
+                f"{format}: stored with relative error {relative_error(held, given):.2e}"
+            )
         keys.append(held_k.double())
         values.append(held_v.double())
     return Cache(layer, tables.int().to(device), torch.tensor(lengths, dtype=torch.int32, device=device), keys, values)
 
 
-def check_write(format: str, block_size: int, kv_heads: int, head_dim: int, device: str, *, impl: str, order: str | None = None) -> None:
+def check_write(
+    format: str, block_size: int, kv_heads: int, head_dim: int, device: str, *, impl: str, order: str | None = None
+) -> None:
     """The same bits as the reference, for ordinary, constant, and huge vectors, a strided input and a padding row."""
     t = 6
     qkv = normal((t, 3 * kv_heads, head_dim), 8, device)
-    k, v = qkv[:, :kv_heads], qkv[:, kv_heads:2 * kv_heads]
+    k, v = qkv[:, :kv_heads], qkv[:, kv_heads : 2 * kv_heads]
     k[1] = 3.25  # no range
     k[2] = 0
     v[3, :, 0] = 3e4  # one outlier
@@ -147,7 +171,10 @@ def check_write(format: str, block_size: int, kv_heads: int, head_dim: int, devi
         kernels.write_kv(layer, k, v, slots, impl=how)
         layers.append(layer)
     table = torch.arange(3, device=device)
-    for got, want in zip(kernels.read_kv(layers[0], table, 3 * block_size), kernels.read_kv(layers[1], table, 3 * block_size), strict=True):
+    for got, want in zip(
+        kernels.read_kv(layers[0], table, 3 * block_size), kernels.read_kv(layers[1], table, 3 * block_size),
+        strict=True,
+    ):
         assert torch.equal(got, want), f"{format}: {(got != want).sum().item()} elements differ"
     held, _ = kernels.read_kv(layers[0], table, 3 * block_size)
     assert (held[5] == 3.25).all() and (held[block_size + 1] == 0).all()
@@ -163,59 +190,79 @@ def attention64(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return torch.einsum("htl,lhd->thd", s.softmax(-1), v)
 
 
-def check_decode(format: str, lengths: list[int], block_size: int, kv_heads: int, group: int, head_dim: int, device: str, *, impl: str,
-                 order: str | None = None) -> None:
+def check_decode(
+    format: str, lengths: list[int], block_size: int, kv_heads: int, group: int, head_dim: int, device: str, *,
+    impl: str, order: str | None = None,
+) -> None:
     cache = fill_cache(format, lengths, block_size, kv_heads, head_dim, device, order=order)
     q = normal((len(lengths), kv_heads * group, head_dim), 5, device)
     poison(device)
-    got = kernels.decode_attention(q, cache.layer, cache.tables, cache.lengths, head_dim ** -0.5, impl=impl)
+    got = kernels.decode_attention(q, cache.layer, cache.tables, cache.lengths, head_dim**-0.5, impl=impl)
     for b, n in enumerate(lengths):
         if n == 0:
             assert (got[b] == 0).all()
             continue
-        want = attention64(q[b:b + 1], cache.keys[b], cache.values[b], head_dim ** -0.5)
-        error = relative_error(got[b:b + 1], want)
+        want = attention64(q[b : b + 1], cache.keys[b], cache.values[b], head_dim**-0.5)
+        error = relative_error(got[b : b + 1], want)
         bound = 1.5e-2 if impl == "aten" else 8e-3  # the CPU path rounds scores to bf16
         assert error < bound, f"{format} length {n}: relative error {error:.2e}"
 
 
-def check_prefill(format: str, chunks: list[tuple[int, int]], block_size: int, kv_heads: int, group: int, head_dim: int, device: str, *,
-                  impl: str, padding: int = 2, order: str | None = None) -> None:
+def check_prefill(
+    format: str, chunks: list[tuple[int, int]], block_size: int, kv_heads: int, group: int, head_dim: int, device: str,
+    *, impl: str, padding: int = 2, order: str | None = None,
+) -> None:
     """chunks: (new tokens, all tokens) of each sequence."""
-    cache = fill_cache(format, [n for _, n in chunks], block_size, kv_heads, head_dim, device,
-                       order=order)
+    cache = fill_cache(format, [n for _, n in chunks], block_size, kv_heads, head_dim, device, order=order)
     starts = [0]
     for t, _ in chunks:
         starts.append(starts[-1] + t)
     q = normal((starts[-1] + padding, kv_heads * group, head_dim), 6, device)
     poison(device)
-    got = kernels.prefill_attention(q, cache.layer, cache.tables, torch.tensor(starts, dtype=torch.int32, device=device), cache.lengths,
-                                    head_dim ** -0.5, impl=impl)
-    assert (got[starts[-1]:] == 0).all()
+    got = kernels.prefill_attention(
+        q, cache.layer, cache.tables, torch.tensor(starts, dtype=torch.int32, device=device), cache.lengths,
+        head_dim**-0.5, impl=impl,
+    )
+    assert (got[starts[-1] :] == 0).all()
     for b, (t, n) in enumerate(chunks):
         if t:
-            want = attention64(q[starts[b]:starts[b + 1]], cache.keys[b], cache.values[b], head_dim ** -0.5)
-            error = relative_error(got[starts[b]:starts[b + 1]], want)
+            want = attention64(q[starts[b] : starts[b + 1]], cache.keys[b], cache.values[b], head_dim**-0.5)
+            error = relative_error(got[starts[b] : starts[b + 1]], want)
             assert error < 8e-3, f"{format} chunk {t} of {n}: relative error {error:.2e}"
 
 
-def check_elementwise(rows: int, width: int, heads: int, kv_heads: int, head_dim: int, device: str, *, impl: str) -> None:
-    x, residual, weight = normal((rows, width), 1, device), normal((rows, width), 2, device), normal((width,), 3, device)
+def check_elementwise(
+    rows: int, width: int, heads: int, kv_heads: int, head_dim: int, device: str, *, impl: str
+) -> None:
+    x, residual, weight = (
+        normal((rows, width), 1, device), normal((rows, width), 2, device), normal((width,), 3, device),
+    )
     poison(device)
-    assert relative_error(kernels.rms_norm(x, weight, 1e-5, impl=impl), kernels.rms_norm(x.double(), weight.double(), 1e-5, impl="torch")) < 4e-3
+    assert (
+        relative_error(
+            kernels.rms_norm(x, weight, 1e-5, impl=impl),
+            kernels.rms_norm(x.double(), weight.double(), 1e-5, impl="torch"),
+        )
+        < 4e-3
+    )
     normed, total = kernels.add_rms_norm(x, residual, weight, 1e-5, impl=impl)
     assert torch.equal(total, x + residual)
     assert relative_error(normed, kernels.rms_norm(total.double(), weight.double(), 1e-5, impl="torch")) < 4e-3
     gate_up = normal((rows, 2 * width), 4, device)
     assert relative_error(kernels.silu_mul(gate_up, impl=impl), kernels.silu_mul(gate_up.double(), impl="torch")) < 4e-3
     qkv = normal((rows, heads + 2 * kv_heads, head_dim), 5, device)
-    q, k = qkv[:, :heads], qkv[:, heads:heads + kv_heads]
+    q, k = qkv[:, :heads], qkv[:, heads : heads + kv_heads]
     head_weight = normal((head_dim,), 6, device)
     want = kernels.rms_norm(q.double(), head_weight.double(), 1e-6, impl="torch")
     assert relative_error(kernels.rms_norm(q, head_weight, 1e-6, impl=impl), want) < 4e-3
     positions = torch.randint(0, 500, (rows,), generator=generator(9, device), device=device)
-    angles = torch.outer(torch.arange(500, device=device), 10000.0 ** (-torch.arange(0, head_dim, 2, device=device) / head_dim))
+    angles = torch.outer(
+        torch.arange(500, device=device), 10000.0 ** (-torch.arange(0, head_dim, 2, device=device) / head_dim)
+    )
     cos_sin = torch.cat((angles.cos(), angles.sin()), -1)
-    for got, ref in zip(kernels.rope(q, k, positions, cos_sin, impl=impl),
-                        kernels.rope(q.double(), k.double(), positions, cos_sin.double(), impl="torch"), strict=True):
+    for got, ref in zip(
+        kernels.rope(q, k, positions, cos_sin, impl=impl),
+        kernels.rope(q.double(), k.double(), positions, cos_sin.double(), impl="torch"),
+        strict=True,
+    ):
         assert relative_error(got, ref) < 4e-3

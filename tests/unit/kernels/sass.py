@@ -1,4 +1,5 @@
 """Compile a Triton kernel for sm_90 without a GPU, and count what the assembler made of it."""
+
 from __future__ import annotations
 
 import re
@@ -27,14 +28,15 @@ class Compiled:
     sass: list[str]
 
     def loop(self) -> list[str]:
-        """The body of the hottest loop: between a backward branch and its target, the one with the most tensor-core instructions."""
+        """The body of the hottest loop: between a backward branch and its target, the one with the most tensor-core
+        instructions."""
         at = {m.group(1): i for i, line in enumerate(self.sass) if (m := re.match(r"/\*([0-9a-f]+)\*/", line))}
         best: list[str] = []
         for i, line in enumerate(self.sass):
             if m := re.search(r"\bBRA\S* .*?0x([0-9a-f]+)", line):
                 target = at.get(f"{int(m.group(1), 16):04x}")
                 if target is not None and target < i:
-                    body = self.sass[target:i + 1]
+                    body = self.sass[target : i + 1]
                     if (mma(body), -len(body)) > (mma(best), -len(best)):
                         best = body
         return best
@@ -51,19 +53,27 @@ def mma(lines: list[str]) -> int:
     return counts["HMMA"] + counts["HGMMA"] + counts["IGMMA"] + counts["QGMMA"] + counts["IMMA"]
 
 
-def compile_sm90(kernel: Any, signature: dict[str, str], constants: dict[str, Any], divisible: list[str], warps: int, stages: int) -> Compiled:
-    """signature: type of each runtime argument ("*bf16", "i32", ...); constants: the constexpr arguments; divisible: those known to be
-    multiples of 16."""
+def compile_sm90(
+    kernel: Any, signature: dict[str, str], constants: dict[str, Any], divisible: list[str], warps: int, stages: int
+) -> Compiled:
+    """signature: type of each runtime argument ("*bf16", "i32", ...); constants: the constexpr arguments; divisible:
+    those known to be multiples of 16."""
     names = kernel.arg_names
     full = {name: signature.get(name, "constexpr") for name in names}
     attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in divisible}
-    source = ASTSource(fn=kernel, signature=full, constexprs={(names.index(n),): v for n, v in constants.items()}, attrs=attrs)
+    source = ASTSource(
+        fn=kernel, signature=full, constexprs={(names.index(n),): v for n, v in constants.items()}, attrs=attrs
+    )
     built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "num_stages": stages})
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
         file.flush()
-        text = subprocess.run([BIN / "cuobjdump", "-sass", file.name], capture_output=True, text=True, check=True).stdout
-        usage = subprocess.run([BIN / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        text = subprocess.run(
+            [BIN / "cuobjdump", "-sass", file.name], capture_output=True, text=True, check=True
+        ).stdout
+        usage = subprocess.run(
+            [BIN / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
     lines = [line.strip() for line in text.splitlines() if re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+\S", line)]
     numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
     spills = sum(1 for line in lines if re.search(r"\b(STL|LDL)\b", line))

@@ -1,4 +1,5 @@
 """The CPU implementations and the reference itself, against float64."""
+
 from __future__ import annotations
 
 import pytest

@@ -1,5 +1,6 @@
-"""The Triton kernels in Triton's interpreter, on the CPU. Needs TRITON_INTERPRET=1 at import, so `test_triton_interpreted.py` runs
-this folder in a process of its own."""
+"""The Triton kernels in Triton's interpreter, on the CPU. Needs TRITON_INTERPRET=1 at import, so
+`test_triton_interpreted.py` runs this folder in a process of its own."""
+
 from __future__ import annotations
 
 import pytest
@@ -30,7 +31,9 @@ def test_linear_ragged_k() -> None:
 
 
 @pytest.mark.parametrize("format", ["bf16", "int8", "int4"])
-@pytest.mark.parametrize("head_dim, group, block_size, order", [(64, 3, 16, "block"), (128, 4, 64, "block"), (64, 1, 128, "head")])
+@pytest.mark.parametrize(
+    "head_dim, group, block_size, order", [(64, 3, 16, "block"), (128, 4, 64, "block"), (64, 1, 128, "head")]
+)
 def test_decode(format: str, head_dim: int, group: int, block_size: int, order: str) -> None:
     checks.check_decode(format, [130, 0], block_size, 2, group, head_dim, "cpu", impl="triton", order=order)
 
@@ -38,7 +41,10 @@ def test_decode(format: str, head_dim: int, group: int, block_size: int, order: 
 @pytest.mark.parametrize("format", ["bf16", "int8", "int4"])
 @pytest.mark.parametrize("head_dim, group, block_size", [(64, 3, 16), (128, 2, 128)])
 def test_prefill(format: str, head_dim: int, group: int, block_size: int) -> None:
-    checks.check_prefill(format, [(1, 40), (0, 20), (70, 90), (33, 33)], block_size, 2, group, head_dim, "cpu", impl="triton", order="block")
+    checks.check_prefill(
+        format, [(1, 40), (0, 20), (70, 90), (33, 33)], block_size, 2, group, head_dim, "cpu", impl="triton",
+        order="block",
+    )
 
 
 @pytest.mark.parametrize("format", ["int8", "int4"])

@@ -1,0 +1,146 @@
+"""What ptxas makes of the kernels for sm_90, without a GPU: no spills, no conversions in the loop, instructions within
+the budget.
+
+The budget: an H200 reads 4.3 TB/s and issues about 32e12 thread instructions a second, so 3.7 instructions per 4-bit
+weight or element, 7.5 per 8-bit and 15 per 16-bit one, everything in the loop counted. Values here are what the kernels
+reach, rounded up.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+if sys.platform != "linux":
+    pytest.skip("Triton is published for Linux only", allow_module_level=True)
+
+from kernels import a8w8, a16w4, decode_triton, prefill_triton, skinny, wide
+from tests.unit.kernels.sass import Compiled, compile_sm90, opcodes
+
+pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+
+CONVERSIONS = ("I2F", "I2FP", "F2F")
+INTEGERS = ("M", "N", "N_PADDED", "K", "groups_per_split", "k_per_split")
+
+
+def matmul(
+    kernel: object, pointers: dict[str, str], constants: dict[str, object], integers: str, warps: int, stages: int
+) -> Compiled:
+    signature = pointers | dict.fromkeys(integers.split(), "i32")
+    known = [name for name in signature if name not in ("M", "groups_per_split")]
+    return compile_sm90(
+        kernel, signature, constants | {"STAGES": stages, "EARLY": True, "INTERP": False}, known, warps, stages
+    )
+
+
+def check(built: Compiled, elements: int, warps: int, budget: float, conversions: bool = False) -> None:
+    loop = built.loop()
+    assert built.spilled == 0, f"{built.spilled} spills"
+    assert opcodes(loop)["HMMA"] + opcodes(loop)["HGMMA"] + opcodes(loop)["IGMMA"] > 0, (
+        "no tensor-core instruction in the loop"
+    )
+    found = sum(opcodes(loop)[name] for name in CONVERSIONS)
+    assert conversions or found == 0, f"{found} conversions in the loop"
+    per_element = len(loop) * 32 * warps / elements
+    assert per_element <= budget, f"{per_element:.2f} instructions per element, the budget is {budget}"
+
+
+@pytest.mark.parametrize(
+    "block_m, block_n, group_size, warps, stages, budget",
+    [
+        (8, 64, 128, 1, 4, 1.9), (8, 64, 128, 2, 3, 2.2), (8, 64, 64, 1, 4, 2.4), (16, 64, 128, 2, 3, 2.5),
+        (16, 128, 128, 2, 3, 2.3),
+    ],
+)
+def test_a16w4(block_m: int, block_n: int, group_size: int, warps: int, stages: int, budget: float) -> None:
+    pointers = {"x": "*bf16", "words": "*i16", "scales": "*i32", "out": "*fp32"}
+    built = matmul(
+        a16w4.a16w4_kernel,
+        pointers,
+        {"ROWS": 64, "BM": block_m, "BN": block_n, "G": group_size},
+        "M N N_PADDED K groups_per_split",
+        warps,
+        stages,
+    )
+    check(built, block_n * group_size, warps, budget)
+    assert opcodes(built.loop())["LDG"] == 0  # every load of the loop is asynchronous
+    assert opcodes(built.loop())["HGMMA"] == 0  # register-operand warp-group products are left to M > 64
+
+
+@pytest.mark.parametrize(
+    "element, block_n, block_k, warps, stages, budget", [("bf16", 32, 128, 2, 3, 3.0), ("i8", 64, 128, 4, 3, 5.0)]
+)
+def test_skinny(element: str, block_n: int, block_k: int, warps: int, stages: int, budget: float) -> None:
+    pointers = {"x": "*bf16", "w": f"*{element}", "out": "*fp32"} | ({"scale": "*bf16"} if element == "i8" else {})
+    constants = {"BM": 16, "BN": block_n, "BK": block_k, "EVEN": True} | ({} if element == "i8" else {"scale": None})
+    check(
+        matmul(skinny.skinny_kernel, pointers, constants, "M N K k_per_split", warps, stages),
+        block_n * block_k,
+        warps,
+        budget,
+    )
+
+
+def test_wide() -> None:
+    pointers = {"x": "*bf16", "words": "*i16", "scales": "*i32", "out": "*bf16"}
+    built = matmul(
+        wide.wide_kernel, pointers, {"ROWS": 64, "BM": 128, "BN": 256, "G": 128}, "M N N_PADDED K groups_per_split", 8,
+        3,
+    )
+    check(built, 256 * 128, 8, 3.7)
+
+
+def test_a8w8() -> None:
+    pointers = {"x": "*i8", "w": "*i8", "x_scale": "*fp32", "w_scale": "*fp32", "out": "*bf16"}
+    built = matmul(
+        a8w8.a8w8_kernel, pointers, {"BM": 128, "BN": 128, "BK": 128, "BAND": 8, "EVEN": True}, "M N K", 4, 3
+    )
+    check(built, 128 * 128, 4, 2.0)
+    assert opcodes(built.loop())["IGMMA"] > 0
+
+
+def attention(
+    kernel: object, format: str, constants: dict[str, object], extra: dict[str, str], integers: str, warps: int,
+    stages: int,
+) -> Compiled:
+    bits = {"bf16": 16, "int8": 8, "int4": 4}[format]
+    data = "*bf16" if bits == 16 else "*i16"
+    strides = "q_row q_head key_block key_token key_head value_block value_token value_head scale_block scale_head H"
+    signature = {"q": "*bf16", "key": data, "value": data, "tables": "*i32", "lengths": "*i32", "out": "*bf16", **extra}
+    signature |= dict.fromkeys(f"{strides} {integers}".split(), "i32")
+    fixed = {
+        "D": 128,
+        "KEY_BITS": bits,
+        "VALUE_BITS": bits,
+        "BLOCK": 64,
+        "GROUP": 4,
+        "STAGES": stages,
+        "INTERP": False,
+        "scale_token": 1,
+    }
+    if bits == 16:
+        fixed |= {"key_scale": None, "value_scale": None}
+    else:
+        signature |= {"key_scale": "*i32", "value_scale": "*i32"}
+    known = [name for name in signature if name not in ("scale", *integers.split())]
+    return compile_sm90(kernel, signature | {"scale": "fp32"}, fixed | constants, known, warps, stages)
+
+
+@pytest.mark.parametrize(
+    "format, tile, warps, stages, budget", [("bf16", 64, 2, 3, 1.8), ("int8", 32, 1, 4, 3.6), ("int4", 64, 1, 4, 2.8)]
+)
+def test_decode(format: str, tile: int, warps: int, stages: int, budget: float) -> None:
+    constants = {"TILE": tile, "SPLIT": True, "MIN_SPLIT": 128, "ROWS": 16, "EARLY": True}
+    built = attention(
+        decode_triton.decode_kernel, format, constants, {"partial": "*fp32", "partial_ml": "*fp32"}, "table_row", warps,
+        stages,
+    )
+    check(built, 2 * tile * 128, warps, budget)
+
+
+@pytest.mark.parametrize("format", ["bf16", "int8", "int4"])
+def test_prefill(format: str) -> None:
+    constants = {"TILE": 64, "BQ": 64, "B_PADDED": 4}
+    built = attention(prefill_triton.prefill_kernel, format, constants, {"query_starts": "*i32"}, "table_row B", 4, 3)
+    check(built, 2 * 64 * 128, 4, 8.0)
