@@ -29,7 +29,6 @@ from .kv_cache import read_kv
 from .matmul_triton import linear_partials, linear_triton
 from .prefill_triton import prefill_triton
 from .timing import matmul_rate, microseconds, read_bandwidth
-from .tuning import SkinnyConfig
 
 
 @dataclass
@@ -93,13 +92,12 @@ def tinygemm(x: Tensor, n: int, k: int) -> float:
 
 
 def slope_rows() -> list[Row]:
-    """Bandwidth from two sizes and the same tiles, so that what a launch costs anyway cancels: A16W4, M = 1."""
+    """Bandwidth from two sizes, so that what a launch costs anyway cancels: A16W4, M = 1."""
     times = []
-    config = SkinnyConfig(8, 64, 2, 1, 4)
     for n in (28672, 57344):
         problem = problems.matmul("int4", 1, n, 8192)
         times.append(
-            (microseconds(problem.calls(lambda x, w: linear_partials(x, w, config))), problem.weights[0].nbytes)
+            (microseconds(problem.calls(lambda x, w: linear_partials(x, w))), problem.weights[0].nbytes)
         )
     (short, few), (long, many) = times
     row = Row(

@@ -14,11 +14,11 @@ from .wide import wide_partials
 
 # Up to these rows a kernel of ours streams the weight; above, it is dequantized once (in slices) and multiplied by
 # cuBLAS. bf16 goes to cuBLAS directly.
-FUSED_ROWS = {"bf16": 16, "int8": 64, "int4": 512}
+FUSED_ROWS = {"bf16": 16, "int8": 64, "int4": 256}
 SKINNY_ROWS = (
     64  # int4: up to here scales are applied per group to the accumulator (`a16w4`), above to the weight (`wide`)
 )
-DEQUANTIZED_ELEMENTS = 1 << 25  # 64 MB of bf16 workspace at a time
+DEQUANTIZED_ELEMENTS = 1 << 24  # 32 MB of bf16 workspace at a time, which stays in the L2 cache
 
 
 def linear_triton(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:

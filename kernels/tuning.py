@@ -89,7 +89,10 @@ def planes_config(m: int, n: int, k: int, group_size: int) -> SkinnyConfig:
     if found is not None and group_size == 128:
         return SkinnyConfig(**found)
     if m <= 16:
-        return SkinnyConfig(8 if m <= 8 else 16, 64, _splits(n, k, 64, group_size, 900, 2), 2, 3)
+        block_m = 8 if m <= 8 else 16
+        if n >= 1 << 14:
+            return SkinnyConfig(block_m, 128, _splits(n, k, 128, group_size, 450, 2), 2, 4)
+        return SkinnyConfig(block_m, 64, _splits(n, k, 64, group_size, 700, 2), 2, 3)
     return SkinnyConfig(32 if m <= 32 else 64, 64, _splits(n, k, 64, group_size, 264, 4), 4, 3)
 
 
