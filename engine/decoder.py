@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.errors import ConfigError
-from engine.model_spec import ModelSpec
+from engine.model_spec import HEAD_FORMAT, ModelSpec
 from engine.step_inputs import StepInputs
 from kernels import (
     KVLayer,
@@ -134,7 +134,7 @@ class Decoder(nn.Module):
     impl: as in `kernels`; "torch" is the reference and computes in float32, everything else in bfloat16.
     """
 
-    embeddings: Tensor
+    embeddings: Tensor | None
     final_norm: Tensor
 
     def __init__(
@@ -142,10 +142,11 @@ class Decoder(nn.Module):
         spec: ModelSpec,
         impl: str,
         layers: Sequence[DecoderLayer],
-        embeddings: Tensor,
+        embeddings: Tensor | None,
         final_norm: Tensor,
         lm_head: PackedWeight,
     ) -> None:
+        """embeddings: [vocab, hidden], or None where tokens are looked up in the lm_head, which then keeps rows."""
         super().__init__()
         self.spec, self.impl = spec, impl
         self.layers = nn.ModuleList(layers)
@@ -156,7 +157,7 @@ class Decoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.embeddings.device
+        return self.final_norm.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -166,7 +167,7 @@ class Decoder(nn.Module):
     def forward(self, step: StepInputs, kv: Sequence[KVLayer], cos_sin: Tensor) -> Tensor:
         """Write keys and values of every token; return the final hidden states [S, hidden] of `step.rows`."""
         impl, eps = self.impl, self.spec.rms_norm_eps
-        residual = F.embedding(step.tokens, self.embeddings).to(self.dtype)
+        residual = self.embed(step.tokens)
         x = rms_norm(residual, self._layers[0].input_norm, eps, impl=impl)
         last = len(self._layers) - 1
         for i, layer in enumerate(self._layers):
@@ -179,6 +180,12 @@ class Decoder(nn.Module):
             x, residual = add_rms_norm(x, residual, following, eps, impl=impl)
         return x
 
+    def embed(self, tokens: Tensor) -> Tensor:
+        """int64 [T] -> [T, hidden]."""
+        if self.embeddings is None:
+            return self.lm_head.rows(tokens, self.dtype)
+        return F.embedding(tokens, self.embeddings).to(self.dtype)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """[S, hidden] -> [S, vocab] in the activations' dtype."""
         return linear(hidden, self.lm_head, impl=self.impl)
@@ -190,13 +197,14 @@ class Decoder(nn.Module):
 
     def weight_bytes(self) -> dict[str, int]:
         """Bytes really held, by part. On a CPU a tied lm_head counts where oneDNN needs its own layout of the table."""
-        tied = self.lm_head.data.layout == torch.strided and self.lm_head.data.data_ptr() == self.embeddings.data_ptr()
+        table, head = self.embeddings, self.lm_head
+        tied = table is None or (head.data.layout == torch.strided and head.data.data_ptr() == table.data_ptr())
         return {
-            "embeddings": self.embeddings.nbytes,
+            "embeddings": head.nbytes if table is None else table.nbytes,
             "attention": sum(layer.nbytes("qkv", "o", *_ATTENTION_BIASES) for layer in self._layers),
             "mlp": sum(layer.nbytes("gate_up", "down", *_MLP_BIASES) for layer in self._layers),
             "norms": sum(layer.nbytes(*_NORMS) for layer in self._layers) + self.final_norm.nbytes,
-            "lm_head": 0 if tied else self.lm_head.nbytes,
+            "lm_head": 0 if tied else head.nbytes,
         }
 
 
@@ -230,8 +238,11 @@ def build_decoder(
         layers.append(DecoderLayer(spec, impl, packed, vectors))
     outer = {name: vector(name, None, shape) for name, shape in outer_shapes(spec).items()}
     table = outer.get("lm_head", outer["embeddings"])
-    lm_head = _plain(table) if reference else pack_weight(table, "bf16", device=device)
-    return Decoder(spec, impl, layers, outer["embeddings"], outer["final_norm"], lm_head)
+    head_format = HEAD_FORMAT[weights]
+    exact = reference and head_format == "bf16"
+    lm_head = _plain(table) if exact else pack_weight(table, head_format, group_size=group_size, device=device)
+    shared = spec.tie_embeddings and head_format != "bf16"
+    return Decoder(spec, impl, layers, None if shared else outer["embeddings"], outer["final_norm"], lm_head)
 
 
 def _plain(weight: Tensor) -> PackedWeight:

@@ -8,13 +8,17 @@ from typing import Any
 
 from kernels import KV_FORMATS, WEIGHT_FORMATS
 
+HEAD_FORMAT = {"bf16": "bf16", "int8": "int8", "int4": "int8"}
+"""Format of the lm_head by weight format: its rows are whole answers, so 4 bits cost quality where they save least."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     """Dimensions of one decoder of the Llama family.
 
     rope: transformers' own `rope_parameters` dict (rope_type, rope_theta, factor, ...).
-    lm_head and embeddings stay bf16 in every weight format.
+    In a quantized format the lm_head is int8 (HEAD_FORMAT) and embeddings stay bf16, unless they are tied: then one
+    int8 table serves both.
     """
 
     name: str
@@ -66,13 +70,13 @@ class ModelSpec:
         per = {name: stored.nbytes(n, k, group_size) for name, (n, k) in self.linears().items()}
         bias = 2 * self.qkv_size if self.attention_bias else 0
         norms = 2 * (2 * self.hidden_size + (2 * self.head_dim if self.qk_norm else 0))
-        table = 2 * self.vocab_size * self.hidden_size
+        head = WEIGHT_FORMATS[HEAD_FORMAT[weights]].nbytes(self.vocab_size, self.hidden_size, group_size)
         return {
-            "embeddings": table,
+            "embeddings": head if self.tie_embeddings else 2 * self.vocab_size * self.hidden_size,
             "attention": self.num_layers * (per["qkv"] + per["o"] + bias),
             "mlp": self.num_layers * (per["gate_up"] + per["down"]),
             "norms": self.num_layers * norms + 2 * self.hidden_size,
-            "lm_head": 0 if self.tie_embeddings else table,
+            "lm_head": 0 if self.tie_embeddings else head,
         }
 
     def kv_bytes_per_token(self, kv: str) -> int:

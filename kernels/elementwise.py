@@ -31,7 +31,8 @@ def add_rms_norm(
     """(rms_norm(x + residual), x + residual), both new tensors in x's dtype; the norm reads the rounded sum."""
     if x.shape != residual.shape or weight.shape != x.shape[-1:]:
         raise ValueError(
-            f"add_rms_norm: x {tuple(x.shape)}, residual {tuple(residual.shape)} and weight {tuple(weight.shape)} do not fit"
+            f"add_rms_norm: x {tuple(x.shape)}, residual {tuple(residual.shape)} and weight {tuple(weight.shape)} "
+            "do not fit"
         )
     out: tuple[Tensor, Tensor] = choose("add_rms_norm", ADD_RMS_NORM, impl, x.device)(x, residual, weight, eps)
     return out
@@ -71,6 +72,15 @@ def _add_rms_norm_torch(x: Tensor, residual: Tensor, weight: Tensor, eps: float)
     return _rms_norm_torch(total, weight, eps), total
 
 
+def _rms_norm_aten(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def _add_rms_norm_aten(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    return _rms_norm_aten(total, weight, eps), total
+
+
 def _silu_mul_torch(gate_up: Tensor) -> Tensor:
     gate, up = gate_up.to(_wide(gate_up)).chunk(2, -1)
     return (gate * torch.sigmoid(gate) * up).to(gate_up.dtype)
@@ -100,7 +110,7 @@ def _triton(name: str):  # type: ignore[no-untyped-def]
     return run
 
 
-RMS_NORM = {"torch": _rms_norm_torch, "aten": _rms_norm_torch, "triton": _triton("rms_norm")}
-ADD_RMS_NORM = {"torch": _add_rms_norm_torch, "aten": _add_rms_norm_torch, "triton": _triton("add_rms_norm")}
+RMS_NORM = {"torch": _rms_norm_torch, "aten": _rms_norm_aten, "triton": _triton("rms_norm")}
+ADD_RMS_NORM = {"torch": _add_rms_norm_torch, "aten": _add_rms_norm_aten, "triton": _triton("add_rms_norm")}
 SILU_MUL = {"torch": _silu_mul_torch, "aten": _silu_mul_aten, "triton": _triton("silu_mul")}
 ROPE = {"torch": _rope_torch, "aten": _rope_torch, "triton": _triton("rope")}

@@ -51,20 +51,30 @@ class PackedWeight:
         """The weight [N, K] as a dense matrix."""
         return self.to_plain().dequantize(dtype)
 
+    def rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows `index` int64 [T] as a dense [T, K]: an embedding looked up in the table that also serves as lm_head.
+
+        ValueError for layouts that do not keep a row together.
+        """
+        if self.layout not in ("plain", "int8pack"):
+            raise ValueError(f"rows: layout {self.layout!r} does not keep rows together; 'plain' and 'int8pack' do")
+        found = self.data[index].to(dtype)
+        return found if self.scale is None else found * self.scale[index, None].to(dtype)
+
 
 def _pad_rows(x: Tensor, multiple: int) -> Tensor:
     rows = -x.shape[0] % multiple
     return torch.nn.functional.pad(x, (0, 0, 0, rows)) if rows else x
 
 
-# --- planes: int4 on CUDA
-# -------------------------------------------------------------------------------------------------------
+# planes: int4 on CUDA
 
 
 def pack_planes(weight: QuantizedWeight) -> PackedWeight:
     """int4 codes as int16 words whose tile has the shape and width of a bf16 operand of the tensor core.
 
-        word[n, g, i] = code[k0+i] | code[k0+G/4+i] << 4 | code[k0+2G/4+i] << 8 | code[k0+3G/4+i] << 12,   k0 = g*G,  i < G/4
+        word[n, g, i] = code[k0+i] | code[k0+G/4+i] << 4 | code[k0+2G/4+i] << 8 | code[k0+3G/4+i] << 12
+        with k0 = g*G and i < G/4
 
     Tiles of 64 output features are contiguous: [N/64, K/G, 64, G/4] int16, N padded with zero scales. The scale [K/G,
     N] int32 holds the float32 scale in its upper 24 bits (16 significant bits: exact for any bf16 or fp16 scale) and
@@ -94,8 +104,7 @@ def unpack_planes(packed: PackedWeight) -> QuantizedWeight:
     )
 
 
-# --- CPU: ATen's packings
-# --------------------------------------------------------------------------------------------------------
+# CPU: ATen's packings
 
 
 @lru_cache(maxsize=1)
@@ -148,8 +157,7 @@ def _unpack_int4_cpu(packed: PackedWeight) -> QuantizedWeight:
     )
 
 
-# --- choosing
-# ----------------------------------------------------------------------------------------------------------------------
+# choosing
 
 
 def _plain(weight: QuantizedWeight) -> PackedWeight:

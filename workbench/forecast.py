@@ -26,7 +26,8 @@ def predicted_plan(config: EngineConfig) -> MemoryPlan | None:
         return SimulatedRunner(config, spec).memory
     device = resolve_device(config.device)
     weights = spec.weight_bytes(config.weights, config.group_size)
-    if device.type == "cpu" and config.impl != "torch":  # oneDNN keeps its own layout of a table that serves twice
+    twice = spec.tie_embeddings and config.weights == "bf16"
+    if twice and device.type == "cpu" and config.impl != "torch":  # oneDNN keeps its own layout of a shared table
         weights["lm_head"] = weights["embeddings"]
     workspace = workspace_bytes(spec, config, itemsize=2)
     block_size = config.block_size or (64 if device.type == "cuda" else 16)

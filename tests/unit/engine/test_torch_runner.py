@@ -206,6 +206,7 @@ def test_nan_names_the_request_and_spares_the_others(model: LoadedModel, runner:
     good, bad = make_request("good", range(20, 40), [1, 2]), make_request("bad", [7, 500, 9], [3])
     right = runner.execute(prefill((good, 0, 20))).token_ids
     table = model.decoder(weights="bf16", group_size=128, device=torch.device("cpu"), impl="torch").embeddings
+    assert table is not None
     kept = table[500].clone()
     with torch.inference_mode():
         table[500] = float("nan")
