@@ -1,4 +1,4 @@
-"""`python -m tests.save_notebooks`: run every notebook and save its outputs as a page without a kernel can show them."""
+"""`python -m tests.save_notebooks`: run every notebook and save what a page without a kernel can show."""
 
 from __future__ import annotations
 

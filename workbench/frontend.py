@@ -145,7 +145,7 @@ STYLE = """<style>
 .inferlab-pair .widget-inline-hbox.widget-text { flex: 0 0 172px; width: 172px; }
 .inferlab-tiles { display: grid; grid-template-columns: repeat(7, minmax(0, 1fr)); gap: 6px; margin: 0 0 6px; }
 .inferlab-tiles > div { border: 1px solid var(--jp-border-color2, #ddd); border-radius: 6px; padding: 6px 4px 4px 8px;
-  min-width: 0; height: 96px; box-sizing: border-box; overflow: hidden; }
+  min-width: 0; height: 100px; box-sizing: border-box; overflow: hidden; }
 .inferlab-tiles > div > * { display: block; white-space: nowrap; overflow: hidden; text-overflow: ellipsis;
   font-size: 11px;
   line-height: 1.3; color: var(--jp-ui-font-color2, #555); }
@@ -155,7 +155,7 @@ STYLE = """<style>
 .inferlab h4 small { font-weight: 400; letter-spacing: 0; text-transform: none; }
 .inferlab-tiles .met { border-color: #009E73; box-shadow: inset 3px 0 #009E73; }
 .inferlab-tiles .missed { border-color: #D55E00; box-shadow: inset 3px 0 #D55E00; }
-.inferlab-live { min-height: 2.7em; line-height: 1.35; overflow: hidden; }
+.inferlab-live { height: 4.05em; line-height: 1.35; overflow: auto; }
 .inferlab-live[data-kind=error] { color: var(--jp-error-color0, #b00020); font-weight: 600; }
 .inferlab-live[data-kind=error]::before { content: "\\26A0\\FE0E\\00A0"; }
 .inferlab-said { display: grid; }

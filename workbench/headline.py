@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from workbench.run import RunSnapshot
 
 MET, LIKELY, MISSED, UNKNOWN = "met", "met so far", "missed", "not measured"
-_MARKS = {MET: "✓", LIKELY: "✓", MISSED: "✗", UNKNOWN: ""}
+_WORDS = {MET: "✓ met", LIKELY: "✓ met", MISSED: "✗ missed", UNKNOWN: text.ABSENT}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ def tiles(run: RunSnapshot | None, plan: MemoryPlan | None, baseline: RunSnapsho
     return [
         Tile(
             "SLO",
-            f"{_MARKS[state]} {state}".strip() if state != UNKNOWN else text.ABSENT,
+            _WORDS[state],
             _slo_detail(m, state),
             before(verdict(old, baseline.slo), True) if baseline else "",
             {MET: "met", LIKELY: "met", MISSED: "missed"}.get(state, ""),
@@ -155,7 +155,7 @@ def _slo_detail(m: Metrics | None, state: str) -> str:
     if m is None or m.ttft is None:
         return ""
     if state == LIKELY and m.ttft.count < ENOUGH_FOR_P99:
-        return f"{m.ttft.count:,} of {ENOUGH_FOR_P99} to be sure"
+        return f"so far; {m.ttft.count:,} of {ENOUGH_FOR_P99} to be sure"
     return f"by {text.percent(m.good_fraction)} of requests"
 
 
@@ -164,5 +164,4 @@ def _memory(plan: MemoryPlan | None) -> tuple[str, str]:
         return text.ABSENT, ""
     used = plan.limit - plan.free
     unit, name = (1e9, "GB") if plan.limit >= 1e9 else (1e6, "MB")
-    detail = f"of {plan.limit / unit:.3g}; weights {plan.weights_total / unit:.3g}, KV {plan.kv / unit:.3g}"
-    return f"{used / unit:.3g} {name}", detail
+    return f"{used / unit:.3g} {name}", f"of {plan.limit / unit:.3g} {name}"

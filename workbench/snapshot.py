@@ -202,9 +202,9 @@ def _memory(bars: Sequence[MemoryBar]) -> list[str]:
     ]
     parts = [_heading("memory", "Where the memory goes"), *_key("memory", samples[:3]), *_key("memory", samples[3:], 1)]
     parts += axes.frame(unit, None)
-    height = min(54.0, 150.0 / max(len(bars), 1))
+    height = min(44.0, 160.0 / max(len(bars), 1) - 12.0)
     for row, bar in enumerate(bars):
-        y, x = axes.place[1] + 12 + row * (height + 16), 0.0
+        y, x = axes.place[1] + 8 + row * (height + 12), 0.0
         parts.append(_label(bar.label, 88, y + height / 2 - 3, "end", extra=' font-weight="600"'))
         parts.append(_label(f"{bar.tokens:,}", 88, y + height / 2 + 11, "end", _SOFT))
         parts.append(_label("tokens fit", 88, y + height / 2 + 24, "end", _SOFT))

@@ -32,8 +32,9 @@ def live(panel, monkeypatch):
 
 
 def finish(panel):
-    assert panel.session.active is None or panel.session.active.wait(30)
-    assert panel.tick() is False
+    assert panel._run.wait(30)
+    more = panel.tick()
+    assert more is False, panel.screen.alert.text
 
 
 def test_knobs_become_a_config_a_workload_and_an_slo():
