@@ -83,7 +83,8 @@ def a8w8_matmul(x: Tensor, x_scale: Tensor, w: Tensor, w_scale: Tensor, config: 
     (m, k), n = x.shape, w.shape[0]
     if x.dtype != torch.int8 or w.dtype != torch.int8 or w.shape[1] != k:
         raise ValueError(
-            f"a8w8_matmul: x and w must be int8 with equal in features, not {x.dtype} {tuple(x.shape)} and {w.dtype} {tuple(w.shape)}"
+            f"a8w8_matmul: x and w must be int8 with equal in features, "
+            f"not {x.dtype} {tuple(x.shape)} and {w.dtype} {tuple(w.shape)}"
         )
     if k % 16:
         raise ValueError(f"a8w8_matmul: in features must be a multiple of 16, not {k}")

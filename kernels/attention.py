@@ -42,7 +42,8 @@ def prefill_attention(
     _check("prefill_attention", q, layer, block_tables, lengths)
     if query_starts.shape[0] != lengths.shape[0] + 1:
         raise ValueError(
-            f"prefill_attention: {query_starts.shape[0]} query_starts for {lengths.shape[0]} sequences, one more is needed"
+            f"prefill_attention: {query_starts.shape[0]} query_starts for {lengths.shape[0]} sequences, "
+            "one more is needed"
         )
     out: Tensor = choose("prefill_attention", PREFILL_ATTENTION, impl, q.device)(
         q, layer, block_tables, query_starts, lengths, scale

@@ -12,9 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -67,11 +67,11 @@ def matmul_rows(format: str, rows: tuple[int, ...]) -> list[Row]:
                 5e-3,
                 f"{format} {name} M={m}",
             )
-            us = microseconds(problem.calls(lambda x, w: linear_triton(x, w, None)))
+            us = microseconds(problem.calls(partial(linear_triton, bias=None)))
             small = m <= (16 if format == "bf16" else 64)
             partials = microseconds(problem.calls(linear_partials)) if small else None
             dense = [weight.bfloat16() for _ in range(max(2, min(6, (512 << 20) // (2 * n * k))))]
-            others = {"cuBLAS bf16": microseconds([lambda w=w: F.linear(problem.x, w) for w in dense])}  # type: ignore[misc]
+            others = {"cuBLAS bf16": microseconds([partial(F.linear, problem.x, w) for w in dense])}
             if format == "int4" and m <= 16:
                 others["tinygemm"] = tinygemm(problem.x, n, k)
             found.append(
@@ -130,7 +130,7 @@ def decode_rows() -> list[Row]:
             if format == "bf16":
                 k, v = (torch.randn(batch, 8, context, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
                 others["SDPA"] = microseconds(
-                    [lambda: F.scaled_dot_product_attention(problem.q[:, :, None], k, v, enable_gqa=True)]
+                    [partial(F.scaled_dot_product_attention, problem.q[:, :, None], k, v, enable_gqa=True)]
                 )
             found.append(
                 Row(
@@ -160,11 +160,8 @@ def prefill_rows() -> list[Row]:
         us = microseconds(problem.calls(prefill_triton))
         q, k, v = (x.bfloat16().transpose(0, 1)[None].contiguous() for x in (problem.q, k, v))
         k, v = (x.repeat_interleave(4, 1) for x in (k, v))
-        others = {
-            "SDPA bf16": microseconds(
-                [lambda: F.scaled_dot_product_attention(q, k, v, causal_lower_right(512, 4608), scale=problem.scale)]
-            )
-        }
+        flash = partial(F.scaled_dot_product_attention, q, k, v, causal_lower_right(512, 4608), scale=problem.scale)
+        others = {"SDPA bf16": microseconds([flash])}
         found.append(
             Row(
                 "prefill attention", f"512 after 4096 {format}", us, error, None, None, problem.flops / us / 1e6, others
@@ -262,13 +259,13 @@ def main() -> None:
         "triton": triton.__version__,
         "python": platform.python_version(),
         "seed": 0,
-        "command": "python -m kernels.bench " + " ".join(sys.argv[1:]),
+        "command": "python -m kernels.bench --op " + " ".join(chosen.op),
         "read_tb_per_s": read_bandwidth(),
         "matmul_tflops": matmul_rate(),
     }
     print(
-        f"{about['gpu']}, torch {about['torch']}, triton {about['triton']}; ceilings: read {about['read_tb_per_s']:.2f} TB/s, "
-        f"bf16 matrix {about['matmul_tflops']:.0f} TFLOP/s",
+        f"{about['gpu']}, torch {about['torch']}, triton {about['triton']}; "
+        f"ceilings: read {about['read_tb_per_s']:.2f} TB/s, bf16 matrix {about['matmul_tflops']:.0f} TFLOP/s",
         flush=True,
     )
     rows = [row for op in chosen.op for row in OPS[op]()]

@@ -10,7 +10,8 @@ tile; every scale is factored out of it, with k = ks * code + kl and v = vs * co
 Each plane has its own slice of q and its own accumulator, so nothing is interleaved. p * vs is divided by the largest
 vs so far before it is rounded to fp16. Full tiles run without masks; a masked tile at the end of the context follows.
 
-    grid [splits, kv heads, B]   q [16, D/planes] x planes   tile [TILE tokens, D/planes]   partial [B, H, splits, D] float32
+    grid [splits, kv heads, B]   q [16, D/planes] for each plane   tile [TILE tokens, D/planes]
+    partial [B, H, splits, D] float32, merged by `combine_kernel`
 """
 
 # ruff: noqa: N803
@@ -79,7 +80,7 @@ def load_side(
 
 @triton.jit
 def tile_blocks(tables, start, n, inside, BLOCK: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr):
-    """Block and offset of the TILE tokens from `start` on: one block where the tile lies in it, else one for each token."""
+    """Block and offset of the TILE tokens from `start` on: one block where the tile lies in it, else one a token."""
     if BLOCK >= TILE:
         block = tl.load(tables + start // BLOCK).to(tl.int64)
         token = start % BLOCK + n
@@ -246,7 +247,8 @@ def decode_triton(
     """q [B, H, D] bf16; lengths are read on the device only, so the launch is the same for every step (CUDA graphs)."""
     if q.dtype != torch.bfloat16 or q.stride(2) != 1:
         raise ValueError(
-            f"decode_attention: impl 'triton' takes bfloat16 q with a contiguous last dimension, not {q.dtype} {q.stride()}"
+            f"decode_attention: impl 'triton' takes bfloat16 q with a contiguous last dimension, "
+            f"not {q.dtype} of strides {q.stride()}"
         )
     batch, heads, d = q.shape
     group = heads // layer.kv_heads

@@ -65,7 +65,8 @@ def _check(op: str, *tensors: Tensor) -> None:
     for x in tensors:
         if x.dtype != torch.bfloat16 or x.stride(-1) != 1:
             raise ValueError(
-                f"{op}: impl 'triton' takes bfloat16 with a contiguous last dimension, not {x.dtype} of strides {x.stride()}"
+                f"{op}: impl 'triton' takes bfloat16 with a contiguous last dimension, "
+                f"not {x.dtype} of strides {x.stride()}"
             )
 
 

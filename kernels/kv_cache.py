@@ -147,8 +147,7 @@ def allocate_kv(
     return KVLayer(chosen, head_dim, key, value, key_scale, value_scale)
 
 
-# --- codes
-# -------------------------------------------------------------------------------------------------------------------------
+# codes
 
 
 def encode(x: Tensor, codec: Codec) -> tuple[Tensor, Tensor | None]:
@@ -187,8 +186,7 @@ def decode(words: Tensor, scale_words: Tensor | None, codec: Codec) -> Tensor:
     return codes * scale[..., None] + low[..., None]
 
 
-# --- writing and reading
-# -------------------------------------------------------------------------------------------------------------
+# writing and reading
 
 
 def write_kv(layer: KVLayer, k: Tensor, v: Tensor, slots: Tensor, *, impl: str = "auto") -> None:

@@ -78,7 +78,8 @@ def write_kv_triton(layer: KVLayer, k: Tensor, v: Tensor, slots: Tensor) -> None
     """k, v [T, Hkv, D], last dimension contiguous."""
     if k.stride(2) != 1 or v.stride(2) != 1 or slots.dtype != torch.int64:
         raise ValueError(
-            f"write_kv: k and v need a contiguous last dimension, slots int64, not {k.stride()}, {v.stride()}, {slots.dtype}"
+            "write_kv: k and v need a contiguous last dimension, slots int64, "
+            f"not {k.stride()}, {v.stride()}, {slots.dtype}"
         )
     key, value = layer.key, layer.value
     if len(slots):

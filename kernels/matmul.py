@@ -52,6 +52,7 @@ def _mkldnn(x: Tensor, weight: PackedWeight) -> Tensor:
 
 
 def _int8pack(x: Tensor, weight: PackedWeight) -> Tensor:
+    assert weight.scale is not None
     if x.shape[0] <= CPU_PACKED_ROWS["int8"]:
         return torch._weight_int8pack_mm(x, weight.data, weight.scale)
     n, k = weight.shape

@@ -113,7 +113,8 @@ def prefill_triton(
     """q [T, H, D] bf16; see `attention.prefill_attention`."""
     if q.dtype != torch.bfloat16 or q.stride(2) != 1:
         raise ValueError(
-            f"prefill_attention: impl 'triton' takes bfloat16 q with a contiguous last dimension, not {q.dtype} {q.stride()}"
+            f"prefill_attention: impl 'triton' takes bfloat16 q with a contiguous last dimension, "
+            f"not {q.dtype} of strides {q.stride()}"
         )
     t, heads, d = q.shape
     batch = lengths.shape[0]

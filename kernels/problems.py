@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ class Matmul:
         return 2 * self.m * self.n * self.k
 
     def calls(self, run: Callable[[Tensor, PackedWeight], object]) -> Calls:
-        return [lambda w=w: run(self.x, w) for w in self.weights]  # type: ignore[misc]
+        return [partial(run, self.x, weight) for weight in self.weights]
 
 
 def matmul(format: str, m: int, n: int, k: int, group_size: int = 128, seed: int = 0) -> Matmul:
@@ -115,9 +116,8 @@ class Decode:
 
     def calls(self, run: Callable[[Tensor, KVLayer, Tensor, Tensor, float], object]) -> Calls:
         return [
-            lambda layer=layer: run(self.q, layer, self.tables, self.lengths, self.head_dim**-0.5)
-            for layer in self.layers
-        ]  # type: ignore[misc]
+            partial(run, self.q, layer, self.tables, self.lengths, self.head_dim**-0.5) for layer in self.layers
+        ]
 
 
 def decode(
@@ -162,9 +162,9 @@ class Prefill:
 
     def calls(self, run: Callable[[Tensor, KVLayer, Tensor, Tensor, Tensor, float], object]) -> Calls:
         return [
-            lambda layer=layer: run(self.q, layer, self.table, self.query_starts, self.lengths, self.scale)
+            partial(run, self.q, layer, self.table, self.query_starts, self.lengths, self.scale)
             for layer in self.layers
-        ]  # type: ignore[misc]
+        ]
 
 
 def prefill(

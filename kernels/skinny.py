@@ -4,7 +4,7 @@ At M <= 16 the time is the weight's bytes over the bandwidth, so all that counts
 programs, deep pipelines, and splits of K where N alone gives too few programs. int8 codes become bf16 by Triton's own
 fast conversion; the scale of the output channel is applied to the accumulator.
 
-    x [BM, BK] (left operand, rows past M are zeros)   w [BN, BK], K contiguous (right operand, transposed by addressing)
+    x [BM, BK]  left operand, rows past M are zeros      w [BN, BK]  right operand, K contiguous
 """
 
 # ruff: noqa: N803

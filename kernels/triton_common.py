@@ -111,7 +111,8 @@ def codes_fp16(words, PLANE: tl.constexpr, BITS: tl.constexpr, CENTRED: tl.const
         if CENTRED:
             if PLANE == 0:
                 return tl.inline_asm_elementwise(
-                    "{ .reg .b32 t, c; prmt.b32 t, $1, 0x64646464, 0x4240; mov.b32 c, 0xe480e480; add.f16x2 $0, t, c; }",
+                    "{ .reg .b32 t, c; prmt.b32 t, $1, 0x64646464, 0x4240; mov.b32 c, 0xe480e480; "
+                    "add.f16x2 $0, t, c; }",
                     "=r,r",
                     [words],
                     dtype=tl.float16,
@@ -120,7 +121,8 @@ def codes_fp16(words, PLANE: tl.constexpr, BITS: tl.constexpr, CENTRED: tl.const
                 )
             else:
                 return tl.inline_asm_elementwise(
-                    "{ .reg .b32 t, c; prmt.b32 t, $1, 0x64646464, 0x4341; mov.b32 c, 0xe480e480; add.f16x2 $0, t, c; }",
+                    "{ .reg .b32 t, c; prmt.b32 t, $1, 0x64646464, 0x4341; mov.b32 c, 0xe480e480; "
+                    "add.f16x2 $0, t, c; }",
                     "=r,r",
                     [words],
                     dtype=tl.float16,

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from itertools import product
 from random import Random
 from typing import Any
@@ -99,15 +100,15 @@ def prefill_candidates() -> list[Any]:
 def _runner(op: str, arguments: dict[str, Any]) -> Callable[[Any], problems.Calls]:
     if op == "decode":
         decode = problems.decode(**arguments)
-        return lambda config: decode.calls(lambda *a: decode_triton(*a, config=config))
+        return lambda config: decode.calls(partial(decode_triton, config=config))
     if op == "prefill":
         prefill = problems.prefill(**arguments)
-        return lambda config: prefill.calls(lambda *a: prefill_triton(*a, config=config))
+        return lambda config: prefill.calls(partial(prefill_triton, config=config))
     if op == "a8w8":
         int8 = problems.int8_matmul(**arguments)
-        return lambda config: [lambda: a8w8_matmul(*int8, config=config)]
+        return lambda config: [partial(a8w8_matmul, *int8, config=config)]
     problem = problems.matmul(**arguments)
-    return lambda config: problem.calls(lambda x, w: linear_fused(x, w, None, config))
+    return lambda config: problem.calls(partial(linear_fused, bias=None, config=config))
 
 
 def _compile(job: tuple[str, dict[str, Any], list[Any]]) -> None:
