@@ -51,7 +51,7 @@ class Workbench:
         self._asked: deque[Callable[[], None]] = deque()
         self._guard = threading.Lock()
         self._ticker: threading.Thread | None = None
-        self._closed = False
+        self._lent = self._closed = False
         self._run: Run | None = None
         self._shown: RunSnapshot | None = None
         self._finished: list[RunSnapshot] = []
@@ -69,12 +69,15 @@ class Workbench:
         """
         if knobs:
             self.controls.set(**knobs)
-        run = self._begin()
         if not blocking:
+            run = self._begin()
             self._wake()
             return run
-        self._join()
+        self._lent = True  # this thread ticks now, and no other
         try:
+            if not self._is_running:
+                self._join()
+            run = self._begin()
             while not run.wait(TICK):
                 self.tick()
         except KeyboardInterrupt:
@@ -82,6 +85,9 @@ class Workbench:
             raise
         finally:
             self.tick()
+            self._lent = False
+            if self._asked:
+                self._wake()
         return run
 
     def stop(self) -> None:
@@ -129,7 +135,7 @@ class Workbench:
         return snapshot(self._view(), self._tiles(), title, words, self.summary())
 
     def close(self) -> None:
-        """Stop what runs, join the threads, give back memory and widgets; a second call does nothing."""
+        """Stop what runs, join the threads, give back memory; a picture stays. A second call does nothing."""
         if self._closed:
             return
         self._closed = True
@@ -137,7 +143,7 @@ class Workbench:
         self._join()
         self.session.close()
         if self._screen is not None:
-            self._screen.close()
+            self._screen.close(self._view())
 
     @property
     def screen(self) -> Screen:
@@ -186,7 +192,7 @@ class Workbench:
     def _wake(self) -> None:
         """See that somebody ticks."""
         with self._guard:
-            if not self._threaded or self._closed or self._ticker is not None:
+            if not self._threaded or self._lent or self._closed or self._ticker is not None:
                 return
             self._ticker = threading.Thread(target=self._keep_ticking, name="inferlab-panel", daemon=True)
             self._ticker.start()

@@ -83,10 +83,10 @@ class Screen:
         self.alert.kind = "error"
         self.sample = widgets.HTML(headline.sample_html(None, ""))
         self.charts, lack = build_charts()
-        place = widgets.Box([self.charts.figure])
+        self._place = widgets.Box([self.charts.figure])
         top = widgets.HBox([self.run, self.stop, self.keep, self.progress])
         said = widgets.Box([self.status, self.alert])
-        results = widgets.VBox([self.tiles, said, place, self.sample])
+        results = widgets.VBox([self.tiles, said, self._place, self.sample])
         body = widgets.Box([controls.box, results])
         self.root = widgets.VBox([widgets.HTML(STYLE), top, body])
         for widget, name in (
@@ -96,7 +96,7 @@ class Screen:
             (body, "inferlab-body"),
             (results, "inferlab-results"),
             (said, "inferlab-said"),
-            (place, "inferlab-charts"),
+            (self._place, "inferlab-charts"),
             (self.sample, "inferlab-sample"),
         ):
             widget.add_class(name)
@@ -151,16 +151,22 @@ class Screen:
         self.stop.disabled = not busy
         self.keep.disabled = busy or not can_keep
 
-    def close(self) -> None:
+    def close(self, view: View) -> None:
+        """Leave a picture behind: what a page shows should not vanish under its reader."""
+        still = StillCharts()
+        still.show(view)
+        self._place.children = (still.figure,)
         self.charts.close()
-        _close_all(self.root)
+        _disable(self.root)
+        self.step(0.0, "Closed: the memory has been given back.")
 
 
 def _button(words: str, help: str, icon: str, style: str) -> Any:
     return widgets.Button(description=words, tooltip=help, icon=icon, button_style=style, layout={"width": "auto"})
 
 
-def _close_all(widget: Any) -> None:
+def _disable(widget: Any) -> None:
     for child in getattr(widget, "children", ()):
-        _close_all(child)
-    widget.close()
+        _disable(child)
+    if widget.has_trait("disabled"):
+        widget.disabled = True

@@ -249,10 +249,10 @@ def test_the_ticking_thread_lives_only_while_there_is_something_to_show(monkeypa
 def test_close_frees_and_may_be_called_twice(live):
     live.set(requests=20_000)
     live.run()
-    root = live.screen.root
     live.close()
     live.close()
-    assert live._run.is_over and root.comm is None
+    assert live._run.is_over and "data:image/svg+xml" in live.screen._place.children[0].value
+    assert live.screen.run.disabled and live.controls.widget("rate").disabled
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("inferlab")]
     with pytest.raises(RuntimeError, match="closed"):
         live.run()
@@ -276,12 +276,35 @@ def test_a_notebook_gets_the_widget_and_a_picture(live):
     assert bundle["text/plain"].startswith("no run yet · ") and "Tokens that fit" in bundle["text/html"]
 
 
+def test_nobody_else_ticks_while_a_blocking_run_does(monkeypatch):
+    monkeypatch.setattr(screen, "build_charts", lambda: (screen.StillCharts(), ""))
+    with Workbench(**SIMULATED) as panel:
+        panel.screen  # noqa: B018
+        writers = set()
+        show = panel.screen.charts.show
+        monkeypatch.setattr(
+            panel.screen.charts, "show", lambda *a, **k: (writers.add(threading.current_thread().name), show(*a, **k))
+        )
+        begin = panel._begin
+
+        def begin_and_turn_a_knob():
+            run = begin()
+            panel.controls.widget("kv").value = "int8"  # as a person would during the run
+            return run
+
+        monkeypatch.setattr(panel, "_begin", begin_and_turn_a_knob)
+        panel._join()
+        writers.clear()
+        panel.run(blocking=True)
+        assert writers == {"MainThread"}
+
+
 @pytest.mark.parametrize("weights", WEIGHT_FORMATS)
-@pytest.mark.parametrize("device", ["cpu", "l4"])
-def test_the_forecast_is_the_plan_of_the_engine(weights, device):
+@pytest.mark.parametrize(("model", "device"), [("synthetic:tiny", "cpu"), ("synthetic:tiny", "l4"), ("bundled", "cpu")])
+def test_the_forecast_is_the_plan_of_the_engine(weights, model, device):
     from engine.engine import Engine
 
-    given = {"model": "synthetic:tiny", "device": device, "weights": weights, "memory_limit_mb": 64}
+    given = {"model": model, "device": device, "weights": weights, "memory_limit_mb": 80}
     config = config_from(start_values(given))
     with Engine(config) as engine:
         assert predicted_plan(config) == engine.memory
