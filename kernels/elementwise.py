@@ -96,6 +96,18 @@ def _rope_torch(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> tup
     return _rotate(q, cos, sin), _rotate(k, cos, sin)
 
 
+def _rope_aten(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> tuple[Tensor, Tensor]:
+    """As the reference, with half the operators and temporaries: queries and keys turn together."""
+    cos, sin = cos_sin[positions].to(_wide(q)).unsqueeze(1).chunk(2, -1)
+    both = torch.cat((q, k), 1)
+    first, second = both.chunk(2, -1)
+    turned_first = (first * cos).addcmul_(second, sin, value=-1)
+    turned_second = (second * cos).addcmul_(first, sin)
+    first.copy_(turned_first)
+    second.copy_(turned_second)
+    return both[:, : q.shape[1]], both[:, q.shape[1] :]
+
+
 def _silu_mul_aten(gate_up: Tensor) -> Tensor:
     gate, up = gate_up.chunk(2, -1)
     return F.silu(gate).mul_(up)
@@ -113,4 +125,4 @@ def _triton(name: str):  # type: ignore[no-untyped-def]
 RMS_NORM = {"torch": _rms_norm_torch, "aten": _rms_norm_aten, "triton": _triton("rms_norm")}
 ADD_RMS_NORM = {"torch": _add_rms_norm_torch, "aten": _add_rms_norm_aten, "triton": _triton("add_rms_norm")}
 SILU_MUL = {"torch": _silu_mul_torch, "aten": _silu_mul_aten, "triton": _triton("silu_mul")}
-ROPE = {"torch": _rope_torch, "aten": _rope_torch, "triton": _triton("rope")}
+ROPE = {"torch": _rope_torch, "aten": _rope_aten, "triton": _triton("rope")}
