@@ -13,7 +13,7 @@ from .packing import PackedWeight, nibble_rows
 # ATen's packed CPU kernels win while reading the weights dominates; above this many rows, dequantizing blocks of them
 # into a small bf16 buffer and multiplying by oneDNN does. Measured at 4096 x 4096 on a 2-core Zen 4; no second copy of
 # the weights is kept.
-CPU_PACKED_ROWS = {"int8": 16, "int4": 48}
+CPU_PACKED_ROWS = {"int8": 16, "int4": 48, "nibbles": 8}
 CPU_BLOCK_ELEMENTS = 1 << 21  # weights dequantized at a time: 4 MB of bf16, which stays in the cache
 
 
@@ -64,6 +64,26 @@ def _int8pack(x: Tensor, weight: PackedWeight) -> Tensor:
     return y
 
 
+def _nibbles(x: Tensor, weight: PackedWeight) -> Tensor:
+    assert weight.group_size is not None and weight.scale is not None and weight.nibble_scale is not None
+    (m, k), (n, _), rows = x.shape, weight.shape, nibble_rows()
+    if m <= CPU_PACKED_ROWS["nibbles"]:
+        twice = torch.cat((x, x), 1)
+        y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
+            twice, weight.data, weight.group_size, weight.nibble_scale
+        )
+        return y[:, :n].mul_(weight.scale)
+    tiles = weight.data.view(-1, 2 * k, rows)
+    step = max(1, CPU_BLOCK_ELEMENTS // (2 * rows * k))
+    y = torch.empty(len(tiles), m, 2 * rows, dtype=x.dtype)
+    for first in range(0, len(tiles), step):
+        block = tiles[first : first + step]
+        planes = torch.cat((block & 15, block >> 4), -1).to(x.dtype)
+        codes = torch.add(planes[:, k:], planes[:, :k].sub_(8), alpha=16)
+        torch.bmm(x.expand(len(block), m, k), codes, out=y[first : first + step])
+    return y.transpose(0, 1).reshape(m, -1)[:, :n].mul_(weight.scale)
+
+
 def _int4pack(x: Tensor, weight: PackedWeight) -> Tensor:
     assert weight.group_size is not None and weight.scale is not None
     (m, k), (n, _), rows = x.shape, weight.shape, nibble_rows()
@@ -85,7 +105,13 @@ def _int4pack(x: Tensor, weight: PackedWeight) -> Tensor:
     return y.transpose(0, 1).reshape(m, -1)[:, :n]
 
 
-_ATEN = {"plain": lambda x, w: F.linear(x, w.data), "mkldnn": _mkldnn, "int8pack": _int8pack, "int4pack": _int4pack}
+_ATEN = {
+    "plain": lambda x, w: F.linear(x, w.data),
+    "mkldnn": _mkldnn,
+    "int8pack": _int8pack,
+    "nibbles": _nibbles,
+    "int4pack": _int4pack,
+}
 
 
 def _triton(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
