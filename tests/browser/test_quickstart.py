@@ -157,6 +157,15 @@ def test_run_moves_the_curves_and_stop_stops(page: sync_api.Page) -> None:
     assert len(panel.locator("[role=status]").inner_text()) > 40, "a sentence says what limited the run"
 
 
+def test_a_knob_tells_what_would_fit_before_the_next_run(page: sync_api.Page) -> None:
+    panel = page.locator(".inferlab").first
+    panel.get_by_role("button", name="Keep as baseline").click()
+    panel.get_by_role("combobox", name="KV cache").select_option("int4")
+    progress = panel.get_by_role("progressbar")
+    sync_api.expect(progress).to_have_attribute("aria-valuetext", re.compile(r"Next run: about [\d,]+ tokens fit"))
+    sync_api.expect(page.locator(".inferlab .js-plotly-plot .ytick", has_text="next run")).to_be_visible()
+
+
 def test_inputs_have_names(page: sync_api.Page) -> None:
     tree = page.locator(".inferlab").first.aria_snapshot()
     for role in ("slider", "spinbutton", "combobox", "textbox", "checkbox", "button", "group", "figure"):
