@@ -1,0 +1,72 @@
+"""Formats state their bytes honestly, and bad input is refused in a sentence that names it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import kernels
+
+WEIGHT = torch.randn(192, 256)
+
+
+@pytest.mark.parametrize("format", kernels.WEIGHT_FORMATS)
+@pytest.mark.parametrize("group_size", [64, 128])
+@pytest.mark.parametrize("layout", [None, "cuda"])
+def test_weight_bytes(format: str, group_size: int, layout: str | None) -> None:
+    chosen = {"int4": "planes"}.get(format, "plain") if layout else None
+    packed = kernels.pack_weight(WEIGHT, format, group_size=group_size, device="cpu", layout=chosen)
+    assert packed.nbytes == kernels.WEIGHT_FORMATS[format].nbytes(192, 256, group_size)
+
+
+@pytest.mark.parametrize("format", kernels.WEIGHT_FORMATS)
+@pytest.mark.parametrize("layout", [None, "cuda"])
+def test_layouts_hold_the_same_weights(format: str, layout: str | None) -> None:
+    plain = kernels.quantize_weight(WEIGHT, format)
+    chosen = {"int4": "planes"}.get(format, "plain") if layout else None
+    back = kernels.pack_weight(plain, format, device="cpu", layout=chosen).to_plain()
+    assert torch.equal(back.codes, plain.codes)
+    for got, want in ((back.scale, plain.scale), (back.zero, plain.zero)):
+        assert (got is None) == (want is None)
+        assert got is None or want is None or torch.equal(got, want)
+
+
+@pytest.mark.parametrize("format, factor", [("bf16", 1.0), ("int8", 1.94), ("int4", 3.76)])
+def test_kv_bytes(format: str, factor: float) -> None:
+    layer = kernels.allocate_kv(format, 4, 16, 8, 128, "cpu")
+    per_token = kernels.KV_FORMATS[format].bytes_per_token(8, 128)
+    assert layer.nbytes == 64 * per_token
+    assert kernels.KV_FORMATS["bf16"].bytes_per_token(8, 128) / per_token == pytest.approx(factor, abs=0.005)
+
+
+def test_zero_range_and_zero_rows() -> None:
+    for value in (0.0, 2.5, -2.5):
+        for format in ("int8", "int4"):
+            held = kernels.quantize_weight(torch.full((64, 128), value), format).dequantize()
+            assert held.isfinite().all() and torch.allclose(held, torch.full((64, 128), value), rtol=4e-3)
+
+
+BAD = [
+    (lambda: kernels.quantize_weight(torch.randn(4, 200), "int4"), "200 is not a multiple of 128"),
+    (lambda: kernels.quantize_weight(torch.randn(4, 256), "int4", 32), "64, 128.*not 32"),
+    (lambda: kernels.quantize_weight(torch.full((4, 128), float("nan")), "int8"), "NaN"),
+    (lambda: kernels.quantize_weight(torch.randn(4, 128), "int3"), "bf16.*int4.*not 'int3'"),
+    (lambda: kernels.linear(torch.randn(1, 128), packed(), impl="cuda"), "'aten'.*'torch'.*'triton'.*not 'cuda'"),
+    (lambda: kernels.linear(torch.randn(1, 128).bfloat16(), packed(), impl="triton"), "needs CUDA tensors"),
+    (lambda: kernels.linear(torch.randn(1, 128), packed(), impl="aten"), "float32; use impl='torch'"),
+    (lambda: kernels.linear(torch.randn(1, 64).bfloat16(), packed()), "64 features"),
+    (lambda: kernels.allocate_kv("int3", 1, 16, 1, 64, "cpu"), "not 'int3'"),
+    (lambda: kernels.allocate_kv("int8", 1, 16, 1, 80, "cpu"), "64, 128.*not 80"),
+    (lambda: kernels.allocate_kv("int8", 1, 17, 1, 64, "cpu"), "16, 32, 64, 128.*not 17"),
+    (lambda: kernels.allocate_kv("int8", 0, 16, 1, 64, "cpu"), "at least 1, not 0"),
+]
+
+
+def packed() -> kernels.PackedWeight:
+    return kernels.pack_weight(torch.randn(64, 128), "int8", device="cpu")
+
+
+@pytest.mark.parametrize("call, words", BAD)
+def test_bad_input(call, words: str) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ValueError, match=words):
+        call()
