@@ -167,7 +167,8 @@ def _log_axis(axis: str, values: Array) -> dict[str, Any]:
     positive = values[values > 0]
     low, high = (positive.min(), positive.max()) if len(positive) else (0.01, 1.0)
     left, right = math.floor(4 * math.log10(low) - 0.2) / 4, math.ceil(4 * math.log10(high) + 0.2) / 4
-    factors = (1, 2, 5) if right - left <= 1.25 else (1, 3) if right - left <= 2.5 else (1,)
+    span = right - left
+    factors = (1, 1.5, 2, 3, 5, 7) if span <= 0.75 else (1, 2, 5) if span <= 1.25 else (1, 3) if span <= 2.5 else (1,)
     marks = [f * 10.0**decade for decade in range(math.floor(left), math.ceil(right) + 1) for f in factors]
     return {
         f"{axis}.range": [left, right],

@@ -15,7 +15,7 @@ from workbench.metrics import SLO
 from workbench.workload import PRESETS, Workload
 
 MB = 10**6
-BUNDLED_LIMIT = 72
+BUNDLED_LIMIT = 66
 """MB for the bundled model: weights and workspace leave so little for the KV pool that every knob shows."""
 
 Options = Mapping[str, str]
