@@ -218,11 +218,15 @@ def model_folder(model: str) -> Path:
 
 
 def print_suite(suite: str, results: list[Measured]) -> None:
-    """The first candidate is what the ratios refer to."""
+    """Ratios say how many times as fast as the first candidate; decode is the ratio of TPOT."""
     print(f"{suite}:")
-    base = statistics.median(results[0].tokens_per_second)
+    first = results[0]
     for result in results:
-        print(f"  {result.line()}   {statistics.median(result.tokens_per_second) / base:.2f}x of the first")
+        rate = statistics.median(result.tokens_per_second) / statistics.median(first.tokens_per_second)
+        ratios = [f"{rate:.2f}x the first"]
+        if result.tpot and first.tpot:
+            ratios.append(f"decode {statistics.median(first.tpot) / statistics.median(result.tpot):.2f}x")
+        print(f"  {result.line()}   {', '.join(ratios)}")
 
 
 if __name__ == "__main__":
