@@ -46,7 +46,7 @@ def a16w4_kernel(
     scale_at = scales + first * N_PADDED + n
     x_at = x + m[None, :].to(tl.int64) * K + i[:, None] + first * G
     live = (m < M)[None, :]
-    ones = tl.full((BN, W), 1.0, tl.bfloat16)
+    ones = to_bf16(tl.full((BN, W), 1.0, tl.float32), INTERP)
     acc = tl.zeros((BN, BM), tl.float32)
     zeros = tl.zeros((BN, BM), tl.float32)
     for _ in tl.range(first, last, num_stages=STAGES):

@@ -6,6 +6,9 @@ checkpoints use.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -113,8 +116,8 @@ def _silu_mul_aten(gate_up: Tensor) -> Tensor:
     return F.silu(gate).mul_(up)
 
 
-def _triton(name: str):  # type: ignore[no-untyped-def]
-    def run(*args):  # type: ignore[no-untyped-def]
+def _triton(name: str) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
         from . import elementwise_triton
 
         return getattr(elementwise_triton, name)(*args)

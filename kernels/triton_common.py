@@ -176,6 +176,6 @@ def codes_fp16(words, PLANE: tl.constexpr, BITS: tl.constexpr, CENTRED: tl.const
 
 
 @triton.constexpr_function
-def code_bias(bits, centred):
+def code_bias(bits: int, centred: bool) -> float:
     """What `codes_fp16` adds to a code."""
     return 16.0 if bits == 4 else -128.0 if centred else 1024.0
