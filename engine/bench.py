@@ -50,11 +50,23 @@ def uniform_work(vocab_size: int, count: int, low: int, high: int, seed: int) ->
     return Work(prompts, [rng.randint(low, high) for _ in range(count)])
 
 
+def decode_work(vocab_size: int, count: int, seed: int) -> Work:
+    """`count` prompts of 512 random tokens, 129 output tokens each: the last 128 of them are pure decode steps."""
+    rng = random.Random(seed)
+    return Work([[rng.randrange(vocab_size) for _ in range(512)] for _ in range(count)], [129] * count)
+
+
 SUITES: dict[str, Callable[[int, int], Work]] = {
     "single": lambda vocab, seed: uniform_work(vocab, 1, 64, 64, seed),
     "mixed": lambda vocab, seed: uniform_work(vocab, 64, 16, 128, seed),
+    "decode1": lambda vocab, seed: decode_work(vocab, 1, seed),
+    "decode8": lambda vocab, seed: decode_work(vocab, 8, seed),
+    "decode64": lambda vocab, seed: decode_work(vocab, 64, seed),
 }
-SUITE_HELP = "single: one request, 64 tokens in and out; mixed: 64 requests, lengths in and out uniform in [16, 128]"
+SUITE_HELP = (
+    "single: one request, 64 tokens in and out; mixed: 64 requests, lengths in and out uniform in [16, 128]; "
+    "decodeN: N prompts of 512 tokens, 129 tokens out"
+)
 
 
 @dataclass
@@ -166,6 +178,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-batch-size", type=int, default=64)
+    parser.add_argument("--max-batched-tokens", type=int, default=EngineConfig.max_batched_tokens)
+    parser.add_argument(
+        "--memory-limit", type=float, metavar="GB", help="of each engine; needed to hold several on a GPU"
+    )
     parser.add_argument("--compare", choices=["transformers"], help="its generate, padded batches of 16")
     parser.add_argument("--json", type=Path, help="write every repeat with machine, versions, seed and command")
     args = parser.parse_args(argv)
@@ -177,15 +193,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     report: dict[str, Any] = {"machine": describe_machine(argv), "model": args.model, "seed": args.seed, "suites": {}}
-    first = EngineConfig(model=args.model, seed=args.seed)
-    with load_model(first) as model:
+    common: dict[str, Any] = {
+        "model": args.model,
+        "seed": args.seed,
+        "max_batch_size": args.max_batch_size,
+        "max_batched_tokens": args.max_batched_tokens,
+        "memory_limit": int(args.memory_limit * 1e9) if args.memory_limit else None,
+    }
+    with load_model(EngineConfig(**common)) as model:
         engines = {
-            f"weights {weights}, kv {kv}": Engine(
-                EngineConfig(
-                    model=args.model, weights=weights, kv=kv, max_batch_size=args.max_batch_size, seed=args.seed
-                ),
-                model=model,
-            )
+            f"weights {weights}, kv {kv}": Engine(EngineConfig(weights=weights, kv=kv, **common), model=model)
             for weights in args.weights
             for kv in args.kv
         }
