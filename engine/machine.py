@@ -24,7 +24,7 @@ def describe_machine(argv: Sequence[str] | None = None) -> dict[str, Any]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
-    words = [Path(sys.argv[0]).stem, *(sys.argv[1:] if argv is None else argv)]
+    words = ["python", "-m", _module(), *(sys.argv[1:] if argv is None else argv)]
     return {
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -35,6 +35,12 @@ def describe_machine(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "versions": versions,
         "command": shlex.join(words),
     }
+
+
+def _module() -> str:
+    """The name after `python -m`; the file's where a script was started otherwise."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec.name.removesuffix(".__main__") if spec is not None else Path(sys.argv[0]).stem
 
 
 def _processor() -> str:

@@ -128,12 +128,14 @@ def sample_html(sample: tuple[str, str] | None, note: str) -> str:
         body = "The last prompt and its answer show here after a run."
     else:
         prompt, answer = sample
-        body = f"{escape(_end(prompt, 160))}<b>{escape(answer[:1200])}</b>"
+        body = f"{escape(_end(prompt))}<b>{escape(answer[:1200])}</b>"
     return f"<h4>Sample text <small>{escape(note)}</small></h4><pre tabindex='0' aria-label='sample text'>{body}</pre>"
 
 
-def _end(prompt: str, most: int) -> str:
-    return prompt if len(prompt) <= most else "…" + prompt[-most:]
+def _end(prompt: str, most: int = 160, lines: int = 3) -> str:
+    """The last lines of a prompt: the answer below them must be in sight."""
+    end = "\n".join(prompt[-most:].split("\n")[-lines:])
+    return prompt if end == prompt else "…" + end
 
 
 def _p99(d: Distribution | None) -> str:

@@ -62,7 +62,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         | {name: str(home / name.lower()) for name in places}
         | {
             "PYTHONPATH": str(ROOT),
-            "OMP_WAIT_POLICY": "PASSIVE",  # the browser needs the cores that idle OpenMP threads would spin on
+            "GOMP_SPINCOUNT": "1000",  # the browser needs the cores that idle OpenMP threads would spin on
         }
     )
     command = [
