@@ -13,7 +13,7 @@ from engine.batch import ScheduledBatch, StepEvent, StepResult
 from engine.cache import KVCache
 from engine.config import EngineConfig
 from engine.detokenizer import Detokenizer
-from engine.errors import NonFiniteLogitsError, RequestError
+from engine.errors import ConfigError, NonFiniteLogitsError, RequestError
 from engine.loader import LoadedModel, load_model
 from engine.request import Request, RequestOutput, RequestStatus
 from engine.runner import Runner
@@ -51,7 +51,13 @@ class Engine:
         self._owns_model = model is None
         self.model = model or load_model(self.config)
         try:
+            self._check_session_len(self.model.spec.max_positions, "the model has positions for")
             self.runner = RUNNERS[self.config.runner](self.config, self.model)
+            try:
+                self._check_session_len(self.runner.memory.tokens_that_fit, "the KV pool holds")
+            except ConfigError:
+                self.runner.close()
+                raise
         except BaseException:
             if self._owns_model:
                 self.model.close()
@@ -61,8 +67,7 @@ class Engine:
         self.memory = self.runner.memory
         self.clock = self.runner.clock
         self.block_size = self.memory.block_size
-        longest = min(self.spec.max_positions, self.memory.tokens_that_fit)
-        self.session_len = min(self.config.session_len or longest, longest)
+        self.session_len = self.config.session_len or min(self.spec.max_positions, self.memory.tokens_that_fit)
         self.observers: list[Observer] = []
         self.scheduler = Scheduler(
             SchedulerConfig(
@@ -243,6 +248,11 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _check_session_len(self, longest: int, why: str) -> None:
+        asked = self.config.session_len
+        if asked is not None and asked > longest:
+            raise ConfigError(f"session_len is {asked:,}; {why} {longest:,} tokens, so it must be at most that")
 
     def _tokens(self, prompt: Prompt) -> list[int]:
         tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)

@@ -222,6 +222,18 @@ def test_a_pool_without_room_is_refused_with_the_bytes_needed() -> None:
         build(memory_limit=1 << 20)
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"session_len": 5000}, "session_len is 5,000; the model has positions for 4,096 tokens"),
+        ({"session_len": 4000, "memory_limit": 12 << 20}, r"session_len is 4,000; the KV pool holds [\d,]+ tokens"),
+    ],
+)
+def test_a_session_longer_than_model_or_pool_is_refused(options: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        build(**options)
+
+
 def test_closed_twice_and_used_after(engine: Engine) -> None:
     engine.add_request([1, 2])
     engine.close()
