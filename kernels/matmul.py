@@ -11,9 +11,9 @@ from .dispatch import choose
 from .packing import PackedWeight, nibble_rows
 
 # ATen's packed CPU kernels win while reading the weights dominates; above this many rows, dequantizing blocks of them
-# into a small bf16 buffer and multiplying by oneDNN does. Measured at 4096 x 4096 on a 2-core Zen 4; no second copy of
-# the weights is kept.
-CPU_PACKED_ROWS = {"int8": 16, "int4": 48, "nibbles": 8}
+# into a small bf16 buffer and multiplying by oneDNN does. Measured from 2048 x 384 to 4096 x 4096 on a 2-core Zen 4; no
+# second copy of the weights is kept.
+CPU_PACKED_ROWS = {"int8": 16, "int4": 256, "nibbles": 16}
 CPU_BLOCK_ELEMENTS = 1 << 21  # weights dequantized at a time: 4 MB of bf16, which stays in the cache
 
 
@@ -31,7 +31,10 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, impl:
     run = choose("linear", LINEAR, impl, x.device)
     if run is not _torch and x.dtype != torch.bfloat16:
         raise ValueError(f"linear: impl {impl!r} computes in bfloat16, x is {x.dtype}; use impl='torch'")
-    y: Tensor = run(x.reshape(-1, k), weight, bias)
+    rows = x.reshape(-1, k)
+    if weight.order is not None and run is not _torch:  # the reference puts the weight's columns back instead
+        rows = rows.index_select(1, weight.order)
+    y: Tensor = run(rows, weight, bias)
     return y.view(*x.shape[:-1], n)
 
 
@@ -73,14 +76,16 @@ def _nibbles(x: Tensor, weight: PackedWeight) -> Tensor:
             twice, weight.data, weight.group_size, weight.nibble_scale
         )
         return y[:, :n].mul_(weight.scale)
-    tiles = weight.data.view(-1, 2 * k, rows)
+    high, low = weight.data.view(-1, 2 * k, rows).split(k, 1)  # of 2 * rows features, half in each nibble
     step = max(1, CPU_BLOCK_ELEMENTS // (2 * rows * k))
-    y = torch.empty(len(tiles), m, 2 * rows, dtype=x.dtype)
-    for first in range(0, len(tiles), step):
-        block = tiles[first : first + step]
-        planes = torch.cat((block & 15, block >> 4), -1).to(x.dtype)
-        codes = torch.add(planes[:, k:], planes[:, :k].sub_(8), alpha=16)
-        torch.bmm(x.expand(len(block), m, k), codes, out=y[first : first + step])
+    dense = torch.empty(min(step, len(high)), k, 2 * rows, dtype=x.dtype)
+    y = torch.empty(len(high), m, 2 * rows, dtype=x.dtype)
+    for first in range(0, len(high), step):
+        h, part = high[first : first + step], low[first : first + step]
+        w = dense[: len(h)]
+        w[..., :rows].copy_(h << 4 | part & 15)  # code + 128
+        w[..., rows:].copy_(h & 240 | part >> 4)
+        torch.bmm(x.expand(len(h), m, k), w.sub_(128), out=y[first : first + step])
     return y.transpose(0, 1).reshape(m, -1)[:, :n].mul_(weight.scale)
 
 
