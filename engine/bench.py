@@ -234,15 +234,22 @@ def model_folder(model: str) -> Path:
     return folder
 
 
+def paired_ratio(first: Sequence[float], other: Sequence[float]) -> float:
+    """How many times as fast `other` is: the median of first / other over rounds."""
+    return statistics.median(a / b for a, b in zip(first, other, strict=True))
+
+
 def print_suite(suite: str, results: list[Measured]) -> None:
-    """Ratios say how many times as fast as the first candidate; decode is the ratio of TPOT."""
+    """Ratios say how many times as fast as the first candidate; decode is the ratio of TPOT.
+
+    Each is the median over rounds of the ratio within a round, so that a machine that slows down meets both alike.
+    """
     print(f"{suite}:")
     first = results[0]
     for result in results:
-        rate = statistics.median(result.tokens_per_second) / statistics.median(first.tokens_per_second)
-        ratios = [f"{rate:.2f}x the first"]
+        ratios = [f"{paired_ratio(first.seconds, result.seconds):.2f}x the first"]
         if result.tpot and first.tpot:
-            ratios.append(f"decode {statistics.median(first.tpot) / statistics.median(result.tpot):.2f}x")
+            ratios.append(f"decode {paired_ratio(first.tpot, result.tpot):.2f}x")
         print(f"  {result.line()}   {', '.join(ratios)}")
 
 

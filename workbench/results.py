@@ -10,6 +10,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from engine.bench import paired_ratio
+
 ROOT = Path(__file__).parents[1]
 ENGINE, WORKBENCH = ROOT / "engine" / "results", ROOT / "workbench" / "results"
 PYTHON = ".venv/bin/python"
@@ -87,12 +89,13 @@ def _perplexity() -> str:
 
 def _against_transformers() -> str:
     suites = _read(ENGINE / "cpu-bundled.json")["suites"]
-    return "; ".join(f"{_rate(suites[name][0]) / _rate(suites[name][-1]):.2f}x" for name in ("mixed", "single"))
+    pairs = [(suites[name][-1]["seconds"], suites[name][0]["seconds"]) for name in ("mixed", "single")]
+    return "; ".join(f"{paired_ratio(theirs, ours):.2f}x" for theirs, ours in pairs)
 
 
 def _decode_by_format() -> str:
     bf16, *others = _read(ENGINE / "cpu-synthetic-0.5b.json")["suites"]["single"]
-    return ", ".join(f"{median(bf16['tpot']) / median(other['tpot']):.2f}x" for other in others)
+    return ", ".join(f"{paired_ratio(bf16['tpot'], other['tpot']):.2f}x" for other in others)
 
 
 def _overhead() -> str:
@@ -104,11 +107,6 @@ def _logits() -> str:
     own = [max(row["own"] for row in rows if row["kv"] == kv) for kv in ("bf16", "int8", "int4")]
     worst = max(row["shared"] for row in rows)
     return f"{100 * worst:.1f} %; " + ", ".join(f"{100 * error:.1f}" for error in own) + " %"
-
-
-def _rate(result: dict[str, Any]) -> float:
-    rate: float = result["output_tokens"] / median(result["seconds"])
-    return rate
 
 
 def _short(command: str) -> str:
