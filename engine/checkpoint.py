@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from engine.decoder import layer_shapes, outer_shapes
 from engine.errors import CheckpointError
 from engine.model_spec import ModelSpec
+from engine.quantized import FLOATS, IGNORED, Matrix, Scheme, Wanted, convert, join, read_quantization
 from engine.rope import check_rope
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -26,7 +28,6 @@ _SIZES = (
 )  # fmt: skip
 INDEX = "model.safetensors.index.json"
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
-_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _PROJECTIONS = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "o": ("self_attn.o_proj",),
@@ -49,12 +50,7 @@ def read_spec(folder: Path) -> ModelSpec:
         raise CheckpointError(
             f"{folder}: architecture {architecture} is not supported; these are: {', '.join(ARCHITECTURES)}"
         )
-    if "quantization_config" in raw:
-        method = (raw["quantization_config"] or {}).get("quant_method", "unnamed")
-        raise CheckpointError(
-            f"{folder} is quantized already (method {method!r}); only 16- and 32-bit checkpoints are read, "
-            "choose int8 or int4 by the engine's own weights option"
-        )
+    quantization = read_quantization(str(folder), raw.get("quantization_config"))
     config = _transformers_config(folder)
     heads = int(config.num_attention_heads)
     window = _window(config)
@@ -79,6 +75,7 @@ def read_spec(folder: Path) -> ModelSpec:
         sliding_window=window,
         rope=dict(config.rope_parameters),
         eos_token_ids=_eos_token_ids(folder, config),
+        stored=None if quantization is None else quantization.stored,
     )
     _check_dimensions(folder, spec, str(config.hidden_act))
     return spec
@@ -138,8 +135,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def expected_tensors(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """Names and shapes that a checkpoint in transformers' layout must hold."""
+def expected_tensors(spec: ModelSpec) -> dict[str, Wanted]:
+    """What a checkpoint in transformers' layout must hold where nothing is quantized."""
     tensors = {_OUTER[name]: shape for name, shape in outer_shapes(spec).items()}
     rows = {
         "self_attn.q_proj": spec.num_heads * spec.head_dim,
@@ -152,7 +149,7 @@ def expected_tensors(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
         for part, fused in layer_shapes(spec).items():
             for name, leaf in _sources(part):
                 tensors[f"model.layers.{layer}.{name}.{leaf}"] = (rows.get(name, fused[0]), *fused[1:])
-    return tensors
+    return {name: Wanted((shape,), tuple(FLOATS)) for name, shape in tensors.items()}
 
 
 def _sources(part: str) -> list[tuple[str, str]]:
@@ -161,68 +158,121 @@ def _sources(part: str) -> list[tuple[str, str]]:
     return [(module, leaf) for module in _PROJECTIONS[part.removesuffix("_bias")]]
 
 
+def _full_names(part: str, layer: int) -> list[str]:
+    return [f"model.layers.{layer}.{module}.{leaf}" for module, leaf in _sources(part)]
+
+
 class CheckpointWeights:
-    """A checkpoint's tensors in host memory as stored: read once, so that each weight format quantizes the original."""
+    """A checkpoint's tensors in host memory as stored: read once, so that each weight format quantizes the original.
+
+    Matrices that are quantized already are held unpacked, a byte per code.
+    """
 
     def __init__(self, folder: Path, spec: ModelSpec) -> None:
         self.folder = folder
-        self._tensors = _read_tensors(folder, expected_tensors(spec), tied=spec.tie_embeddings)
+        expected = expected_tensors(spec)
+        self._tensors, modules = _read_tensors(folder, expected, tied=spec.tie_embeddings)
+        quantized = convert(self._tensors, modules, expected)
+        self._quantized: dict[tuple[str, int], Matrix] = {}
+        for layer in range(spec.num_layers):
+            for name in spec.linears():
+                full = _full_names(name, layer)
+                if any(part in quantized for part in full):
+                    parts = [quantized[part] if part in quantized else self._tensors[part] for part in full]
+                    self._quantized[name, layer] = join(parts, full)
+                    for part in full:
+                        quantized.pop(part, None)
 
-    def __call__(self, name: str, layer: int | None, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    def __call__(self, name: str, layer: int | None, shape: tuple[int, ...], device: torch.device) -> Matrix:
         """The canonical tensor in its stored dtype; parts that the engine fuses are joined on the host."""
         if layer is None:
             return self._tensors[_OUTER[name]]
-        parts = [self._tensors[f"model.layers.{layer}.{module}.{leaf}"] for module, leaf in _sources(name)]
+        if (name, layer) in self._quantized:
+            return self._quantized[name, layer]
+        parts = [self._tensors[full] for full in _full_names(name, layer)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self._tensors.values())
+        return sum(held.nbytes for held in (*self._tensors.values(), *self._quantized.values()))
 
     def close(self) -> None:
-        self._tensors = {}
+        self._tensors, self._quantized = {}, {}
 
 
-def _read_tensors(folder: Path, expected: Mapping[str, tuple[int, ...]], *, tied: bool) -> dict[str, Tensor]:
-    """All headers are checked before the first tensor is read."""
+@dataclass(frozen=True)
+class _Header:
+    path: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def _read_tensors(
+    folder: Path, expected: Mapping[str, Wanted], *, tied: bool
+) -> tuple[dict[str, Tensor], dict[str, Scheme]]:
+    """The tensors, and which modules are quantized. All headers are checked before the first tensor is read."""
     files = _safetensors_files(folder)
-    found: dict[str, Path] = {}
+    quantization = read_quantization(str(folder), _read_json(folder / "config.json").get("quantization_config"))
+    found: dict[str, _Header] = {}
     for path in files:
-        for name in _check_header(path, expected, tied):
-            found[name] = path
-    missing = [name for name in expected if name not in found]
-    if missing:
-        raise CheckpointError(f"{folder}: {_few(missing)} missing, config.json asks for {len(expected)} tensors")
+        found.update(_headers(path, tied, quantized=quantization is not None))
+    modules: dict[str, Scheme] = {}
+    wanted = dict(expected)
+    if quantization is not None:
+        shapes, dtypes = ({k: getattr(h, what) for k, h in found.items()} for what in ("shape", "dtype"))
+        wanted, modules = quantization.expected(expected, shapes, dtypes)
+        if not modules:
+            raise CheckpointError(
+                f"{folder}: config.json says it is quantized already by {quantization.method}, but every matrix "
+                "is stored unquantized"
+            )
+    _check_headers(folder, found, wanted)
     tensors: dict[str, Tensor] = {}
     for path in files:
         with safe_open(path, framework="pt") as held:
-            for name in [name for name, home in found.items() if home == path]:
+            for name in [name for name, header in found.items() if header.path == path]:
                 tensors[name] = held.get_tensor(name).clone()  # a copy, so that closing the file unmaps it
-                if not bool(torch.isfinite(tensors[name]).all()):
+                if not _finite(tensors[name]):
                     raise CheckpointError(f"{path}: tensor {name} holds NaN or infinity")
-    return tensors
+    return tensors, modules
 
 
-def _check_header(path: Path, expected: Mapping[str, tuple[int, ...]], tied: bool) -> list[str]:
-    """Names of the wanted tensors in one file, whose shapes and dtypes are right."""
+def _finite(tensor: Tensor) -> bool:
+    if not tensor.is_floating_point():
+        return True
+    return bool(torch.isfinite(tensor if tensor.itemsize > 1 else tensor.to(torch.bfloat16)).all())
+
+
+def _check_headers(folder: Path, found: Mapping[str, _Header], wanted: Mapping[str, Wanted]) -> None:
+    for path in sorted({header.path for header in found.values()}):
+        unexpected = [name for name, header in found.items() if header.path == path and name not in wanted]
+        if unexpected:
+            raise CheckpointError(f"{path}: {_few(unexpected)} not expected by config.json")
+    for name, header in found.items():
+        shapes, dtypes = wanted[name].shapes, wanted[name].dtypes
+        if header.shape not in shapes:
+            raise CheckpointError(
+                f"{header.path}: tensor {name} has shape {list(header.shape)}, config.json asks for {list(shapes[0])}"
+            )
+        if header.dtype not in dtypes:
+            raise CheckpointError(
+                f"{header.path}: tensor {name} is stored as {header.dtype}; {', '.join(dtypes)} "
+                f"{'is' if len(dtypes) == 1 else 'are'} read"
+            )
+    missing = [name for name in wanted if name not in found]
+    if missing:
+        raise CheckpointError(f"{folder}: {_few(missing)} missing, config.json asks for {len(wanted)} tensors")
+
+
+def _headers(path: Path, tied: bool, *, quantized: bool) -> dict[str, _Header]:
+    """What one file holds."""
     try:
         opened = safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is damaged or truncated ({path.stat().st_size:,} bytes): {error}") from error
     with opened as held:
-        names = [name for name in held.keys() if not _ignorable(name, tied)]  # noqa: SIM118 (not a dict)
-        unexpected = [name for name in names if name not in expected]
-        if unexpected:
-            raise CheckpointError(f"{path}: {_few(unexpected)} not expected by config.json")
-        for name in names:
-            shape, dtype = _describe(held, name)
-            if shape != expected[name]:
-                raise CheckpointError(
-                    f"{path}: tensor {name} has shape {list(shape)}, config.json asks for {list(expected[name])}"
-                )
-            if dtype not in _DTYPES:
-                raise CheckpointError(f"{path}: tensor {name} is stored as {dtype}; {', '.join(_DTYPES)} are read")
-    return names
+        names = [name for name in held.keys() if not _ignorable(name, tied, quantized)]  # noqa: SIM118 (not a dict)
+        return {name: _Header(path, *_describe(held, name)) for name in names}
 
 
 def _describe(held: Any, name: str) -> tuple[tuple[int, ...], str]:
@@ -231,8 +281,11 @@ def _describe(held: Any, name: str) -> tuple[tuple[int, ...], str]:
     return tuple(view.get_shape()), view.get_dtype()
 
 
-def _ignorable(name: str, tied: bool) -> bool:
-    """Tensors that older checkpoints carry and nobody reads: rotary tables, and a copy of tied embeddings."""
+def _ignorable(name: str, tied: bool, quantized: bool) -> bool:
+    """Tensors that are not read: rotary tables and a copy of tied embeddings in older checkpoints; scales of quantized
+    activations and keys, which are bf16 here or have scales of their own."""
+    if quantized and name.rsplit(".", 1)[-1] in IGNORED:
+        return True
     return name.endswith("rotary_emb.inv_freq") or (tied and name == _OUTER["lm_head"])
 
 

@@ -22,6 +22,7 @@ class EngineConfig:
 
     model: "bundled", "synthetic:<shape>", a local folder, or a hub id.
     weights, kv: a key of kernels.WEIGHT_FORMATS and kernels.KV_FORMATS. group_size: of int4 weights, 64 or 128.
+        A checkpoint quantized elsewhere keeps its own format and group: "bf16" takes it, another format is refused.
     cache_ratio: share of the memory left after weights and workspace that the KV pool takes, in (0, 1).
     memory_limit: bytes the engine may use; None takes the whole GPU, or a modest share of the RAM on a CPU.
     block_size: tokens per KV block (16, 32, 64, 128); None picks 64 on a GPU and 16 on a CPU.

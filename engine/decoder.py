@@ -7,6 +7,7 @@ a layer's result joins the residual in the same operation as the next norm.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import torch
@@ -19,6 +20,7 @@ from engine.step_inputs import StepInputs
 from kernels import (
     KVLayer,
     PackedWeight,
+    QuantizedWeight,
     add_rms_norm,
     decode_attention,
     linear,
@@ -30,8 +32,9 @@ from kernels import (
     write_kv,
 )
 
-ReadWeight = Callable[[str, int | None, tuple[int, ...], torch.device], Tensor]
-"""(canonical name, layer or None, shape, device) -> that tensor; the names are in `layer_shapes` and `outer_shapes`."""
+ReadWeight = Callable[[str, int | None, tuple[int, ...], torch.device], Tensor | QuantizedWeight]
+"""(canonical name, layer or None, shape, device) -> that tensor; the names are in `layer_shapes` and `outer_shapes`.
+A matrix of a layer may come quantized: then it is kept in its own format."""
 
 
 def layer_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
@@ -145,10 +148,14 @@ class Decoder(nn.Module):
         embeddings: Tensor | None,
         final_norm: Tensor,
         lm_head: PackedWeight,
+        notes: Sequence[str] = (),
     ) -> None:
-        """embeddings: [vocab, hidden], or None where tokens are looked up in the lm_head, which then keeps rows."""
+        """embeddings: [vocab, hidden], or None where tokens are looked up in the lm_head, which then keeps rows.
+
+        notes: what the user should know of how the weights were changed in building.
+        """
         super().__init__()
-        self.spec, self.impl = spec, impl
+        self.spec, self.impl, self.notes = spec, impl, tuple(notes)
         self.layers = nn.ModuleList(layers)
         self.register_buffer("embeddings", embeddings, persistent=False)
         self.register_buffer("final_norm", final_norm, persistent=False)
@@ -195,6 +202,11 @@ class Decoder(nn.Module):
         layers = [DecoderLayer(self.spec, "torch", layer.matrices(), layer.vectors()) for layer in self._layers]
         return Decoder(self.spec, "torch", layers, self.embeddings, self.final_norm, self.lm_head)
 
+    def matrix_formats(self) -> dict[str, int]:
+        """Number of the layers' matrices by format as computed: {"int4 group 128": 7, "bf16": 1}."""
+        packed = [matrix for layer in self._layers for matrix in layer.matrices().values()]
+        return dict(Counter(m.format if m.format != "int4" else f"int4 group {m.group_size}" for m in packed))
+
     def weight_bytes(self) -> dict[str, int]:
         """Bytes really held, by part. On a CPU a tied lm_head counts where oneDNN needs its own layout of the table."""
         table, head = self.embeddings, self.lm_head
@@ -217,12 +229,20 @@ def build_decoder(
     """
     reference = impl == "torch"
     dtype = torch.float32 if reference else torch.bfloat16
+    notes: dict[str, None] = {}  # an ordered set
 
     def vector(name: str, layer: int | None, shape: tuple[int, ...]) -> Tensor:
-        return read(name, layer, shape, device).to(device=device, dtype=dtype)
+        tensor = read(name, layer, shape, device)
+        assert isinstance(tensor, Tensor)
+        return tensor.to(device=device, dtype=dtype)
 
     def matrix(name: str, layer: int, shape: tuple[int, ...]) -> PackedWeight:
         tensor = read(name, layer, shape, device)
+        if isinstance(tensor, QuantizedWeight):
+            packed = _exact(tensor, device) if reference else pack_weight(tensor, tensor.format, device=device)
+            if not _holds_scale(packed, tensor.scale):
+                notes["scales rounded to bf16"] = None
+            return packed
         if reference and weights == "bf16":
             return _plain(tensor.to(device))
         try:
@@ -242,9 +262,27 @@ def build_decoder(
     exact = reference and head_format == "bf16"
     lm_head = _plain(table) if exact else pack_weight(table, head_format, group_size=group_size, device=device)
     shared = spec.tie_embeddings and head_format != "bf16"
-    return Decoder(spec, impl, layers, None if shared else outer["embeddings"], outer["final_norm"], lm_head)
+    table_or_none = None if shared else outer["embeddings"]
+    return Decoder(spec, impl, layers, table_or_none, outer["final_norm"], lm_head, tuple(notes))
 
 
 def _plain(weight: Tensor) -> PackedWeight:
     """float32 [N, K] as it is: the reference keeps what the checkpoint held."""
     return PackedWeight("bf16", "plain", (weight.shape[0], weight.shape[1]), weight.float())
+
+
+def _exact(weight: QuantizedWeight, device: torch.device) -> PackedWeight:
+    """Codes of a checkpoint with scales as the checkpoint held them, where a fast layout would round them to bf16."""
+    if weight.format == "int4":
+        return pack_weight(weight, "int4", device=device, layout="planes")
+    assert weight.scale is not None
+    return PackedWeight(weight.format, "plain", weight.shape, weight.codes.to(device), weight.scale.to(device))
+
+
+def _holds_scale(packed: PackedWeight, scale: Tensor | None) -> bool:
+    """Whether a packed weight keeps these scales as they are: planes keep 16 significant bits, enough for fp16."""
+    if scale is None or packed.scale is None:
+        return True
+    bits = 16 if packed.layout == "planes" else 24 if packed.scale.dtype == torch.float32 else 8
+    mantissa, _ = torch.frexp(scale.double())
+    return bool((mantissa * 2**bits == (mantissa * 2**bits).round()).all())

@@ -15,15 +15,18 @@ from engine.errors import CheckpointError, ConfigError
 from engine.model_spec import ModelSpec
 from engine.shapes import SyntheticWeights, synthetic_spec
 from engine.tokenizer import ByteTokenizer, PretrainedTokenizer, Tokenizer
+from kernels import QuantizedWeight
 
 SYNTHETIC = "synthetic:"
 HUB_PATTERNS = ("*.safetensors", "*.json", "tokenizer.model", "merges.txt")
 
 
 class WeightSource(Protocol):
-    """Gives any weight at high precision, as often as a decoder is built."""
+    """Gives any weight at high precision, or as the checkpoint quantized it, as often as a decoder is built."""
 
-    def __call__(self, name: str, layer: int | None, shape: tuple[int, ...], device: torch.device) -> Tensor: ...
+    def __call__(
+        self, name: str, layer: int | None, shape: tuple[int, ...], device: torch.device
+    ) -> Tensor | QuantizedWeight: ...
 
     @property
     def nbytes(self) -> int:
@@ -57,7 +60,13 @@ class LoadedModel:
         return 0 if self._weights is None else self._weights.nbytes
 
     def decoder(self, *, weights: str, group_size: int, device: torch.device, impl: str) -> Decoder:
-        """The decoder in that format, built anew unless it was built last. ConfigError where it cannot be built."""
+        """The decoder in that format, built anew unless it was built last. ConfigError where it cannot be built.
+
+        A checkpoint quantized elsewhere has one format, its own: `weights` is "bf16" or names that one.
+        """
+        self.spec.check_weights(weights)
+        if self.spec.stored is not None:
+            weights = "bf16"  # of what the checkpoint left unquantized
         key = (weights, group_size if weights == "int4" else None, device, impl)
         if self._built is not None and self._built[0] == key:
             return self._built[1]
@@ -99,6 +108,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
         return LoadedModel(spec, ByteTokenizer(spec.vocab_size), weights, config.model)
     folder, source = _find(config.model)
     spec = read_spec(folder)
+    spec.check_weights(config.weights)
     if config.session_len is not None and spec.sliding_window is not None and config.session_len > spec.sliding_window:
         raise ConfigError(
             f"session_len is {config.session_len}; {source} attends within a sliding window, which is supported for "

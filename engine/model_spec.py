@@ -6,10 +6,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from engine.errors import ConfigError
 from kernels import KV_FORMATS, WEIGHT_FORMATS
 
 HEAD_FORMAT = {"bf16": "bf16", "int8": "int8", "int4": "int8"}
 """Format of the lm_head by weight format: its rows are whole answers, so 4 bits cost quality where they save least."""
+
+
+@dataclass(frozen=True)
+class StoredFormat:
+    """How a checkpoint quantized elsewhere stores its matrices, which are kept so: its method, the key of
+    WEIGHT_FORMATS that computes them, and what to tell the user. The lm_head and embeddings are not quantized."""
+
+    method: str
+    weights: str
+    group_size: int
+    note: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +31,7 @@ class ModelSpec:
     rope: transformers' own `rope_parameters` dict (rope_type, rope_theta, factor, ...).
     In a quantized format the lm_head is int8 (HEAD_FORMAT) and embeddings stay bf16, unless they are tied: then one
     int8 table serves both.
+    stored: of a checkpoint quantized elsewhere. `weights` "bf16" then means as stored, and another format is refused.
     """
 
     name: str
@@ -40,6 +53,7 @@ class ModelSpec:
     sliding_window: int | None = None
     rope: Mapping[str, Any] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
     eos_token_ids: tuple[int, ...] = ()
+    stored: StoredFormat | None = None
 
     @property
     def qkv_size(self) -> int:
@@ -64,13 +78,26 @@ class ModelSpec:
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
         return self.num_layers * per_layer + embeddings + self.hidden_size
 
+    def check_weights(self, weights: str) -> None:
+        """ConfigError where `weights` asks to requantize a checkpoint that is quantized already."""
+        if self.stored is not None and weights not in ("bf16", self.stored.weights):
+            own = f"{self.stored.weights!r}" if self.stored.weights != "bf16" else "'bf16' (from fp8)"
+            raise ConfigError(
+                f"weights is {weights!r}, but {self.name} is quantized already ({self.stored.method}) and runs as "
+                f"{own}; leave weights at 'bf16' to take a checkpoint as it is"
+            )
+
     def weight_bytes(self, weights: str, group_size: int) -> dict[str, int]:
         """Bytes of the weights by part in format `weights`, scales and zeros counted."""
+        self.check_weights(weights)
+        head_format = HEAD_FORMAT[weights]
+        if self.stored is not None:
+            weights, group_size, head_format = self.stored.weights, self.stored.group_size, "bf16"
         stored = WEIGHT_FORMATS[weights]
         per = {name: stored.nbytes(n, k, group_size) for name, (n, k) in self.linears().items()}
         bias = 2 * self.qkv_size if self.attention_bias else 0
         norms = 2 * (2 * self.hidden_size + (2 * self.head_dim if self.qk_norm else 0))
-        head = WEIGHT_FORMATS[HEAD_FORMAT[weights]].nbytes(self.vocab_size, self.hidden_size, group_size)
+        head = WEIGHT_FORMATS[head_format].nbytes(self.vocab_size, self.hidden_size, group_size)
         return {
             "embeddings": head if self.tie_embeddings else 2 * self.vocab_size * self.hidden_size,
             "attention": self.num_layers * (per["qkv"] + per["o"] + bias),

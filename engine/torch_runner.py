@@ -50,6 +50,7 @@ class TorchRunner:
             decoder = model.decoder(
                 weights=config.weights, group_size=config.group_size, device=self.device, impl=config.impl
             )
+            self._weights = _weights_label(config, self._spec, decoder)
             self._memory = self._plan(decoder)
             length = min(config.session_len or self._spec.max_positions, self._memory.tokens_that_fit)
             self._cos_sin: Tensor | None = cos_sin_table(self._spec, length, self.device)
@@ -108,9 +109,8 @@ class TorchRunner:
     @property
     def description(self) -> str:
         config = self.config
-        group = f" group {config.group_size}" if config.weights == "int4" else ""
         return (
-            f"{_device_name(self.device)}, {_path(config.impl, self.device)}; weights {config.weights}{group}, "
+            f"{_device_name(self.device)}, {_path(config.impl, self.device)}; weights {self._weights}, "
             f"KV {config.kv}, block {self._memory.block_size}{self._replay}"
         )
 
@@ -297,6 +297,15 @@ def workspace_bytes(spec: ModelSpec, config: EngineConfig, itemsize: int) -> int
     drawn = config.max_batch_size * (itemsize + 4 + 3 * 8)
     scored = PROMPT_ROWS * (itemsize + 2 * 4)
     return tokens * per_token * itemsize + spec.vocab_size * max(drawn, scored)
+
+
+def _weights_label(config: EngineConfig, spec: ModelSpec, decoder: Decoder) -> str:
+    """The weight format in use; of a checkpoint quantized elsewhere, what was found and what was changed in reading."""
+    if spec.stored is None:
+        return f"{config.weights} group {config.group_size}" if config.weights == "int4" else config.weights
+    found = " and ".join(f"{count} matrices {name}" for name, count in decoder.matrix_formats().items())
+    notes = "; ".join(note for note in (spec.stored.note, *decoder.notes) if note)
+    return f"as in the {spec.stored.method} checkpoint: {found}, lm_head bf16{f' ({notes})' if notes else ''}"
 
 
 def _device_name(device: torch.device) -> str:

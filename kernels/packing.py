@@ -10,7 +10,7 @@ int4pack  int4 on CPU, [N/64, K, 32] uint8 and bf16 (scale, zero) [K/G, N, 2], f
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -26,7 +26,7 @@ _CPU_ROWS = 64  # the same for ATen's CPU int4 packing
 @dataclass(frozen=True)
 class PackedWeight:
     """A weight [N, K] in the layout of its device. `data` and `scale` are read by kernels; everything else goes through
-    `to_plain`."""
+    `to_plain`. `order` is that of `QuantizedWeight`: `linear` gathers x by it before a kernel runs."""
 
     format: str
     layout: str
@@ -35,6 +35,7 @@ class PackedWeight:
     scale: Tensor | None = None
     group_size: int | None = None
     nibble_scale: Tensor | None = None  # of the layout "nibbles"
+    order: Tensor | None = None
 
     @property
     def device(self) -> torch.device:
@@ -44,11 +45,11 @@ class PackedWeight:
     def nbytes(self) -> int:
         """Bytes held, padding and scales included."""
         held = self.data.numel() * self.data.element_size()  # not .nbytes: an mkldnn tensor has no strides to tell it
-        return held + sum(scale.nbytes for scale in (self.scale, self.nibble_scale) if scale is not None)
+        return held + sum(part.nbytes for part in (self.scale, self.nibble_scale, self.order) if part is not None)
 
     def to_plain(self) -> QuantizedWeight:
         """The canonical codes, scales and zeros."""
-        return _UNPACK[self.layout](self)
+        return replace(_UNPACK[self.layout](self), order=self.order)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [N, K] as a dense matrix."""
@@ -274,9 +275,10 @@ def pack_weight(
         check_groups(weight.shape[1], weight.group_size)
     moved = [None if t is None else t.to(device) for t in (weight.codes, weight.scale, weight.zero)]
     assert moved[0] is not None
-    return _PACK[layout or device_layout(format, device, weight.shape)](
+    packed = _PACK[layout or device_layout(format, device, weight.shape)](
         QuantizedWeight(format, moved[0], moved[1], moved[2], weight.group_size)
     )
+    return packed if weight.order is None else replace(packed, order=weight.order.to(device))
 
 
 def random_weight(n: int, k: int, std: float, generator: torch.Generator | None, device: torch.device | str) -> Tensor:

@@ -43,6 +43,8 @@ class QuantizedWeight:
 
     codes [N, K]: bfloat16 for bf16, int8 for int8, uint8 (0..15) for int4.
     scale: None, float32 [N] (int8) or float32 [N, K/G] (int4). zero: None, or uint8 [N, K/G] (int4).
+    order: int64 [K], column j of the codes belongs to in feature order[j] (GPTQ's activation order, which sorts
+        features into groups by importance); None where each column stands in its place.
     """
 
     format: str
@@ -50,13 +52,24 @@ class QuantizedWeight:
     scale: Tensor | None = None
     zero: Tensor | None = None
     group_size: int | None = None
+    order: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
         return self.codes.shape[0], self.codes.shape[1]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes held in this form, not in a packed one."""
+        held = (self.codes, self.scale, self.zero, self.order)
+        return sum(tensor.nbytes for tensor in held if tensor is not None)
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight [N, K] that the codes stand for."""
+        """The weight [N, K] that the codes stand for, every column in its place."""
+        dense = self._dequantize(dtype)
+        return dense if self.order is None else dense[:, self.order.argsort()]
+
+    def _dequantize(self, dtype: torch.dtype) -> Tensor:
         if self.scale is None:
             return self.codes.to(dtype)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
