@@ -18,7 +18,8 @@ from torch import Tensor
 from engine.decoder import layer_shapes, outer_shapes
 from engine.errors import CheckpointError
 from engine.model_spec import ModelSpec
-from engine.quantized import FLOATS, IGNORED, Matrix, Scheme, Wanted, convert, join, read_quantization
+from engine.quantization_config import IGNORED, read_quantization
+from engine.quantized import FLOATS, Matrix, Scheme, Wanted, convert, join
 from engine.rope import check_rope
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")

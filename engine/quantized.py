@@ -7,27 +7,22 @@
                         weight (int8), weight_scale                     int8
                         weight (float8_e4m3fn), weight_scale            bf16, for there is no fp8 kernel
 
-Which modules are quantized is told by the tensors: a floating `weight` stays bf16. What config.json claims of the
-others decides the shapes and dtypes that they must have.
+Each format has a function that says what its tensors must be and one that reads them. `quantization_config` chooses.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from engine.errors import CheckpointError
-from engine.model_spec import StoredFormat
 from kernels import QuantizedWeight
 
 FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-METHODS = ("awq", "gptq", "compressed-tensors")
 GROUPS = (128, 64)  # of the int4 kernels, the larger first: fewer scales are read
-IGNORED = ("input_scale", "input_zero_point", "k_scale", "v_scale")  # of quantized activations and keys: ours are bf16
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 Leaves = Mapping[str, Tensor]
@@ -58,88 +53,8 @@ class Scheme:
         return k // size
 
 
-def read_quantization(where: str, raw: object) -> Quantization | None:
-    """`quantization_config` of config.json; CheckpointError where this engine cannot compute what it says."""
-    if raw is None:
-        return None
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{where}: quantization_config is {raw!r}; it must be an object")
-    method = raw.get("quant_method", "unnamed")
-    if method not in METHODS:
-        raise CheckpointError(
-            f"{where} is quantized already by method {method!r}; these are read: {', '.join(METHODS)}, and "
-            "checkpoints of 16 or 32 bits"
-        )
-    try:
-        schemes = {"awq": _awq, "gptq": _gptq}.get(method, _compressed)(raw)
-    except _UnreadableError as error:
-        raise CheckpointError(f"{where} is quantized already ({method}): {error}") from error
-    groups = raw.get("config_groups")
-    activations = isinstance(groups, dict) and any(group.get("input_activations") for group in groups.values())
-    return Quantization(method, schemes, activations)
-
-
-class _UnreadableError(ValueError):
-    """What quantization_config asks for and this engine does not read."""
-
-
-@dataclass(frozen=True)
-class Quantization:
-    """A checkpoint's own quantization: what its tensors must be, and what they become."""
-
-    method: str
-    schemes: tuple[Scheme, ...]
-    quantized_activations: bool = False
-
-    @property
-    def stored(self) -> StoredFormat:
-        """What `ModelSpec` needs to know; of several schemes the first stands for all."""
-        first = self.schemes[0]
-        notes = []
-        if any(scheme.kind == "fp8" for scheme in self.schemes):
-            notes.append("fp8 weights dequantized to bf16, for there is no fp8 kernel")
-        if self.quantized_activations:
-            notes.append("activations computed in bf16, though made to be quantized too")
-        group = next(size for size in GROUPS if (first.group or size) % size == 0)
-        return StoredFormat(self.method, KINDS[first.kind].weights, group, "; ".join(notes))
-
-    def expected(
-        self, dense: Mapping[str, Wanted], shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str]
-    ) -> tuple[dict[str, Wanted], dict[str, Scheme]]:
-        """The tensors that must be there, given those of the dense model; the quantized modules with their schemes.
-
-        shapes, dtypes: of the tensors found, from the headers.
-        """
-        wanted: dict[str, Wanted] = {}
-        modules: dict[str, Scheme] = {}
-        for name, matrix in dense.items():
-            module = name.removesuffix(".weight")
-            is_linear = name.endswith("_proj.weight")
-            if not is_linear or dtypes.get(name) in FLOATS:
-                wanted[name] = matrix
-                continue
-            n, k = matrix.shapes[0]
-            modules[module], leaves = self._choose(module, n, k, shapes)
-            wanted.update(
-                (f"{module}.{leaf}", want)
-                for leaf, want in leaves.items()
-                if not want.optional or f"{module}.{leaf}" in shapes
-            )
-        for module in modules:  # the zero biases that AutoGPTQ gives to every module
-            if f"{module}.bias" in shapes and f"{module}.bias" not in dense and self.method == "gptq":
-                wanted[f"{module}.bias"] = Wanted((dense[f"{module}.weight"].shapes[0][:1],), tuple(FLOATS))
-        return wanted, modules
-
-    def _choose(
-        self, module: str, n: int, k: int, shapes: Mapping[str, tuple[int, ...]]
-    ) -> tuple[Scheme, dict[str, Wanted]]:
-        """The scheme whose shapes are those of the tensors; the first one where none is, for the refusal to name."""
-        layouts = [(scheme, KINDS[scheme.kind].wanted(scheme, module, n, k)) for scheme in self.schemes]
-        for scheme, leaves in layouts:
-            required = {leaf: want for leaf, want in leaves.items() if not want.optional}
-            if all(shapes.get(f"{module}.{leaf}") in want.shapes for leaf, want in required.items()):
-                return scheme, leaves
-        return layouts[0]
+class UnreadableError(ValueError):
+    """What this engine does not read; raised without the name of the folder or module, which the caller adds."""
 
 
 def convert(
@@ -158,7 +73,7 @@ def convert(
         shape = dense[f"{module}.weight"].shapes[0]
         try:
             weight = KINDS[scheme.kind].read(leaves, scheme, (shape[0], shape[1]))
-        except _UnreadableError as error:
+        except UnreadableError as error:
             raise CheckpointError(f"{module}: {error}") from error
         if isinstance(weight, QuantizedWeight):
             quantized[f"{module}.weight"] = weight
@@ -209,75 +124,6 @@ def _cat(parts: Iterable[Tensor | None]) -> Tensor | None:
     return torch.cat(held) if held else None
 
 
-# --- what config.json says ----------------------------------------------------------------------------------------
-
-
-def _awq(raw: Mapping[str, Any]) -> tuple[Scheme, ...]:
-    version = str(raw.get("version") or raw.get("format") or "gemm").lower()
-    if version != "gemm":
-        raise _UnreadableError(f"its version is {version!r}; 'gemm' is read")
-    _only_bits(raw.get("bits", 4), (4,))
-    return (Scheme("awq", _group(raw.get("group_size", 128)), symmetric=False),)
-
-
-def _gptq(raw: Mapping[str, Any]) -> tuple[Scheme, ...]:
-    version = str(raw.get("checkpoint_format") or raw.get("format") or "gptq").lower()
-    if version not in ("gptq", "gptq_v2"):
-        raise _UnreadableError(f"its checkpoint_format is {version!r}; 'gptq' and 'gptq_v2' are read")
-    _only_bits(raw.get("bits"), (4,))
-    return (Scheme(version, _group(raw.get("group_size", 128)), symmetric=False),)
-
-
-def _compressed(raw: Mapping[str, Any]) -> tuple[Scheme, ...]:
-    """config_groups as in the compressed-tensors library's QuantizationConfig and QuantizationArgs."""
-    if raw.get("transform_config"):
-        raise _UnreadableError("its transform_config asks for rotations while running, which are not computed")
-    groups = raw.get("config_groups")
-    if not isinstance(groups, dict) or not groups:
-        raise _UnreadableError("it has no config_groups")
-    schemes = []
-    for name, group in groups.items():
-        args = group.get("weights") if isinstance(group, dict) else None
-        if not isinstance(args, dict):
-            raise _UnreadableError(f"config group {name} says nothing of weights")
-        schemes.append(_compressed_scheme(str(group.get("format") or raw.get("format")), args))
-    return tuple(schemes)
-
-
-def _compressed_scheme(form: str, args: Mapping[str, Any]) -> Scheme:
-    bits, strategy, symmetric = args.get("num_bits"), args.get("strategy"), bool(args.get("symmetric", True))
-    if args.get("type", "int") != ("float" if form == "float-quantized" else "int"):
-        raise _UnreadableError(f"its weights are of type {args.get('type')!r} in the format {form!r}")
-    if form == "pack-quantized":
-        _only_bits(bits, (4, 8))
-        if bits == 4:
-            return Scheme("packed4", _group(args.get("group_size") if strategy == "group" else -1), symmetric)
-    elif form in ("int-quantized", "float-quantized"):
-        _only_bits(bits, (8,))
-    else:
-        raise _UnreadableError(
-            f"its format is {form!r}; 'pack-quantized', 'int-quantized' and 'float-quantized' are read"
-        )
-    if strategy not in ("channel", "tensor") or not symmetric:
-        kind = strategy if symmetric else f"asymmetric {strategy}"
-        raise _UnreadableError(f"its 8-bit weights are scaled by {kind!r}; symmetric 'channel' and 'tensor' are read")
-    return Scheme({"pack-quantized": "packed8", "int-quantized": "int8", "float-quantized": "fp8"}[form])
-
-
-def _only_bits(bits: object, read: tuple[int, ...]) -> None:
-    if bits not in read:
-        raise _UnreadableError(f"its weights have {bits} bits; {' and '.join(map(str, read))} are read")
-
-
-def _group(size: object) -> int | None:
-    """None for -1, one scale per channel. A multiple of the kernels' groups is read by repeating its scales."""
-    if size == -1:
-        return None
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1 or size % GROUPS[-1]:
-        raise _UnreadableError(f"its group size is {size}; multiples of {GROUPS[-1]} and -1 (per channel) are read")
-    return size
-
-
 # --- the formats: what a module holds, and how it is read -----------------------------------------------------------
 
 
@@ -290,7 +136,7 @@ def _grouped(codes: Tensor, scale: Tensor, zero: Tensor, order: Tensor | None = 
     width = k // scale.shape[1]
     group = next((size for size in GROUPS if width % size == 0), None)
     if group is None:
-        raise _UnreadableError(f"its group size is {width} ({k} in features); multiples of {GROUPS[-1]} are computed")
+        raise UnreadableError(f"its group size is {width} ({k} in features); multiples of {GROUPS[-1]} are computed")
     scale, zero = (x.repeat_interleave(width // group, 1).contiguous() for x in (scale.float(), zero))
     return QuantizedWeight("int4", codes.contiguous(), scale, zero.to(torch.uint8), group, order)
 
@@ -381,7 +227,7 @@ def read_packed(leaves: Leaves, scheme: Scheme, shape: tuple[int, int]) -> Matri
     n, k = shape
     stated = leaves["weight_shape"].tolist() if "weight_shape" in leaves else [n, k]
     if stated != [n, k]:
-        raise _UnreadableError(f"weight_shape says {stated}, config.json asks for {[n, k]}")
+        raise UnreadableError(f"weight_shape says {stated}, config.json asks for {[n, k]}")
     scale = leaves["weight_scale"]
     if scheme.kind == "packed8":
         codes = (_unpack(leaves["weight_packed"], 8)[:, :k].to(torch.int16) - 128).to(torch.int8)
@@ -410,7 +256,7 @@ def read_int8(leaves: Leaves, scheme: Scheme, shape: tuple[int, int]) -> Matrix:
         weight int8 [N, K], weight_scale [N, 1] or [1]: w[n, k] = code * weight_scale[n]
     """
     if "weight_zero_point" in leaves and bool(leaves["weight_zero_point"].any()):
-        raise _UnreadableError("weight_zero_point is not zero, but config.json calls the weights symmetric")
+        raise UnreadableError("weight_zero_point is not zero, but config.json calls the weights symmetric")
     return QuantizedWeight("int8", leaves["weight"], _per_channel(leaves["weight_scale"], shape[0]))
 
 
@@ -435,7 +281,7 @@ def _order(g_idx: Tensor | None, groups: int) -> Tensor | None:
     k = g_idx.shape[0]
     sorted_groups, order = g_idx.long().sort(stable=True)
     if not torch.equal(sorted_groups, torch.arange(groups).repeat_interleave(k // groups)):
-        raise _UnreadableError(f"g_idx does not put {k // groups} features into each of {groups} groups")
+        raise UnreadableError(f"g_idx does not put {k // groups} features into each of {groups} groups")
     return None if torch.equal(order, torch.arange(k)) else order
 
 
