@@ -54,7 +54,10 @@ class Quantization:
                 wanted[name] = matrix
                 continue
             n, k = matrix.shapes[0]
-            modules[module], leaves = self._choose(module, n, k, shapes)
+            scheme, leaves = self._choose(module, n, k, shapes)
+            if k % (scheme.group or k):
+                raise CheckpointError(f"{module}: {k} in features are not a multiple of the group size {scheme.group}")
+            modules[module] = scheme
             wanted.update(
                 (f"{module}.{leaf}", want)
                 for leaf, want in leaves.items()

@@ -46,11 +46,8 @@ class Scheme:
     group: int | None = None
     symmetric: bool = True
 
-    def groups(self, module: str, k: int) -> int:
-        size = self.group or k
-        if k % size:
-            raise CheckpointError(f"{module}: {k} in features are not a multiple of the group size {size}")
-        return k // size
+    def groups(self, k: int) -> int:
+        return -(-k // (self.group or k))
 
 
 class UnreadableError(ValueError):
@@ -153,7 +150,7 @@ def _unpack(words: Tensor, bits: int, order: Sequence[int] | None = None) -> Ten
 
 
 def awq_tensors(scheme: Scheme, module: str, n: int, k: int) -> dict[str, Wanted]:
-    groups = scheme.groups(module, k)
+    groups = scheme.groups(k)
     _eights(module, n)
     return {
         "qweight": Wanted(((k, n // 8),), ("I32",)),
@@ -174,7 +171,7 @@ def read_awq(leaves: Leaves, scheme: Scheme, shape: tuple[int, int]) -> Matrix:
 
 
 def gptq_tensors(scheme: Scheme, module: str, n: int, k: int) -> dict[str, Wanted]:
-    groups = scheme.groups(module, k)
+    groups = scheme.groups(k)
     _eights(module, n, k)
     return {
         "qweight": Wanted(((k // 8, n),), ("I32",)),
@@ -201,7 +198,7 @@ def read_gptq(leaves: Leaves, scheme: Scheme, shape: tuple[int, int]) -> Matrix:
 
 def packed_tensors(scheme: Scheme, module: str, n: int, k: int) -> dict[str, Wanted]:
     four = scheme.kind == "packed4"
-    groups = scheme.groups(module, k) if four else 1
+    groups = scheme.groups(k) if four else 1
     scale = Wanted(((n, groups), (1,)) if groups == 1 and not four else ((n, groups),), tuple(FLOATS))
     leaves = {
         "weight_packed": Wanted(((n, -(-k // (8 if four else 4))),), ("I32",)),
