@@ -139,14 +139,14 @@ def _grouped(codes: Tensor, scale: Tensor, zero: Tensor, order: Tensor | None = 
 
 
 def _unpack(words: Tensor, bits: int, order: Sequence[int] | None = None) -> Tensor:
-    """int32 [R, C] -> uint8 [R, C * 32 / bits]: value i of a word lies in its bits from i * bits on and belongs to
-    column order[i] of the word's columns."""
-    count = 32 // bits
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
-    values: Tensor = ((words[:, :, None] >> shifts) & (2**bits - 1)).to(torch.uint8)
+    """int32 [R, C] -> uint8 [R, C * 32 / bits], bits 4 or 8: value i of a word lies in its bits from i * bits on and
+    belongs to column order[i] of the word's columns."""
+    values = words.contiguous().view(torch.uint8)  # little-endian: the lowest byte first
+    if bits == 4:
+        values = torch.stack((values & 15, values >> 4), -1).flatten(1)
     if order is not None:
-        values = values[:, :, torch.tensor(order).argsort()]
-    return values.reshape(words.shape[0], words.shape[1] * count)
+        values = values.unflatten(1, (-1, len(order)))[:, :, torch.tensor(order).argsort()].flatten(1)
+    return values
 
 
 def awq_tensors(scheme: Scheme, module: str, n: int, k: int) -> dict[str, Wanted]:
