@@ -25,6 +25,7 @@ from engine.rope import cos_sin_table
 from engine.sampler import SamplingPlan, known_logprobs, sample, token_logprobs
 from engine.step_inputs import Arrays, Staging, StepInputs, step_arrays
 from kernels import KVLayer, allocate_kv
+from kernels.packing import has_mkldnn_linear
 
 CPU_POOL = 1 << 30
 """Most bytes that the engine takes for KV and reserve on a CPU when no limit is given."""
@@ -319,4 +320,5 @@ def _path(impl: str, device: torch.device) -> str:
     fast = "triton" if device.type == "cuda" else "aten"
     if impl == "torch":
         return f"impl torch in float32: the reference path, not the fast one ({fast})"
-    return f"impl {fast} in bfloat16"
+    plain = device.type == "cpu" and not has_mkldnn_linear()
+    return f"impl {fast} in bfloat16" + ("; plain bf16 linear, oneDNN's packed one is not available here" if plain else "")

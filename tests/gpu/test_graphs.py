@@ -51,9 +51,7 @@ def test_replay_equals_eager(weights: str, kv: str) -> None:
         engine.generate([[5] * 1500, [6] * 3], SamplingParams(max_tokens=4, ignore_eos=True))
         engine.generate([[5] * 3], SamplingParams(max_tokens=4, ignore_eos=True))
     assert set(checked.sizes) >= set(range(1, 33))
-    exact = [e for e, size in zip(checked.errors, checked.sizes, strict=True) if size == padded_size(size)]
     assert max(checked.errors) < 0.02, "padding rows must not change a row's logits beyond another tile's rounding"
-    assert max(exact) < 0.02
 
 
 def test_graphs_off_gives_the_same_answers_and_says_so() -> None:
