@@ -320,5 +320,6 @@ def _path(impl: str, device: torch.device) -> str:
     fast = "triton" if device.type == "cuda" else "aten"
     if impl == "torch":
         return f"impl torch in float32: the reference path, not the fast one ({fast})"
-    plain = device.type == "cpu" and not has_mkldnn_linear()
-    return f"impl {fast} in bfloat16" + ("; plain bf16 linear, oneDNN's packed one is not available here" if plain else "")
+    if device.type == "cpu" and not has_mkldnn_linear():
+        return f"impl {fast} in bfloat16; plain bf16 linear, oneDNN's packed one is not available here"
+    return f"impl {fast} in bfloat16"
