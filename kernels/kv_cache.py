@@ -13,6 +13,7 @@ Per-token, per-head quantization as in LMDeploy and in Sheng et al., "FlexGen" (
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -97,6 +98,17 @@ class KVLayer:
     @property
     def device(self) -> torch.device:
         return self.key.device
+
+    @cached_property
+    def rows_by_head(self) -> tuple[Tensor, Tensor]:
+        """Keys and values as [kv_heads, blocks, block_size * words], without a copy in the CPU's memory order: gathering
+        a batch's blocks is one index_select. Kept, since making views costs a decode step as much as a small product."""
+        return self.key.movedim(2, 0).flatten(2), self.value.movedim(2, 0).flatten(2)
+
+    @cached_property
+    def slots_by_head(self) -> tuple[Tensor, Tensor]:
+        """Keys and values as [kv_heads, slots, words], without a copy in the CPU's memory order."""
+        return self.key.movedim(2, 0).flatten(1, 2), self.value.movedim(2, 0).flatten(1, 2)
 
     @property
     def nbytes(self) -> int:
@@ -229,15 +241,15 @@ def _write_aten(layer: KVLayer, k: Tensor, v: Tensor, slots: Tensor) -> None:
     words]."""
     if layer.key.stride(2) < layer.key.stride(0):
         raise ValueError("write_kv: impl 'aten' needs the CPU's memory order (heads outermost)")
-    if slots.numel() and int(slots.min()) < 0:
+    if slots.numel() and min(slots.tolist()) < 0:
         live = slots >= 0
         k, v, slots = k[live], v[live], slots[live]
-    for x, codec, words, scales in (
-        (k, layer.format.key, layer.key, layer.key_scale),
-        (v, layer.format.value, layer.value, layer.value_scale),
+    for x, codec, held, scales in (
+        (k, layer.format.key, layer.slots_by_head[0], layer.key_scale),
+        (v, layer.format.value, layer.slots_by_head[1], layer.value_scale),
     ):
         new_words, new_scales = encode(x, codec)
-        words.movedim(2, 0).flatten(1, 2).index_copy_(1, slots, new_words.transpose(0, 1))
+        held.index_copy_(1, slots, new_words.transpose(0, 1))
         if scales is not None and new_scales is not None:
             scales.movedim(2, 0).flatten(1, 2).index_copy_(1, slots, new_scales.t())
 
