@@ -27,9 +27,9 @@ from kernels import (
     pack_weight,
     prefill_attention,
     rms_norm,
-    rope,
+    rope_write,
+    rotation,
     silu_mul,
-    write_kv,
 )
 
 ReadWeight = Callable[[str, int | None, tuple[int, ...], torch.device], Tensor | QuantizedWeight]
@@ -77,12 +77,13 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.impl = impl
         self.eps = spec.rms_norm_eps
-        self.heads, self.kv_heads, self.head_dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
         self.scale = spec.head_dim**-0.5
         self.qkv, self.o = weights["qkv"], weights["o"]
         self.gate_up, self.down = weights["gate_up"], weights["down"]
         for name in _VECTORS:
             self.register_buffer(name, vectors.get(name), persistent=False)
+        q_norm, k_norm = vectors.get("q_norm"), vectors.get("k_norm")
+        self.head_norms = None if q_norm is None or k_norm is None else (q_norm, k_norm, spec.rms_norm_eps)
 
     input_norm: Tensor
     post_norm: Tensor
@@ -102,17 +103,11 @@ class DecoderLayer(nn.Module):
     def nbytes(self, *names: str) -> int:
         return sum(held.nbytes for name in names if (held := getattr(self, name)) is not None)
 
-    def forward(self, x: Tensor, step: StepInputs, kv: KVLayer, cos_sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, step: StepInputs, kv: KVLayer, turn: Tensor) -> Tensor:
         """Normed hidden states [T, hidden] -> the attention's output before it joins the residual."""
-        heads, kv_heads, dim, impl = self.heads, self.kv_heads, self.head_dim, self.impl
-        qkv = linear(x, self.qkv, self.qkv_bias, impl=impl).view(-1, heads + 2 * kv_heads, dim)
-        q, k, v = qkv.split((heads, kv_heads, kv_heads), 1)
-        if self.q_norm is not None and self.k_norm is not None:
-            q = rms_norm(q, self.q_norm, self.eps, impl=impl)
-            k = rms_norm(k, self.k_norm, self.eps, impl=impl)
-        q, k = rope(q, k, step.positions, cos_sin, impl=impl)
-        write_kv(kv, k, v, step.slots, impl=impl)
-        return linear(self.attend(q, step, kv).flatten(1), self.o, self.o_bias, impl=impl)
+        qkv = linear(x, self.qkv, self.qkv_bias, impl=self.impl)
+        q = rope_write(qkv, kv, step.slots, turn, self.head_norms, impl=self.impl)
+        return linear(self.attend(q, step, kv).flatten(1), self.o, self.o_bias, impl=self.impl)
 
     def attend(self, q: Tensor, step: StepInputs, kv: KVLayer) -> Tensor:
         """q [T, heads, head_dim] against the cache -> the same shape."""
@@ -174,11 +169,12 @@ class Decoder(nn.Module):
     def forward(self, step: StepInputs, kv: Sequence[KVLayer], cos_sin: Tensor) -> Tensor:
         """Write keys and values of every token; return the final hidden states [S, hidden] of `step.rows`."""
         impl, eps = self.impl, self.spec.rms_norm_eps
+        turn = rotation(step.positions, cos_sin)
         residual = self.embed(step.tokens)
         x = rms_norm(residual, self._layers[0].input_norm, eps, impl=impl)
         last = len(self._layers) - 1
         for i, layer in enumerate(self._layers):
-            x = layer(x, step, kv[i], cos_sin)
+            x = layer(x, step, kv[i], turn)
             if i == last and step.num_decodes < x.shape[0]:  # of prompts only some rows are read, in their order
                 x, residual = x[step.rows], residual[step.rows]
             x, residual = add_rms_norm(x, residual, layer.post_norm, eps, impl=impl)

@@ -4,10 +4,11 @@ Every operation takes `impl`: "torch" (readable oracle), "aten" (CPU), "triton" 
 """
 
 from .attention import decode_attention, prefill_attention
-from .elementwise import add_rms_norm, rms_norm, rope, silu_mul
+from .elementwise import add_rms_norm, rms_norm, rope, rotation, silu_mul
 from .kv_cache import KV_FORMATS, KVFormat, KVLayer, allocate_kv, read_kv, write_kv
 from .matmul import linear
 from .packing import PackedWeight, pack_weight, random_weight
+from .qkv import rope_write
 from .weights import WEIGHT_FORMATS, QuantizedWeight, WeightFormat, quantize_weight
 
 __all__ = [
@@ -29,6 +30,8 @@ __all__ = [
     "read_kv",
     "rms_norm",
     "rope",
+    "rope_write",
+    "rotation",
     "silu_mul",
     "write_kv",
 ]

@@ -49,15 +49,24 @@ def silu_mul(gate_up: Tensor, *, impl: str = "auto") -> Tensor:
     return out
 
 
-def rope(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor, *, impl: str = "auto") -> tuple[Tensor, Tensor]:
-    """Rotate q [T, H, D] and k [T, Hkv, D] to `positions` [T] int64; new tensors, the inputs are left alone.
+def rotation(positions: Tensor, cos_sin: Tensor) -> Tensor:
+    """What `rope` multiplies with, looked up once per step for all layers: [T, 2, D] in cos_sin's dtype.
 
-    cos_sin [max_position, D] float32: cosines of the D/2 frequencies, then their sines. Element i turns with element i
-    + D/2.
+    positions [T] int64. cos_sin [max_position, D]: cosines of the D/2 frequencies, then their sines.
+    x turned is x * turn[:, 0] + (x rolled by D/2) * turn[:, 1]: cosines twice, sines with the sign of their half.
     """
-    if cos_sin.shape[-1] != q.shape[-1] or q.shape[-1] != k.shape[-1] or q.shape[0] != k.shape[0]:
-        raise ValueError(f"rope: q {tuple(q.shape)}, k {tuple(k.shape)} and cos_sin {tuple(cos_sin.shape)} do not fit")
-    out: tuple[Tensor, Tensor] = choose("rope", ROPE, impl, q.device)(q, k, positions, cos_sin)
+    cos, sin = cos_sin[positions].chunk(2, -1)
+    return torch.cat((cos, cos, -sin, sin), -1).unflatten(-1, (2, -1))
+
+
+def rope(q: Tensor, k: Tensor, turn: Tensor, *, impl: str = "auto") -> tuple[Tensor, Tensor]:
+    """Rotate q [T, H, D] and k [T, Hkv, D] by `rotation`'s turn [T, 2, D]; new tensors, the inputs are left alone.
+
+    Element i turns with element i + D/2.
+    """
+    if turn.shape != (q.shape[0], 2, q.shape[-1]) or q.shape[-1] != k.shape[-1] or q.shape[0] != k.shape[0]:
+        raise ValueError(f"rope: q {tuple(q.shape)}, k {tuple(k.shape)} and turn {tuple(turn.shape)} do not fit")
+    out: tuple[Tensor, Tensor] = choose("rope", ROPE, impl, q.device)(q, k, turn)
     return out
 
 
@@ -76,7 +85,12 @@ def _add_rms_norm_torch(x: Tensor, residual: Tensor, weight: Tensor, eps: float)
 
 
 def _rms_norm_aten(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return F.rms_norm(x, weight.shape, weight, eps)
+    """As the reference, by the fewest and smallest operators: half the time of F.rms_norm on bf16."""
+    d = x.shape[-1]
+    y = x.float()
+    norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
+    inverse = norm.square_().add_(d * eps).rsqrt_().mul_(d**0.5)
+    return (y.mul_(inverse) if y is not x else y * inverse).mul_(weight).to(x.dtype)
 
 
 def _add_rms_norm_aten(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -89,26 +103,16 @@ def _silu_mul_torch(gate_up: Tensor) -> Tensor:
     return (gate * torch.sigmoid(gate) * up).to(gate_up.dtype)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.to(cos.dtype).chunk(2, -1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
+def rotate(x: Tensor, turn: Tensor) -> Tensor:
+    """x [T, H, D] by turn [T, 2, D], computed in turn's dtype -> x's dtype."""
+    cos, sin = turn.unsqueeze(2).unbind(1)
+    y = x.to(turn.dtype)
+    return torch.addcmul(y * cos, torch.roll(y, y.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
-def _rope_torch(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> tuple[Tensor, Tensor]:
-    cos, sin = cos_sin[positions].to(_wide(q)).unsqueeze(1).chunk(2, -1)
-    return _rotate(q, cos, sin), _rotate(k, cos, sin)
-
-
-def _rope_aten(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> tuple[Tensor, Tensor]:
-    """As the reference, with half the operators and temporaries: queries and keys turn together."""
-    cos, sin = cos_sin[positions].to(_wide(q)).unsqueeze(1).chunk(2, -1)
-    both = torch.cat((q, k), 1)
-    first, second = both.chunk(2, -1)
-    turned_first = (first * cos).addcmul_(second, sin, value=-1)
-    turned_second = (second * cos).addcmul_(first, sin)
-    first.copy_(turned_first)
-    second.copy_(turned_second)
-    return both[:, : q.shape[1]], both[:, q.shape[1] :]
+def _rope_torch(q: Tensor, k: Tensor, turn: Tensor) -> tuple[Tensor, Tensor]:
+    turn = turn.to(_wide(q))
+    return rotate(q, turn), rotate(k, turn)
 
 
 def _silu_mul_aten(gate_up: Tensor) -> Tensor:
@@ -128,4 +132,4 @@ def _triton(name: str) -> Callable[..., Any]:
 RMS_NORM = {"torch": _rms_norm_torch, "aten": _rms_norm_aten, "triton": _triton("rms_norm")}
 ADD_RMS_NORM = {"torch": _add_rms_norm_torch, "aten": _add_rms_norm_aten, "triton": _triton("add_rms_norm")}
 SILU_MUL = {"torch": _silu_mul_torch, "aten": _silu_mul_aten, "triton": _triton("silu_mul")}
-ROPE = {"torch": _rope_torch, "aten": _rope_aten, "triton": _triton("rope")}
+ROPE = {"torch": _rope_torch, "aten": _rope_torch, "triton": _triton("rope")}

@@ -44,14 +44,13 @@ def silu_mul_kernel(gate_up, out, I, BLOCK: tl.constexpr, INTERP: tl.constexpr):
 
 @triton.jit
 def rope_kernel(
-    x, positions, cos_sin, out, stride_row, stride_head, HEADS, D: tl.constexpr, BH: tl.constexpr, INTERP: tl.constexpr
+    x, turn, out, stride_row, stride_head, HEADS, D: tl.constexpr, BH: tl.constexpr, INTERP: tl.constexpr
 ):
     HALF: tl.constexpr = D // 2
     row = tl.program_id(0).to(tl.int64)
     h, i = tl.program_id(1) * BH + tl.arange(0, BH), tl.arange(0, HALF)
-    position = tl.load(positions + row)
-    cos = tl.load(cos_sin + position * D + i)[None, :]
-    sin = tl.load(cos_sin + position * D + HALF + i)[None, :]
+    cos = tl.load(turn + row * 2 * D + i)[None, :]
+    sin = tl.load(turn + row * 2 * D + D + HALF + i)[None, :]
     inside = (h < HEADS)[:, None]
     at = x + row * stride_row + h[:, None] * stride_head + i[None, :]
     first = tl.load(at, mask=inside, other=0.0).to(tl.float32)
@@ -114,7 +113,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return out
 
 
-def rope(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> tuple[Tensor, Tensor]:
+def rope(q: Tensor, k: Tensor, turn: Tensor) -> tuple[Tensor, Tensor]:
     """q [T, H, D], k [T, Hkv, D] bf16 views whose last dimension is contiguous."""
     _check("rope", q, k)
     turned = []
@@ -123,7 +122,7 @@ def rope(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> tuple[Tens
         out = torch.empty(t, heads, d, dtype=x.dtype, device=x.device)
         bh = min(8, next_power_of_2(heads))
         rope_kernel[(t, triton.cdiv(heads, bh))](
-            x, positions, cos_sin, out, x.stride(0), x.stride(1), heads, d, bh, INTERP, num_warps=1
+            x, turn, out, x.stride(0), x.stride(1), heads, d, bh, INTERP, num_warps=1
         )
         turned.append(out)
     return turned[0], turned[1]

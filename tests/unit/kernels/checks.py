@@ -259,10 +259,10 @@ def check_elementwise(
     angles = torch.outer(
         torch.arange(500, device=device), 10000.0 ** (-torch.arange(0, head_dim, 2, device=device) / head_dim)
     )
-    cos_sin = torch.cat((angles.cos(), angles.sin()), -1)
+    turn = kernels.rotation(positions, torch.cat((angles.cos(), angles.sin()), -1))
     for got, ref in zip(
-        kernels.rope(q, k, positions, cos_sin, impl=impl),
-        kernels.rope(q.double(), k.double(), positions, cos_sin.double(), impl="torch"),
+        kernels.rope(q, k, turn, impl=impl),
+        kernels.rope(q.double(), k.double(), turn.double(), impl="torch"),
         strict=True,
     ):
         assert relative_error(got, ref) < 4e-3
