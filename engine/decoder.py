@@ -8,16 +8,18 @@ a layer's result joins the residual in the same operation as the next norm.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.errors import ConfigError
-from engine.model_spec import HEAD_FORMAT, ModelSpec
+from engine.model_spec import ModelSpec
 from engine.step_inputs import StepInputs
+from engine.weight_plan import LM_HEAD, WeightPlan, Weights
 from kernels import (
+    AttentionPlan,
     KVLayer,
     PackedWeight,
     QuantizedWeight,
@@ -25,6 +27,7 @@ from kernels import (
     decode_attention,
     linear,
     pack_weight,
+    plan_attention,
     prefill_attention,
     rms_norm,
     rope_write,
@@ -103,22 +106,22 @@ class DecoderLayer(nn.Module):
     def nbytes(self, *names: str) -> int:
         return sum(held.nbytes for name in names if (held := getattr(self, name)) is not None)
 
-    def forward(self, x: Tensor, step: StepInputs, kv: KVLayer, turn: Tensor) -> Tensor:
+    def forward(self, x: Tensor, step: StepInputs, kv: KVLayer, turn: Tensor, plan: AttentionPlan | None) -> Tensor:
         """Normed hidden states [T, hidden] -> the attention's output before it joins the residual."""
         qkv = linear(x, self.qkv, self.qkv_bias, impl=self.impl)
         q = rope_write(qkv, kv, step.slots, turn, self.head_norms, impl=self.impl)
-        return linear(self.attend(q, step, kv).flatten(1), self.o, self.o_bias, impl=self.impl)
+        return linear(self.attend(q, step, kv, plan).flatten(1), self.o, self.o_bias, impl=self.impl)
 
-    def attend(self, q: Tensor, step: StepInputs, kv: KVLayer) -> Tensor:
+    def attend(self, q: Tensor, step: StepInputs, kv: KVLayer, plan: AttentionPlan | None) -> Tensor:
         """q [T, heads, head_dim] against the cache -> the same shape."""
-        n = step.num_decodes
+        n, scale, impl = step.num_decodes, self.scale, self.impl
         tables, lengths, starts = step.block_tables, step.lengths, step.query_starts
         if n == q.shape[0]:
-            return decode_attention(q, kv, tables, lengths, self.scale, impl=self.impl)
+            return decode_attention(q, kv, tables, lengths, scale, plan, impl=impl)
         if n == 0:
-            return prefill_attention(q, kv, tables, starts, lengths, self.scale, impl=self.impl)
-        decoded = decode_attention(q[:n], kv, tables[:n], lengths[:n], self.scale, impl=self.impl)
-        prefilled = prefill_attention(q[n:], kv, tables[n:], starts, lengths[n:], self.scale, impl=self.impl)
+            return prefill_attention(q, kv, tables, starts, lengths, scale, plan, impl=impl)
+        decoded = decode_attention(q[:n], kv, tables[:n], lengths[:n], scale, plan, impl=impl)
+        prefilled = prefill_attention(q[n:], kv, tables[n:], starts, lengths[n:], scale, plan, impl=impl)
         return torch.cat((decoded, prefilled))
 
     def mlp(self, x: Tensor) -> Tensor:
@@ -170,11 +173,13 @@ class Decoder(nn.Module):
         """Write keys and values of every token; return the final hidden states [S, hidden] of `step.rows`."""
         impl, eps = self.impl, self.spec.rms_norm_eps
         turn = rotation(step.positions, cos_sin)
+        tables, lengths, starts = step.block_tables, step.lengths, step.query_starts
+        plan = plan_attention(kv[0], self.spec.num_heads, tables, starts, lengths, step.num_decodes, impl=impl)
         residual = self.embed(step.tokens)
         x = rms_norm(residual, self._layers[0].input_norm, eps, impl=impl)
         last = len(self._layers) - 1
         for i, layer in enumerate(self._layers):
-            x = layer(x, step, kv[i], turn)
+            x = layer(x, step, kv[i], turn, plan)
             if i == last and step.num_decodes < x.shape[0]:  # of prompts only some rows are read, in their order
                 x, residual = x[step.rows], residual[step.rows]
             x, residual = add_rms_norm(x, residual, layer.post_norm, eps, impl=impl)
@@ -198,6 +203,12 @@ class Decoder(nn.Module):
         layers = [DecoderLayer(self.spec, "torch", layer.matrices(), layer.vectors()) for layer in self._layers]
         return Decoder(self.spec, "torch", layers, self.embeddings, self.final_norm, self.lm_head)
 
+    def matrices(self) -> dict[str, PackedWeight]:
+        """Every matrix by the name a WeightPlan gives it."""
+        layers = enumerate(self._layers)
+        named = {f"layers.{i}.{name}": held for i, layer in layers for name, held in layer.matrices().items()}
+        return {**named, LM_HEAD: self.lm_head}
+
     def matrix_formats(self) -> dict[str, int]:
         """Number of the layers' matrices by format as computed: {"int4 group 128": 7, "bf16": 1}."""
         packed = [matrix for layer in self._layers for matrix in layer.matrices().values()]
@@ -217,12 +228,22 @@ class Decoder(nn.Module):
 
 
 def build_decoder(
-    spec: ModelSpec, read: ReadWeight, *, weights: str, group_size: int, device: torch.device, impl: str
+    spec: ModelSpec,
+    read: ReadWeight,
+    *,
+    weights: Weights,
+    group_size: int,
+    device: torch.device,
+    impl: str,
+    kept: Mapping[str, PackedWeight] | None = None,
 ) -> Decoder:
     """Read, fuse, quantize and lay out the weights, one tensor at a time so that no second copy of the model exists.
 
+    kept: matrices of an earlier decoder, by name, that are taken as they are instead of being made again.
     Raises ConfigError where a matrix cannot be stored as `weights` with `group_size`.
     """
+    plan = WeightPlan.of(weights)
+    kept = kept or {}
     reference = impl == "torch"
     dtype = torch.float32 if reference else torch.bfloat16
     notes: dict[str, None] = {}  # an ordered set
@@ -233,18 +254,22 @@ def build_decoder(
         return tensor.to(device=device, dtype=dtype)
 
     def matrix(name: str, layer: int, shape: tuple[int, ...]) -> PackedWeight:
+        full = f"layers.{layer}.{name}"
+        if full in kept:
+            return kept[full]
+        chosen = plan[full]
         tensor = read(name, layer, shape, device)
         if isinstance(tensor, QuantizedWeight):
             packed = _exact(tensor, device) if reference else pack_weight(tensor, tensor.format, device=device)
             if not _holds_scale(packed, tensor.scale):
                 notes["scales rounded to bf16"] = None
             return packed
-        if reference and weights == "bf16":
+        if reference and chosen == "bf16":
             return _plain(tensor.to(device))
         try:
-            return pack_weight(tensor, weights, group_size=group_size, device=device)
+            return pack_weight(tensor, chosen, group_size=group_size, device=device)
         except ValueError as error:
-            raise ConfigError(f"{spec.name}: {name} {list(shape)} of layer {layer} as {weights}: {error}") from error
+            raise ConfigError(f"{spec.name}: {name} {list(shape)} of layer {layer} as {chosen}: {error}") from error
 
     layers = []
     shapes = layer_shapes(spec)
@@ -254,7 +279,7 @@ def build_decoder(
         layers.append(DecoderLayer(spec, impl, packed, vectors))
     outer = {name: vector(name, None, shape) for name, shape in outer_shapes(spec).items()}
     table = outer.get("lm_head", outer["embeddings"])
-    head_format = HEAD_FORMAT[weights]
+    head_format = spec.head_format(plan)
     exact = reference and head_format == "bf16"
     lm_head = _plain(table) if exact else pack_weight(table, head_format, group_size=group_size, device=device)
     shared = spec.tie_embeddings and head_format != "bf16"

@@ -3,7 +3,7 @@
 Every operation takes `impl`: "torch" (readable oracle), "aten" (CPU), "triton" (CUDA) or "auto". See `dispatch`.
 """
 
-from .attention import decode_attention, prefill_attention
+from .attention import AttentionPlan, decode_attention, plan_attention, prefill_attention
 from .elementwise import add_rms_norm, rms_norm, rope, rotation, silu_mul
 from .kv_cache import KV_FORMATS, KVFormat, KVLayer, allocate_kv, read_kv, write_kv
 from .matmul import linear
@@ -12,6 +12,7 @@ from .qkv import rope_write
 from .weights import WEIGHT_FORMATS, QuantizedWeight, WeightFormat, quantize_weight
 
 __all__ = [
+    "AttentionPlan",
     "KV_FORMATS",
     "KVFormat",
     "KVLayer",
@@ -24,6 +25,7 @@ __all__ = [
     "decode_attention",
     "linear",
     "pack_weight",
+    "plan_attention",
     "prefill_attention",
     "quantize_weight",
     "random_weight",

@@ -6,38 +6,52 @@ follow Kwon et al., "PagedAttention" (2023); grouped query heads as in Ainslie e
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from .attention_cpu import decode_cpu, prefill_cpu
-from .dispatch import choose
+from .attention_cpu import DecodePlan, PrefillPlan, decode_cpu, plan_decode, plan_prefill, prefill_cpu
+from .dispatch import Implementations, choose
 from .kv_cache import KVLayer, read_kv
 
 
+@dataclass(frozen=True)
+class AttentionPlan:
+    """Indices and masks of one step's attention on a CPU, shared by all layers; see `attention_cpu`."""
+
+    decode: DecodePlan | None
+    prefill: PrefillPlan | None
+
+
 def decode_attention(
-    q: Tensor, layer: KVLayer, block_tables: Tensor, lengths: Tensor, scale: float, *, impl: str = "auto"
+    q: Tensor, layer: KVLayer, block_tables: Tensor, lengths: Tensor, scale: float,
+    plan: AttentionPlan | None = None, *, impl: str = "auto",
 ) -> Tensor:
     """q [B, H, D] against the first lengths[b] cached tokens of each sequence -> [B, H, D] in q's dtype.
 
     block_tables [B, max_blocks] int32 (entries past a sequence's last block are never followed), lengths [B] int32; a
-    row of length 0 gives zeros. scale multiplies q.k, normally D ** -0.5.
+    row of length 0 gives zeros. scale multiplies q.k, normally D ** -0.5. plan: what `plan_attention` prepared for
+    exactly these tables and lengths.
     """
     _check("decode_attention", q, layer, block_tables, lengths)
     if q.shape[0] != lengths.shape[0]:
         raise ValueError(f"decode_attention: {q.shape[0]} queries for {lengths.shape[0]} sequences")
-    out: Tensor = choose("decode_attention", DECODE_ATTENTION, impl, q.device)(q, layer, block_tables, lengths, scale)
+    out: Tensor = choose("decode_attention", DECODE_ATTENTION, impl, q.device)(
+        q, layer, block_tables, lengths, scale, plan and plan.decode
+    )
     return out
 
 
 def prefill_attention(
-    q: Tensor, layer: KVLayer, block_tables: Tensor, query_starts: Tensor, lengths: Tensor, scale: float, *,
-    impl: str = "auto",
+    q: Tensor, layer: KVLayer, block_tables: Tensor, query_starts: Tensor, lengths: Tensor, scale: float,
+    plan: AttentionPlan | None = None, *, impl: str = "auto",
 ) -> Tensor:
     """Causal attention of ragged chunks q [T, H, D] -> [T, H, D] in q's dtype.
 
     Sequence b owns rows query_starts[b] : query_starts[b+1] (query_starts [B+1] int32), which are its last tokens;
     lengths [B] int32 counts all its tokens, the chunk included, and all their keys and values are already written. Rows
-    past query_starts[B] are padding and give zeros.
+    past query_starts[B] are padding and give zeros. plan: as in `decode_attention`.
     """
     _check("prefill_attention", q, layer, block_tables, lengths)
     if query_starts.shape[0] != lengths.shape[0] + 1:
@@ -46,7 +60,23 @@ def prefill_attention(
             "one more is needed"
         )
     out: Tensor = choose("prefill_attention", PREFILL_ATTENTION, impl, q.device)(
-        q, layer, block_tables, query_starts, lengths, scale
+        q, layer, block_tables, query_starts, lengths, scale, plan and plan.prefill
+    )
+    return out
+
+
+def plan_attention(
+    layer: KVLayer, heads: int, block_tables: Tensor, query_starts: Tensor, lengths: Tensor, num_decodes: int, *,
+    impl: str = "auto",
+) -> AttentionPlan | None:
+    """Once per step what each layer would derive again from tables and lengths; None where an implementation derives
+    nothing.
+
+    The first `num_decodes` sequences have one query each, the others a chunk as `query_starts` says. Any layer with the
+    same block size and heads will do, whatever its format.
+    """
+    out: AttentionPlan | None = choose("plan_attention", PLAN_ATTENTION, impl, layer.device)(
+        layer, heads, block_tables, query_starts, lengths, num_decodes
     )
     return out
 
@@ -72,7 +102,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return (scores.masked_fill(later, float("-inf")).softmax(-1) @ v).transpose(0, 1).to(q.dtype)
 
 
-def _decode_torch(q: Tensor, layer: KVLayer, block_tables: Tensor, lengths: Tensor, scale: float) -> Tensor:
+def _decode_torch(
+    q: Tensor, layer: KVLayer, block_tables: Tensor, lengths: Tensor, scale: float, plan: None = None
+) -> Tensor:
     out = torch.zeros_like(q)
     for b, length in enumerate(lengths.tolist()):
         if length:
@@ -81,7 +113,8 @@ def _decode_torch(q: Tensor, layer: KVLayer, block_tables: Tensor, lengths: Tens
 
 
 def _prefill_torch(
-    q: Tensor, layer: KVLayer, block_tables: Tensor, query_starts: Tensor, lengths: Tensor, scale: float
+    q: Tensor, layer: KVLayer, block_tables: Tensor, query_starts: Tensor, lengths: Tensor, scale: float,
+    plan: None = None,
 ) -> Tensor:
     out = torch.zeros_like(q)
     starts = query_starts.tolist()
@@ -92,19 +125,38 @@ def _prefill_torch(
     return out
 
 
-def _decode_triton(q: Tensor, layer: KVLayer, block_tables: Tensor, lengths: Tensor, scale: float) -> Tensor:
+def _decode_triton(
+    q: Tensor, layer: KVLayer, block_tables: Tensor, lengths: Tensor, scale: float, plan: None = None
+) -> Tensor:
     from .decode_triton import decode_triton
 
     return decode_triton(q, layer, block_tables, lengths, scale)
 
 
 def _prefill_triton(
-    q: Tensor, layer: KVLayer, block_tables: Tensor, query_starts: Tensor, lengths: Tensor, scale: float
+    q: Tensor, layer: KVLayer, block_tables: Tensor, query_starts: Tensor, lengths: Tensor, scale: float,
+    plan: None = None,
 ) -> Tensor:
     from .prefill_triton import prefill_triton
 
     return prefill_triton(q, layer, block_tables, query_starts, lengths, scale)
 
 
-DECODE_ATTENTION = {"torch": _decode_torch, "aten": decode_cpu, "triton": _decode_triton}
-PREFILL_ATTENTION = {"torch": _prefill_torch, "aten": prefill_cpu, "triton": _prefill_triton}
+DECODE_ATTENTION: Implementations = {"torch": _decode_torch, "aten": decode_cpu, "triton": _decode_triton}
+PREFILL_ATTENTION: Implementations = {"torch": _prefill_torch, "aten": prefill_cpu, "triton": _prefill_triton}
+
+
+def _plan_nothing(*_: object) -> None:
+    """Kernels on a GPU read tables and lengths themselves, and so does the reference."""
+
+
+def _plan_cpu(
+    layer: KVLayer, heads: int, block_tables: Tensor, query_starts: Tensor, lengths: Tensor, n: int
+) -> AttentionPlan:
+    return AttentionPlan(
+        plan_decode(layer, block_tables[:n], lengths[:n]) if n else None,
+        plan_prefill(layer, heads, block_tables[n:], query_starts, lengths[n:]) if n < len(lengths) else None,
+    )
+
+
+PLAN_ATTENTION: Implementations = {"torch": _plan_nothing, "aten": _plan_cpu, "triton": _plan_nothing}

@@ -9,6 +9,7 @@ there are cleared.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -24,44 +25,109 @@ CHUNK_ELEMENTS = 1 << 19
 CAUSAL_ROWS = 256  # a whole prompt of at least this many tokens runs alone, so that the masked half is skipped
 
 
-def decode_cpu(q: Tensor, layer: KVLayer, block_tables: Tensor, lengths: Tensor, scale: float) -> Tensor:
-    """See `attention.decode_attention`."""
+@dataclass(frozen=True)
+class Rows:
+    """Decoding sequences that are computed together, padded to the longest, and the indices that this takes.
+
+    at: which rows of the batch, None for all. counts: their lengths. table: the blocks to gather, [rows * n] with n the
+    longest's count (a shorter row repeats its first). behind: bool [rows, tokens], what lies past each row's end, None
+    where all are equally long; last, past: see `_Tails`.
+    """
+
+    at: Tensor | None
+    counts: list[int]
+    table: Tensor
+    behind: Tensor | None
+    tails: _Tails | None
+
+
+@dataclass(frozen=True)
+class _Tails:
+    """Where gathered blocks hold tokens past a row's end: the last block of each row from some offset on (`behind`
+    [rows, block_size]), and the blocks after it (`past`)."""
+
+    last: Tensor
+    behind: Tensor
+    past: Tensor
+
+    def clear(self, x: Tensor) -> None:
+        """Zero them in x [Hkv, B, tokens, D], in place."""
+        blocks = x.view(x.shape[0], -1, self.behind.shape[1], x.shape[-1])
+        if len(self.past):
+            blocks.index_fill_(1, self.past, 0)
+        cleared = blocks.index_select(1, self.last).masked_fill_(self.behind[None, :, :, None], 0)
+        blocks.index_copy_(1, self.last, cleared)
+
+
+DecodePlan = tuple[Rows, ...]
+"""A batch of decodes in groups of similar length; rows of length 0 are in none of them."""
+
+
+def plan_decode(layer: KVLayer, block_tables: Tensor, lengths: Tensor) -> DecodePlan:
+    """What `decode_cpu` derives from lengths and block tables alone: the same for every layer of a step."""
     counts = lengths.tolist()
     per_token = layer.kv_heads * layer.head_dim
     if counts and min(counts) > 0 and (len(counts) == 1 or len(counts) * max(counts) * per_token <= CHUNK_ELEMENTS):
-        return _decode_padded(q, layer, block_tables, lengths, counts, scale)
-    out = torch.zeros_like(q)
-    rows: list[int] = []
+        return (_rows(None, block_tables, lengths, counts, layer.block_size),)
+    groups, rows = [], []
     order = sorted((b for b, n in enumerate(counts) if n), key=counts.__getitem__)
     for b, following in zip(order, [*order[1:], -1], strict=False):
         rows.append(b)
         if following < 0 or (len(rows) + 1) * counts[following] * per_token > CHUNK_ELEMENTS:
             at = torch.tensor(rows)
-            out[at] = _decode_padded(q[at], layer, block_tables[at], lengths[at], [counts[b] for b in rows], scale)
+            groups.append(_rows(at, block_tables[at], lengths[at], [counts[b] for b in rows], layer.block_size))
             rows = []
+    return tuple(groups)
+
+
+def _rows(at: Tensor | None, block_tables: Tensor, lengths: Tensor, counts: list[int], block_size: int) -> Rows:
+    table, held = _blocks(block_tables, lengths, counts, block_size)
+    width = len(table) // len(counts) * block_size
+    if len(counts) == 1 or min(counts) == width:  # (one row is cut to its length)
+        return Rows(at, counts, table, None, None)
+    behind = torch.arange(width) >= lengths[:, None]
+    return Rows(at, counts, table, behind, _tails(held, lengths, block_size, width // block_size))
+
+
+def decode_cpu(
+    q: Tensor, layer: KVLayer, block_tables: Tensor, lengths: Tensor, scale: float, plan: DecodePlan | None = None
+) -> Tensor:
+    """See `attention.decode_attention`."""
+    plan = plan_decode(layer, block_tables, lengths) if plan is None else plan
+    if len(plan) == 1 and plan[0].at is None:
+        return _decode_rows(q, layer, plan[0], scale)
+    out = torch.zeros_like(q)
+    for rows in plan:
+        out[rows.at] = _decode_rows(q[rows.at], layer, rows, scale)
     return out
 
 
-def _decode_padded(
-    q: Tensor, layer: KVLayer, block_tables: Tensor, lengths: Tensor, counts: list[int], scale: float
-) -> Tensor:
+def _decode_rows(q: Tensor, layer: KVLayer, rows: Rows, scale: float) -> Tensor:
+    if len(rows.counts) == 1 and layer.format.key.bits == layer.format.value.bits == 16:
+        return _decode_alone(q, layer, rows.table, rows.counts[0], scale)
+    return _decode_padded(q, layer, rows, scale)
+
+
+def _decode_alone(q: Tensor, layer: KVLayer, table: Tensor, length: int, scale: float) -> Tensor:
+    """One sequence in bf16: its keys and values are one matrix per head, which fused attention takes as they are."""
+    hkv, d = layer.kv_heads, layer.head_dim
+    k, v = (side.index_select(1, table).view(1, hkv, -1, d)[:, :, :length] for side in layer.rows_by_head)
+    rows = q.to(torch.bfloat16).reshape(1, hkv, -1, d)
+    return F.scaled_dot_product_attention(rows, k, v, scale=scale).reshape(q.shape).to(q.dtype)
+
+
+def _decode_padded(q: Tensor, layer: KVLayer, group: Rows, scale: float) -> Tensor:
     """All rows at once, padded to the longest; every length is at least 1."""
     batch, heads, d = q.shape
     hkv = layer.kv_heads
-    table, held = _blocks(block_tables, lengths, counts, layer.block_size)
     key, value, codec_k, codec_v = layer.key, layer.value, layer.format.key, layer.format.value
-    k, ks, kl = _operand(key, layer.key_scale, codec_k, table, batch, counts[0])
-    v, vs, vl = _operand(value, layer.value_scale, codec_v, table, batch, counts[0])
-    padded = min(counts) < v.shape[2]
-    if padded:
-        _clear_tails(v, held, lengths, layer.block_size)
+    k, ks, kl = _operand(key, layer.key_scale, codec_k, group.table, batch, group.counts[0])
+    v, vs, vl = _operand(value, layer.value_scale, codec_v, group.table, batch, group.counts[0])
+    if group.tails is not None and group.behind is not None:
+        group.tails.clear(v)
         if vs is not None and vl is not None:  # a NaN scale behind the end would survive multiplication by zero
-            behind = torch.arange(v.shape[2]) >= lengths[:, None]
-            vs, vl = vs.masked_fill(behind, 0), vl.masked_fill(behind, 0)
+            vs, vl = vs.masked_fill(group.behind, 0), vl.masked_fill(group.behind, 0)
     rows = q.view(batch, hkv, -1, d).transpose(0, 1).to(torch.bfloat16)  # [Hkv, B, group, D]
-    if batch == 1 and ks is None and vs is None:
-        y = F.scaled_dot_product_attention(rows.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), scale=scale)
-        return y.reshape(1, heads, d).to(q.dtype)
     q_codes = rows if ks is None else rows[..., _permutation(d, codec_k.bits)]
     s = (
         torch.bmm(q_codes.reshape(hkv * batch, -1, d), k.flatten(0, 1).transpose(1, 2))
@@ -70,8 +136,8 @@ def _decode_padded(
     )
     if ks is not None and kl is not None:
         s = s.mul_(ks[:, :, None]).add_(rows.float().sum(-1, keepdim=True) * kl[:, :, None])
-    if padded:
-        s.masked_fill_((torch.arange(k.shape[2]) >= lengths[:, None])[:, None], float("-inf"))
+    if group.behind is not None:
+        s.masked_fill_(group.behind[:, None], float("-inf"))
     p = torch.softmax(s.mul_(scale), -1)
     weighted = p if vs is None else p * vs[:, :, None]
     y = torch.bmm(weighted.bfloat16().flatten(0, 1), v.flatten(0, 1)).view(hkv, batch, -1, d)
@@ -131,32 +197,76 @@ def _inverse(d: int, bits: int) -> Tensor:
     return torch.argsort(_permutation(d, bits))
 
 
-def _clear_tails(x: Tensor, held: Tensor, lengths: Tensor, block_size: int) -> None:
-    """Zero what lies behind each row's end of x [Hkv, B, tokens, D], in place: touches the last block of a row and
-    those past it only."""
-    blocks = x.view(x.shape[0], -1, block_size, x.shape[-1])
-    n = blocks.shape[1] // len(held)
-    index = torch.arange(n)
-    past = (index >= held[:, None]).view(-1).nonzero().view(-1)
-    if len(past):
-        blocks.index_fill_(1, past, 0)
-    last = torch.arange(0, n * len(held), n) + held - 1
+def _tails(held: Tensor, lengths: Tensor, block_size: int, width: int) -> _Tails:
+    """Of rows that hold `held` blocks each, gathered `width` at a time."""
+    last = torch.arange(0, width * len(held), width) + held - 1
     behind = torch.arange(block_size) > (lengths[:, None] - 1) % block_size
-    blocks.index_copy_(1, last, blocks.index_select(1, last).masked_fill_(behind[None, :, :, None], 0))
+    return _Tails(last, behind, (torch.arange(width) >= held[:, None]).view(-1).nonzero().view(-1))
 
 
-def prefill_cpu(
-    q: Tensor, layer: KVLayer, block_tables: Tensor, query_starts: Tensor, lengths: Tensor, scale: float
-) -> Tensor:
-    """See `attention.prefill_attention`: whole long prompts alone, everything else in padded groups of similar size."""
-    out = torch.zeros_like(q)
+@dataclass(frozen=True)
+class Chunks:
+    """Prompt chunks that are computed together, padded to the longest, and the indices that this takes.
+
+    rows: where a single chunk stands in the batch, else None; at: int64 [chunks, T], its rows, of which a shorter chunk
+    repeats its last; live: bool [chunks, T], False for these repeats. table, tails: as in `Rows`, over all tokens of
+    each sequence; longest: the most. seen: bool [chunks, 1, group * T, longest], what each query may attend to, None
+    for one whole prompt.
+    """
+
+    rows: slice | None
+    at: Tensor
+    live: Tensor
+    table: Tensor
+    tails: _Tails
+    longest: int
+    seen: Tensor | None
+
+
+PrefillPlan = tuple[Chunks, ...]
+
+
+def plan_prefill(
+    layer: KVLayer, heads: int, block_tables: Tensor, query_starts: Tensor, lengths: Tensor
+) -> PrefillPlan:
+    """What `prefill_cpu` derives from everything but queries and cache: the same for every layer of a step. Whole long
+    prompts are computed alone, everything else in padded groups of similar size."""
     starts, counts = query_starts.tolist(), lengths.tolist()
     chunks = [starts[b + 1] - starts[b] for b in range(len(counts))]
     alone = [b for b, t in enumerate(chunks) if t >= CAUSAL_ROWS and t == counts[b]]
-    for group in [[b] for b in alone] + _groups(
-        [b for b, t in enumerate(chunks) if t and b not in alone], chunks, counts
-    ):
-        _prefill_group(out, q, layer, block_tables, group, starts, chunks, counts, scale)
+    rest = [b for b, t in enumerate(chunks) if t and b not in alone]
+    groups = [[b] for b in alone] + _groups(rest, chunks, counts)
+    return tuple(_chunks(g, layer, heads // layer.kv_heads, block_tables, starts, chunks, counts) for g in groups)
+
+
+def _chunks(
+    group: list[int], layer: KVLayer, per_head: int, block_tables: Tensor, starts: list[int], chunks: list[int],
+    counts: list[int],
+) -> Chunks:
+    t, longest = max(chunks[b] for b in group), max(counts[b] for b in group)
+    lengths, news = torch.tensor([counts[b] for b in group]), torch.tensor([chunks[b] for b in group])[:, None]
+    table, held = _blocks(block_tables[group], lengths, lengths.tolist(), layer.block_size)
+    tails = _tails(held, lengths, layer.block_size, len(table) // len(group))
+    step = torch.arange(t).minimum(news - 1)  # padding repeats the last row
+    at = torch.tensor([starts[b] for b in group])[:, None] + step
+    rows = slice(starts[group[0]], starts[group[0]] + t) if len(group) == 1 else None
+    seen = None
+    if rows is None or t < longest:
+        position = lengths[:, None] - news + step
+        seen = (torch.arange(longest) <= position[:, :, None])[:, None, None]
+        seen = seen.expand(-1, 1, per_head, -1, -1).flatten(2, 3)
+    return Chunks(rows, at, torch.arange(t) < news, table, tails, longest, seen)
+
+
+def prefill_cpu(
+    q: Tensor, layer: KVLayer, block_tables: Tensor, query_starts: Tensor, lengths: Tensor, scale: float,
+    plan: PrefillPlan | None = None,
+) -> Tensor:
+    """See `attention.prefill_attention`."""
+    plan = plan_prefill(layer, q.shape[1], block_tables, query_starts, lengths) if plan is None else plan
+    out = torch.zeros_like(q)
+    for chunks in plan:
+        _prefill_chunks(out, q, layer, chunks, scale)
     return out
 
 
@@ -175,48 +285,27 @@ def _groups(rows: list[int], chunks: list[int], counts: list[int]) -> list[list[
     return groups
 
 
-def _prefill_group(
-    out: Tensor, q: Tensor, layer: KVLayer, block_tables: Tensor, group: list[int], starts: list[int],
-    chunks: list[int], counts: list[int], scale: float,
-) -> None:
-    (_, heads, d), hkv = q.shape, layer.kv_heads
-    t, longest = max(chunks[b] for b in group), max(counts[b] for b in group)
-    lengths, news = torch.tensor([counts[b] for b in group]), torch.tensor([chunks[b] for b in group])
-    table, held = _blocks(block_tables[group], lengths, lengths.tolist(), layer.block_size)
+def _prefill_chunks(out: Tensor, q: Tensor, layer: KVLayer, chunks: Chunks, scale: float) -> None:
+    d, hkv = layer.head_dim, layer.kv_heads
+    batch, t = chunks.at.shape
 
     def side(words: Tensor, scales: Tensor | None, codec: Codec) -> Tensor:
-        x = _gather(words, table, len(group))
+        x = _gather(words, chunks.table, batch)
         if scales is not None:
-            x = decode(x, _gather(scales, table, len(group)), codec).bfloat16()
-        _clear_tails(x, held, lengths, layer.block_size)
-        return x[:, :, :longest].transpose(0, 1)
+            x = decode(x, _gather(scales, chunks.table, batch), codec).bfloat16()
+        chunks.tails.clear(x)
+        return x[:, :, : chunks.longest].transpose(0, 1)
 
     k, v = side(layer.key, layer.key_scale, layer.format.key), side(layer.value, layer.value_scale, layer.format.value)
-    if len(group) == 1:
-        rows = slice(starts[group[0]], starts[group[0]] + t)
-        x = q[None, rows]
+    x = (q[chunks.at] if chunks.rows is None else q[None, chunks.rows]).to(torch.bfloat16)
+    if chunks.seen is None:
+        y = F.scaled_dot_product_attention(x.transpose(1, 2), k, v, is_causal=True, scale=scale, enable_gqa=True)
+        y = y.transpose(1, 2)
     else:
-        at = torch.tensor([starts[b] for b in group])[:, None] + torch.arange(t).minimum(
-            news[:, None] - 1
-        )  # padding repeats the last row
-        x = q[at]
-    x = x.to(torch.bfloat16)
-    if len(group) == 1 and t == longest:
-        y = F.scaled_dot_product_attention(
-            x.transpose(1, 2), k, v, is_causal=True, scale=scale, enable_gqa=True
-        ).transpose(1, 2)
+        packed = x.view(batch, t, hkv, -1, d).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B, Hkv, group * T, D]
+        y = F.scaled_dot_product_attention(packed, k, v, chunks.seen, scale=scale)
+        y = y.view(batch, hkv, -1, t, d).permute(0, 3, 1, 2, 4).flatten(2, 3)
+    if chunks.rows is not None:
+        out[chunks.rows] = y[0]
     else:
-        position = lengths[:, None] - news[:, None] + torch.arange(t).minimum(news[:, None] - 1)
-        seen = (
-            (torch.arange(longest) <= position[:, :, None])[:, None, None]
-            .expand(-1, 1, heads // hkv, -1, -1)
-            .flatten(2, 3)
-        )
-        packed = x.view(len(group), t, hkv, -1, d).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B, Hkv, group * T, D]
-        y = F.scaled_dot_product_attention(packed, k, v, seen, scale=scale)
-        y = y.view(len(group), hkv, -1, t, d).permute(0, 3, 1, 2, 4).flatten(2, 3)
-    if len(group) == 1:
-        out[rows] = y[0]
-    else:
-        live = torch.arange(t) < news[:, None]
-        out[at[live]] = y[live].to(out.dtype)
+        out[chunks.at[chunks.live]] = y[chunks.live].to(out.dtype)

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+Implementations = Mapping[str, Callable[..., Any]]
+
 
 def interpreted() -> bool:
     """Whether Triton kernels run in Triton's interpreter (TRITON_INTERPRET=1, read by Triton itself at import)."""
@@ -20,7 +22,7 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-def choose(op: str, impls: Mapping[str, Callable[..., Any]], impl: str, device: torch.device) -> Callable[..., Any]:
+def choose(op: str, impls: Implementations, impl: str, device: torch.device) -> Callable[..., Any]:
     """The function registered for `impl` ("auto": triton on CUDA, aten on CPU); ValueError for a name that is not in
     `impls`."""
     if impl == "auto":

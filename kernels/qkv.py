@@ -1,4 +1,4 @@
-"""From the qkv product to attention, one operation: norm of each head, rotary embedding, and the write to the KV cache."""
+"""From the qkv product to attention in one operation: norm of each head, rotary embedding, write to the KV cache."""
 
 from __future__ import annotations
 
