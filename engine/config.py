@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.errors import ConfigError
-from kernels import KV_FORMATS, WEIGHT_FORMATS
+from engine.weight_plan import WeightPlan, Weights
+from kernels import KV_FORMATS
 
 BATCHING = ("static", "dynamic", "continuous")
 RUNNERS = ("torch", "simulated")
@@ -22,6 +23,7 @@ class EngineConfig:
 
     model: "bundled", "synthetic:<shape>", a local folder, or a hub id.
     weights, kv: a key of kernels.WEIGHT_FORMATS and kernels.KV_FORMATS. group_size: of int4 weights, 64 or 128.
+        For mixed precision `weights` is a WeightPlan, or its mapping: {"default": "int4", "layers.3.down": "int8"}.
         A checkpoint quantized elsewhere keeps its own format and group: "bf16" takes it, another format is refused.
     cache_ratio: share of the memory left after weights and workspace that the KV pool takes, in (0, 1).
     memory_limit: bytes the engine may use; None takes the whole GPU, or a modest share of the RAM on a CPU.
@@ -38,7 +40,7 @@ class EngineConfig:
     """
 
     model: str = "bundled"
-    weights: str = "bf16"
+    weights: Weights = "bf16"
     group_size: int = 128
     kv: str = "bf16"
     cache_ratio: float = 0.8
@@ -59,7 +61,7 @@ class EngineConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _one_of("weights", self.weights, WEIGHT_FORMATS)
+        object.__setattr__(self, "weights", WeightPlan.of(self.weights).simplest)  # one value for equal choices
         _one_of("kv", self.kv, KV_FORMATS)
         _one_of("batching", self.batching, BATCHING)
         _one_of("runner", self.runner, RUNNERS)

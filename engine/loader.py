@@ -15,7 +15,8 @@ from engine.errors import CheckpointError, ConfigError
 from engine.model_spec import ModelSpec
 from engine.shapes import SyntheticWeights, synthetic_spec
 from engine.tokenizer import ByteTokenizer, PretrainedTokenizer, Tokenizer
-from kernels import QuantizedWeight
+from engine.weight_plan import LM_HEAD, WeightPlan, Weights
+from kernels import WEIGHT_FORMATS, PackedWeight, QuantizedWeight
 
 SYNTHETIC = "synthetic:"
 HUB_PATTERNS = ("*.safetensors", "*.json", "tokenizer.model", "merges.txt")
@@ -59,25 +60,40 @@ class LoadedModel:
         """Host memory of the weights kept at high precision."""
         return 0 if self._weights is None else self._weights.nbytes
 
-    def decoder(self, *, weights: str, group_size: int, device: torch.device, impl: str) -> Decoder:
+    def decoder(self, *, weights: Weights, group_size: int, device: torch.device, impl: str) -> Decoder:
         """The decoder in that format, built anew unless it was built last. ConfigError where it cannot be built.
 
+        Layers' matrices whose format does not change are taken over from the decoder built last.
         A checkpoint quantized elsewhere has one format, its own: `weights` is "bf16" or names that one.
         """
         self.spec.check_weights(weights)
         if self.spec.stored is not None:
             weights = "bf16"  # of what the checkpoint left unquantized
-        key = (weights, group_size if weights == "int4" else None, device, impl)
+        plan = WeightPlan.of(weights)
+        grouped = any(WEIGHT_FORMATS[name].grouped for name in plan.formats)
+        key = (plan, group_size if grouped else None, device, impl)
         if self._built is not None and self._built[0] == key:
             return self._built[1]
         if self._weights is None:
             raise ConfigError(f"model {self.source!r} was loaded for simulation, or is closed: it has no weights")
+        kept = self._unchanged(plan, group_size, device, impl)
         self.release()
         built = build_decoder(
-            self.spec, self._weights, weights=weights, group_size=group_size, device=device, impl=impl
+            self.spec, self._weights, weights=plan, group_size=group_size, device=device, impl=impl, kept=kept
         )
         self._built = (key, built)
         return built
+
+    def _unchanged(self, plan: WeightPlan, group_size: int, device: torch.device, impl: str) -> dict[str, PackedWeight]:
+        """The layers' matrices of the decoder built last that `plan` leaves as they are."""
+        if self._built is None or self._built[0][2:] != (device, impl):
+            return {}
+
+        def same(name: str, held: PackedWeight) -> bool:
+            regrouped = WEIGHT_FORMATS[held.format].grouped and held.group_size != group_size
+            return name != LM_HEAD and held.format == plan[name] and not regrouped
+
+        return {name: held for name, held in self._built[1].matrices().items() if same(name, held)}
 
     def release(self) -> None:
         """Forget the decoder built last; its memory returns when its last user lets go."""
@@ -104,6 +120,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
     simulated = config.runner == "simulated"
     if config.model.startswith(SYNTHETIC):
         spec = synthetic_spec(config.model.removeprefix(SYNTHETIC))
+        spec.check_weights(config.weights)
         weights = None if simulated else SyntheticWeights(spec, config.seed)
         return LoadedModel(spec, ByteTokenizer(spec.vocab_size), weights, config.model)
     folder, source = _find(config.model)

@@ -7,10 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engine.errors import ConfigError
+from engine.weight_plan import LM_HEAD, WeightPlan, Weights
 from kernels import KV_FORMATS, WEIGHT_FORMATS
 
 HEAD_FORMAT = {"bf16": "bf16", "int8": "int8", "int4": "int8"}
 """Format of the lm_head by weight format: its rows are whole answers, so 4 bits cost quality where they save least."""
+
+ROW_FORMATS = ("bf16", "int8")
+"""Formats of an lm_head in which tokens can be looked up, as tied embeddings are."""
 
 
 @dataclass(frozen=True)
@@ -78,33 +82,60 @@ class ModelSpec:
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
         return self.num_layers * per_layer + embeddings + self.hidden_size
 
-    def check_weights(self, weights: str) -> None:
-        """ConfigError where `weights` asks to requantize a checkpoint that is quantized already."""
-        if self.stored is not None and weights not in ("bf16", self.stored.weights):
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """[N, K] of every matrix that a WeightPlan names, in the order of computation."""
+        layers = range(self.num_layers)
+        named = {f"layers.{i}.{name}": shape for i in layers for name, shape in self.linears().items()}
+        return {**named, LM_HEAD: (self.vocab_size, self.hidden_size)}
+
+    def head_format(self, plan: WeightPlan) -> str:
+        """The lm_head's format: the one chosen, else what goes with the plan's default."""
+        return plan.head or HEAD_FORMAT[plan.default]
+
+    def check_weights(self, weights: Weights) -> None:
+        """ConfigError where `weights` names a matrix that the model does not have, gives a table that is also looked
+        up in a format that does not keep its rows, or asks to requantize a checkpoint that is quantized already."""
+        plan = WeightPlan.of(weights)
+        for name, _ in plan.named:
+            if name not in self.matrices():
+                raise ConfigError(f"weights names {name!r}; the layers of {self.name} are 0 to {self.num_layers - 1}")
+        if self.tie_embeddings and plan.head not in (None, *ROW_FORMATS):
+            raise ConfigError(
+                f"weights of lm_head is {plan.head!r}; {self.name} looks its embeddings up in the same table, so it "
+                f"must be one of {', '.join(ROW_FORMATS)}"
+            )
+        if self.stored is not None and plan.simplest not in ("bf16", self.stored.weights):
             own = f"{self.stored.weights!r}" if self.stored.weights != "bf16" else "'bf16' (from fp8)"
             raise ConfigError(
-                f"weights is {weights!r}, but {self.name} is quantized already ({self.stored.method}) and runs as "
+                f"weights is '{weights}', but {self.name} is quantized already ({self.stored.method}) and runs as "
                 f"{own}; leave weights at 'bf16' to take a checkpoint as it is"
             )
 
-    def weight_bytes(self, weights: str, group_size: int) -> dict[str, int]:
+    def weight_bytes(self, weights: Weights, group_size: int) -> dict[str, int]:
         """Bytes of the weights by part in format `weights`, scales and zeros counted."""
         self.check_weights(weights)
-        head_format = HEAD_FORMAT[weights]
+        plan = WeightPlan.of(weights)
         if self.stored is not None:
-            weights, group_size, head_format = self.stored.weights, self.stored.group_size, "bf16"
-        stored = WEIGHT_FORMATS[weights]
-        per = {name: stored.nbytes(n, k, group_size) for name, (n, k) in self.linears().items()}
+            plan = WeightPlan.of({"default": self.stored.weights, LM_HEAD: "bf16"})
+            group_size = self.stored.group_size
+        per = self.matrix_bytes(plan, group_size)
+        part = {name: sum(per[f"layers.{i}.{name}"] for i in range(self.num_layers)) for name in self.linears()}
         bias = 2 * self.qkv_size if self.attention_bias else 0
         norms = 2 * (2 * self.hidden_size + (2 * self.head_dim if self.qk_norm else 0))
-        head = WEIGHT_FORMATS[head_format].nbytes(self.vocab_size, self.hidden_size, group_size)
         return {
-            "embeddings": head if self.tie_embeddings else 2 * self.vocab_size * self.hidden_size,
-            "attention": self.num_layers * (per["qkv"] + per["o"] + bias),
-            "mlp": self.num_layers * (per["gate_up"] + per["down"]),
+            "embeddings": per[LM_HEAD] if self.tie_embeddings else 2 * self.vocab_size * self.hidden_size,
+            "attention": part["qkv"] + part["o"] + self.num_layers * bias,
+            "mlp": part["gate_up"] + part["down"],
             "norms": self.num_layers * norms + 2 * self.hidden_size,
-            "lm_head": 0 if self.tie_embeddings else head,
+            "lm_head": 0 if self.tie_embeddings else per[LM_HEAD],
         }
+
+    def matrix_bytes(self, weights: Weights, group_size: int) -> dict[str, int]:
+        """Bytes of each matrix that a WeightPlan names, in the plan's format, scales and zeros counted."""
+        plan = WeightPlan.of(weights)
+        formats = {name: plan[name] for name in self.matrices()} | {LM_HEAD: self.head_format(plan)}
+        shapes = self.matrices().items()
+        return {name: WEIGHT_FORMATS[formats[name]].nbytes(n, k, group_size) for name, (n, k) in shapes}
 
     def kv_bytes_per_token(self, kv: str) -> int:
         """Bytes of keys and values per token over all layers, scales and zeros counted."""

@@ -24,6 +24,7 @@ from engine.request import TokenLogprobs
 from engine.rope import cos_sin_table
 from engine.sampler import SamplingPlan, known_logprobs, sample, token_logprobs
 from engine.step_inputs import Arrays, Staging, StepInputs, step_arrays
+from engine.weight_plan import WeightPlan
 from kernels import KVLayer, allocate_kv
 from kernels.packing import has_mkldnn_linear
 
@@ -303,7 +304,7 @@ def workspace_bytes(spec: ModelSpec, config: EngineConfig, itemsize: int) -> int
 def _weights_label(config: EngineConfig, spec: ModelSpec, decoder: Decoder) -> str:
     """The weight format in use; of a checkpoint quantized elsewhere, what was found and what was changed in reading."""
     if spec.stored is None:
-        return f"{config.weights} group {config.group_size}" if config.weights == "int4" else config.weights
+        return WeightPlan.of(config.weights).label(config.group_size)
     found = " and ".join(f"{count} matrices {name}" for name, count in decoder.matrix_formats().items())
     notes = "; ".join(note for note in (spec.stored.note, *decoder.notes) if note)
     return f"as in the {spec.stored.method} checkpoint: {found}, lm_head bf16{f' ({notes})' if notes else ''}"

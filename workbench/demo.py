@@ -88,7 +88,7 @@ def report(runs: Sequence[Run]) -> str:
         "What limited each run:",
         *(f"  {run.label}: {run.snapshot().sentence or run.status}" for run in runs),
     ]
-    qualities = {run.config.weights: run.perplexity for run in runs if run.perplexity is not None}
+    qualities = {str(run.config.weights): run.perplexity for run in runs if run.perplexity is not None}
     return "\n".join([*lines, *_against_bf16(qualities)])
 
 
@@ -97,7 +97,7 @@ def cells(run: Run) -> dict[str, str]:
     m, plan, quality = run.metrics, run.memory, run.perplexity
     ttft, tpot, latency = (m.ttft, m.tpot, m.latency) if m else (None, None, None)
     return {
-        "weights": run.config.weights,
+        "weights": str(run.config.weights),
         "batching": run.config.batching,
         "weights mem": text.size(plan.weights_total if plan else None),
         "KV pool": text.size(plan.kv if plan else None),

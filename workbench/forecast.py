@@ -12,6 +12,7 @@ from engine.model_spec import ModelSpec
 from engine.shapes import synthetic_spec
 from engine.simulated import SimulatedRunner
 from engine.torch_runner import default_limit, resolve_device, workspace_bytes
+from engine.weight_plan import WeightPlan
 
 
 def predicted_plan(config: EngineConfig) -> MemoryPlan | None:
@@ -26,7 +27,7 @@ def predicted_plan(config: EngineConfig) -> MemoryPlan | None:
         return SimulatedRunner(config, spec).memory
     device = resolve_device(config.device)
     weights = spec.weight_bytes(config.weights, config.group_size)
-    twice = spec.tie_embeddings and config.weights == "bf16"
+    twice = spec.tie_embeddings and spec.head_format(WeightPlan.of(config.weights)) == "bf16"
     if twice and device.type == "cpu" and config.impl != "torch":  # oneDNN keeps its own layout of a shared table
         weights["lm_head"] = weights["embeddings"]
     workspace = workspace_bytes(spec, config, itemsize=2)

@@ -106,7 +106,7 @@ def row(run: RunSnapshot) -> dict[str, Any]:
         "label": run.label,
         "status": run.status,
         "model": config.model,
-        "weights": config.weights,
+        "weights": str(config.weights),
         "kv": config.kv,
         "cache_ratio": config.cache_ratio,
         "batching": config.batching,
