@@ -23,7 +23,10 @@ class ScheduledRequest(NamedTuple):
 
     @property
     def samples(self) -> bool:
-        """True when the step reaches the sequence's end, so that its last position yields a new token."""
+        """True when the step reaches the sequence's end, so that its last position yields a new token.
+
+        Holds until the step is on its way (`Scheduler.advance`), when the new token joins the sequence.
+        """
         return self.stop == self.request.num_tokens
 
 
@@ -69,20 +72,25 @@ class StepResult:
     prompt_logprobs: for an item whose request asks, log-probabilities of the known tokens start+1 up to
         min(stop, num_prompt-1), each given all before it; None otherwise.
     device_seconds: time the device (or the cost model) spent; None when the runner cannot tell it from host time.
+    host_seconds: time the runner spent preparing the step, its computing and its waiting left out.
     """
 
     token_ids: Sequence[int | None]
     logprobs: Sequence[TokenLogprobs | None] | None = None
     prompt_logprobs: Sequence[Sequence[float] | None] | None = None
     device_seconds: float | None = None
+    host_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class StepEvent:
     """One step as observers see it. Dashboards, metrics and tests read these and nothing else.
 
-    Times are seconds on the engine's clock; blocks: used = held by requests (shared = by more than one), cached =
-    held by nobody but still findable by prefix, free = the rest; hit/query tokens count prompts admitted in this step.
+    Times are seconds on the engine's clock. A step lasts from its scheduling, or from the end of the step before where
+    it was prepared while that one ran (`overlapped`), until its tokens are known: steps never overlap in time.
+    host_seconds: scheduling, preparing and handing out, which an overlapped step hides behind the device.
+    blocks: used = held by requests (shared = by more than one), cached = held by nobody but still findable by prefix,
+    free = the rest; hit/query tokens count prompts admitted in this step.
     """
 
     step: int
@@ -107,3 +115,5 @@ class StepEvent:
     blocks_shared: int
     blocks_cached: int
     blocked_by: str | None
+    host_seconds: float = 0.0
+    overlapped: bool = False

@@ -91,12 +91,13 @@ class KVCache:
         for _ in range(self.num_missing(request, num_tokens)):
             request.block_ids.append(self.pool.take())
 
-    def publish(self, request: Request) -> None:
-        """Make the full, computed blocks of a request findable. Of equal blocks the first one published stays."""
+    def publish(self, request: Request, num_tokens: int) -> None:
+        """Make the full blocks among the first `num_tokens` findable: computed, and of known tokens. Blocks that the
+        request has lost meanwhile are not; of equal blocks the first one published stays."""
         if not self.prefix_caching:
             return
-        size = self.block_size
-        while (request.num_published + 1) * size <= request.num_computed:
+        size, computed = self.block_size, min(num_tokens, request.num_computed)
+        while (request.num_published + 1) * size <= computed:
             start = request.num_published * size
             key = (request.prefix_uid, tuple(request.token_range(start, start + size)))
             block = self._by_content.get(key)

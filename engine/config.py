@@ -35,6 +35,8 @@ class EngineConfig:
     prefix_caching: reuse the blocks of equal prefixes. chunked_prefill: split prompts over steps to fit the budget.
     runner: "torch" computes; "simulated" runs a cost model of `gpu` on a virtual clock.
     graphs: replay decode steps as CUDA graphs on a GPU; off runs them eagerly, with the same results.
+    overlap: prepare the next step while a GPU computes one; off takes one step at a time, with the same results. Steps
+        with log-probabilities or a repetition penalty, and every step on a CPU, are taken one at a time in any case.
     device: "auto", "cpu" or "cuda". impl: "auto", or "torch" for the readable reference path.
     seed: of everything random in the engine.
     """
@@ -58,6 +60,7 @@ class EngineConfig:
     device: str = "auto"
     impl: str = "auto"
     graphs: bool = True
+    overlap: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
@@ -16,7 +18,7 @@ from engine.detokenizer import Detokenizer
 from engine.errors import ConfigError, NonFiniteLogitsError, RequestError
 from engine.loader import LoadedModel, load_model
 from engine.request import Request, RequestOutput, RequestStatus
-from engine.runner import Runner
+from engine.runner import Done, Pending, Runner
 from engine.sampling_params import SamplingParams
 from engine.scheduler import Scheduler, SchedulerConfig
 from engine.simulated import SimulatedRunner
@@ -37,12 +39,28 @@ def _torch(config: EngineConfig, model: LoadedModel) -> Runner:
 RUNNERS: dict[str, Callable[[EngineConfig, LoadedModel], Runner]] = {"torch": _torch, "simulated": _simulated}
 
 
+@dataclass(slots=True)
+class _Launched:
+    """A step between its scheduling and the moment its tokens are known."""
+
+    batch: ScheduledBatch
+    pending: Pending
+    start: float
+    host_seconds: float
+    overlapped: bool
+
+
 class Engine:
     """Serves one model in this process. A context manager; `close` gives all memory back.
 
     Synchronous and single-threaded on purpose: whoever calls `step` is the loop. An observer or a caller may `abort`
     at any time, also from inside a step. An exception in a step (an interrupt, a full device) leaves the engine usable:
     unfinished requests go back to the line and are computed again.
+
+    On a runner that is asynchronous, `step` launches one step and then hands out the tokens of the one before, which
+    the device has computed meanwhile: so the host prepares a step while the device computes another. A request that
+    turns out to have ended is in one step too many; its token there is dropped. `EngineConfig.overlap` switches to the
+    plain loop, which gives the same tokens; steps with requests that need values take it by themselves.
     """
 
     def __init__(self, config: EngineConfig | None = None, *, model: LoadedModel | None = None) -> None:
@@ -83,14 +101,28 @@ class Engine:
         self._detokenizers: dict[str, Detokenizer] = {}
         self._to_abort: list[str] = []
         self._undelivered: list[RequestOutput] = []
-        self._stepping = False
+        self._launched: deque[_Launched] = deque()
+        self._events: deque[StepEvent] = deque()
+        self._num_exacting = 0  # unfinished requests that need values
+        self._num_finished = 0  # since the last event
+        self._last_end = 0.0
         self._closed = False
         self._num_steps = 0
         self._serial = itertools.count()
 
     @property
     def description(self) -> str:
-        return self.runner.description
+        return f"{self.runner.description}; {self._loop}"
+
+    @property
+    def _loop(self) -> str:
+        if not self._overlaps:
+            return "one step at a time"
+        return "steps are prepared while another runs, except with log-probabilities or repetition penalties"
+
+    @property
+    def _overlaps(self) -> bool:
+        return self.config.overlap and self.runner.asynchronous
 
     def add_request(
         self,
@@ -123,33 +155,34 @@ class Engine:
             max_tokens=min(params.max_tokens, self.session_len - len(tokens)),
         )
         self._detokenizers[name] = Detokenizer(self.tokenizer, params.stop)
+        self._num_exacting += params.needs_values
         self.scheduler.add(request)
         return name
 
     def step(self) -> list[RequestOutput]:
-        """Compute one step and return what is new, finished requests included; [] when there was nothing to compute."""
+        """Compute one step and return what is new, finished requests included; [] when nothing new is known.
+
+        Where steps overlap, what is new comes from the step before.
+        """
         if self._closed:
             raise RequestError("the engine is closed; build a new one")
-        start = self.clock.now()
-        self._stepping = True
         try:
             self._apply_aborts()
-            batch = self.scheduler.schedule(start)
-            result = self.runner.execute(batch) if batch else StepResult([])
-            now = self.clock.now()
-            self._complete(batch, result, now)
-            self._apply_aborts()  # what was asked for while the step ran
+            room = self._launch()
+            while len(self._launched) > room:
+                self._collect()
         except NonFiniteLogitsError as error:
             self._recover()
             self._fail(error)
-            batch, result, now = ScheduledBatch(), StepResult([]), start
         except BaseException:
             self._recover()
             raise
-        finally:
-            self._stepping = False
-        if batch or batch.preempted:
-            self._emit(batch, result, start, now)
+        if not self._requests:
+            self._launched.clear()  # a step too many: nobody waits for its tokens
+        while self._events:
+            event = self._events.popleft()
+            for observer in list(self.observers):
+                observer(event)
         outputs, self._undelivered = self._undelivered, []
         return outputs
 
@@ -158,7 +191,7 @@ class Engine:
 
     def next_wakeup(self) -> float | None:
         """When `step` will have work although it has none now; None means now, or never if nothing is unfinished."""
-        if self._to_abort or self._undelivered:
+        if self._to_abort or self._undelivered or self._launched:
             return None
         return self.scheduler.next_wakeup(self.clock.now())
 
@@ -232,6 +265,7 @@ class Engine:
         if self._closed:
             return
         self._closed = True
+        self._launched.clear()
         for request in list(self._requests.values()):
             self.scheduler.finish(request, RequestStatus.ABORTED, self.clock.now())
         self._requests.clear()
@@ -276,10 +310,40 @@ class Engine:
             self.clock.wait_until(wakeup)
         return self.step()
 
+    def _launch(self) -> int:
+        """Schedule and launch a step; returns how many may stay on their way: one, if the next can be built on it."""
+        start = self.clock.now()
+        batch = self.scheduler.schedule(start)
+        if not batch:
+            if batch.preempted:
+                self._launched.append(_Launched(batch, Done(StepResult([])), start, 0.0, False))
+            return 0
+        scheduled = self.clock.now()
+        overlapped = bool(self._launched)
+        pending = self.runner.launch(batch)
+        self.scheduler.advance(batch)
+        self._launched.append(_Launched(batch, pending, start, scheduled - start, overlapped))
+        exacting = self._num_exacting and any(item.request.params.needs_values for item in batch.items)
+        return 1 if self._overlaps and not exacting else 0
+
+    def _collect(self) -> None:
+        """Wait for the oldest step on its way, and hand out its tokens."""
+        step = self._launched[0]
+        result = step.pending.result()
+        self._launched.popleft()
+        known = self.clock.now()
+        self._complete(step.batch, result, known)
+        self._apply_aborts()  # what was asked for while the step ran
+        step.host_seconds += result.host_seconds + self.clock.now() - known
+        start, self._last_end = max(step.start, self._last_end), known
+        self._events.append(self._event(step, result, start, known))
+
     def _complete(self, batch: ScheduledBatch, result: StepResult, now: float) -> None:
         self.scheduler.complete(batch, result.token_ids, now)
         for i, item in enumerate(batch.items):
             request = item.request
+            if request.is_finished:  # it ended while the step ran
+                continue
             if result.prompt_logprobs is not None and (known := result.prompt_logprobs[i]) is not None:
                 request.prompt_logprobs.extend(known)
             token = result.token_ids[i]
@@ -311,6 +375,8 @@ class Engine:
         output = RequestOutput(new, request.is_finished, request, self._detokenizers[name].update)
         self._undelivered.append(output)
         if request.is_finished:
+            self._num_finished += 1
+            self._num_exacting -= request.params.needs_values
             del self._requests[name], self._detokenizers[name]
 
     def _apply_aborts(self) -> None:
@@ -339,7 +405,9 @@ class Engine:
         self._undelivered = [output for output in self._undelivered if output.request_id not in gone]
 
     def _recover(self) -> None:
-        """A step broke off: rebuild the block lists, and end what had already met its stop condition."""
+        """A step broke off: forget what is on its way, rebuild the block lists, and end what had already met its stop
+        condition."""
+        self._launched.clear()
         self.scheduler.recover()
         for request in list(self._requests.values()):
             status = self._ending(request)
@@ -348,8 +416,8 @@ class Engine:
             if request.is_finished:
                 self._deliver(request, [])
 
-    def _emit(self, batch: ScheduledBatch, result: StepResult, start: float, end: float) -> None:
-        pool = self.scheduler.cache.pool
+    def _event(self, step: _Launched, result: StepResult, start: float, end: float) -> StepEvent:
+        pool, batch = self.scheduler.cache.pool, step.batch
         event = StepEvent(
             step=self._num_steps,
             start=start,
@@ -363,7 +431,7 @@ class Engine:
             num_waiting=len(self.scheduler.waiting),
             num_slots=batch.num_slots,
             padding_tokens=batch.padding_tokens,
-            num_finished=sum(output.finished for output in self._undelivered),
+            num_finished=self._num_finished,
             num_preempted=len(batch.preempted),
             num_recomputed=batch.num_recomputed,
             query_tokens=sum(request.num_prompt for request in batch.admitted),
@@ -373,7 +441,9 @@ class Engine:
             blocks_shared=pool.num_shared,
             blocks_cached=pool.num_cached,
             blocked_by=batch.blocked_by,
+            host_seconds=step.host_seconds,
+            overlapped=step.overlapped,
         )
         self._num_steps += 1
-        for observer in list(self.observers):
-            observer(event)
+        self._num_finished = 0
+        return event

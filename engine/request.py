@@ -38,8 +38,10 @@ class TokenLogprobs:
 class Request:
     """One prompt on its way to an answer.
 
-    The scheduler knows one rule: `num_computed` (tokens whose keys and values are in the cache) chases `num_tokens`
-    (prompt plus output so far). Prefill, decode, chunked prefill and recomputation after preemption are all that rule.
+    The scheduler knows one rule: `num_computed` (tokens whose keys and values are in the cache, or will be once the
+    steps on their way are done) chases `num_tokens` (prompt plus output so far). Prefill, decode, chunked prefill and
+    recomputation after preemption are all that rule. `num_pending` of those tokens are sampled on the device by a step
+    that is still on its way: they count, the next step may already be built on them, but nobody knows their value.
     Times are seconds on the engine's clock. Latency counts from `scheduled_arrival`, the moment the load generator
     meant to send the request, so that a stalled engine cannot hide its own queue (coordinated omission).
     """
@@ -57,6 +59,7 @@ class Request:
     prompt_logprobs: list[float] = field(default_factory=list)
     block_ids: list[int] = field(default_factory=list)
     num_computed: int = 0
+    num_pending: int = 0
     num_published: int = 0
     prefix_uid: int = 0
     num_cached: int = 0
@@ -76,7 +79,7 @@ class Request:
 
     @property
     def num_tokens(self) -> int:
-        return len(self.prompt_token_ids) + len(self.output_token_ids)
+        return len(self.prompt_token_ids) + len(self.output_token_ids) + self.num_pending
 
     @property
     def num_uncomputed(self) -> int:
@@ -85,14 +88,19 @@ class Request:
     @property
     def is_decoding(self) -> bool:
         """Only the newest token is missing from the cache, and it is one the model produced."""
-        return self.num_output > 0 and self.num_uncomputed == 1
+        return self.num_output + self.num_pending > 0 and self.num_uncomputed == 1
+
+    @property
+    def awaits_last(self) -> bool:
+        """The token on its way is the last one allowed: there is nothing more to compute."""
+        return self.num_pending > 0 and len(self.output_token_ids) + self.num_pending >= self.max_tokens
 
     @property
     def is_finished(self) -> bool:
         return self.status.is_finished
 
     def token_range(self, start: int, stop: int) -> list[int]:
-        """Tokens [start, stop) of prompt followed by output, without joining the two lists."""
+        """Tokens [start, stop) of prompt followed by output, the two lists not joined; pending ones are missing."""
         n = self.num_prompt
         if stop <= n:
             return self.prompt_token_ids[start:stop]
@@ -140,7 +148,7 @@ class RequestTiming:
         return self.finish - self.scheduled_arrival if self.finish is not None else None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)  # not frozen: one is made per token and request, and that costs three times as much
 class RequestOutput:
     """What a caller sees of a request after a step: `new_token_ids`, and a live view of everything so far.
 

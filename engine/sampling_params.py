@@ -61,6 +61,11 @@ class SamplingParams:
     def greedy(self) -> bool:
         return self.temperature == 0.0
 
+    @property
+    def needs_values(self) -> bool:
+        """The host reads tokens or probabilities after each step, so that no step can be prepared before."""
+        return self.logprobs is not None or self.prompt_logprobs or self.repetition_penalty != 1.0
+
 
 def _within(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
     inside = (low < value if open_low else low <= value) and value <= high

@@ -46,7 +46,7 @@ class Scheduler:
         self.waiting.append(request)
 
     def schedule(self, now: float) -> ScheduledBatch:
-        """Choose the next step's work and allocate its blocks. Nothing counts as computed until `complete`."""
+        """Choose the next step's work and allocate its blocks. Nothing counts as computed until `advance`."""
         batch = ScheduledBatch()
         budget = self._schedule_running(batch)
         if batch.preempted:
@@ -56,15 +56,31 @@ class Scheduler:
         self._count_padding(batch)
         return batch
 
+    def advance(self, batch: ScheduledBatch) -> None:
+        """The step is on its way: its tokens count as computed, and each item that samples has a token pending."""
+        for request, start, _ in batch.decodes:
+            request.num_computed = start + 1
+            request.num_pending += 1
+        for item in batch.prefills:
+            samples = item.samples
+            item.request.num_computed = item.stop
+            item.request.num_pending += samples
+
     def complete(self, batch: ScheduledBatch, tokens: Sequence[int | None], now: float) -> None:
-        """Record that the step's tokens are computed and append the new ones."""
-        for item, token in zip(batch.items, tokens, strict=True):
-            request = item.request
-            request.num_computed = item.stop
+        """The step is computed: its full blocks can be found, and pending tokens become known ones.
+
+        A request may have ended meanwhile: then the token is nobody's. Or it has lost its blocks: the token stays.
+        """
+        size = self.cache.block_size
+        for (request, start, num_new), token in zip(batch.items, tokens, strict=True):
+            if request.is_finished:
+                continue
             if token is not None:
+                request.num_pending -= 1
                 request.token_times.append(now)
                 request.output_token_ids.append(token)
-            self.cache.publish(request)
+            if (start + num_new) // size > request.num_published:
+                self.cache.publish(request, start + num_new)
 
     def finish(self, request: Request, status: RequestStatus, now: float) -> None:
         """Take a request out, wherever it stands, and give its blocks back."""
@@ -75,6 +91,7 @@ class Scheduler:
         else:
             self.waiting.remove(request)
         self.cache.release(request)
+        request.num_pending = 0
         request.status = status
         request.finish_time = now
 
@@ -94,6 +111,7 @@ class Scheduler:
             if request.status == RequestStatus.RUNNING:
                 self._count_preemption(request)
             request.block_ids.clear()
+            request.num_pending = 0
             self.cache.release(request)
         self.running.clear()
         self.waiting = deque(everyone)
@@ -108,29 +126,42 @@ class Scheduler:
         for request in self.waiting:
             assert request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED), f"{request.status.name} waits"
             assert not request.block_ids, f"{request.request_id} waits and holds blocks"
+        for request in everyone:
+            assert 0 <= request.num_pending <= 1, f"{request.request_id}: {request.num_pending} tokens pending"
         self.cache.check_integrity(everyone)
 
     def _schedule_running(self, batch: ScheduledBatch) -> int:
         """Give every running request its tokens, oldest first; returns what is left of the budget."""
-        budget = self.config.max_batched_tokens
+        budget, size = self.config.max_batched_tokens, self.cache.block_size
+        running, decodes = self.running, batch.decodes
         index = 0
-        while index < len(self.running):
-            request = self.running[index]
-            num_new = self._chunk(request.num_uncomputed, budget, alone=not batch)
-            if num_new == 0:
-                index += 1
-                continue
-            while not self.cache.can_extend(request, request.num_computed + num_new):
-                victim = self.running[-1]
-                self._preempt(victim, batch)
-                if victim is request:
-                    break
-            if request.status != RequestStatus.RUNNING:
-                break
-            self._place(request, num_new, batch)
-            budget -= num_new
+        while index < len(running):
+            request = running[index]
             index += 1
+            start = request.num_computed
+            num_new = request.num_tokens - start
+            if num_new > budget:
+                num_new = self._chunk(num_new, budget, alone=not batch)
+            if num_new == 0 or request.awaits_last:
+                continue
+            if start + num_new > len(request.block_ids) * size and not self._extend(request, start + num_new, batch):
+                break
+            if num_new == 1 and request.is_decoding:
+                decodes.append(ScheduledRequest(request, start, 1))
+            else:
+                batch.prefills.append(ScheduledRequest(request, start, num_new))
+            budget -= num_new
         return max(budget, 0)
+
+    def _extend(self, request: Request, num_tokens: int, batch: ScheduledBatch) -> bool:
+        """Take the blocks that a running request needs, from the youngest if need be; False if it lost its own."""
+        while not self.cache.can_extend(request, num_tokens):
+            victim = self.running[-1]
+            self._preempt(victim, batch)
+            if victim is request:
+                return False
+        self.cache.extend(request, num_tokens)
+        return True
 
     def _admit(self, batch: ScheduledBatch, budget: int, now: float) -> None:
         if not self.waiting:
@@ -192,10 +223,10 @@ class Scheduler:
 
     def _count_padding(self, batch: ScheduledBatch) -> None:
         """What the same policy costs where rows are padded to the longest and finished ones keep their place."""
-        items = batch.items
-        if self.config.batching == "continuous" or not items:
-            batch.num_slots = len(items)
+        if self.config.batching == "continuous" or not batch:
+            batch.num_slots = len(batch.decodes) + len(batch.prefills)
             return
+        items = batch.items
         batch.num_slots = max(len(self.group), len(items))
         batch.padding_tokens = batch.num_slots * max(item.num_new for item in items) - batch.num_tokens
 

@@ -15,6 +15,7 @@ from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.memory import MemoryPlan, plan_memory
 from engine.model_spec import ModelSpec
+from engine.runner import Done
 
 MASK = (1 << 64) - 1
 
@@ -88,11 +89,16 @@ class SimulatedRunner:
         keys = max(context * self._kv_bytes / bandwidth, attention / rate)
         return weights + keys + STEP_OVERHEAD + self.spec.num_layers * LAYER_OVERHEAD
 
-    def execute(self, batch: ScheduledBatch) -> StepResult:
+    @property
+    def asynchronous(self) -> bool:
+        """No: on a clock that the host does not move there is nothing to hide."""
+        return False
+
+    def launch(self, batch: ScheduledBatch) -> Done:
         seconds = self.step_seconds(batch)
         self.clock.advance(seconds)
         tokens = [self._token(item.request.seed, item.stop) if item.samples else None for item in batch.items]
-        return StepResult(tokens, device_seconds=seconds)
+        return Done(StepResult(tokens, device_seconds=seconds))
 
     def measured_memory(self) -> dict[str, int]:
         return {}

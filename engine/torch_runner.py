@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +22,7 @@ from engine.memory import MemoryPlan, plan_memory
 from engine.model_spec import ModelSpec
 from engine.request import TokenLogprobs
 from engine.rope import cos_sin_table
+from engine.runner import Done
 from engine.sampler import SamplingPlan, known_logprobs, sample, token_logprobs
 from engine.step_inputs import Arrays, Staging, StepInputs, step_arrays
 from engine.weight_plan import WeightPlan
@@ -122,6 +123,13 @@ class TorchRunner:
             return ""
         return "; decode steps are CUDA graphs" if self._graphs is not None else "; no CUDA graphs, every step eager"
 
+    @property
+    def asynchronous(self) -> bool:
+        return False
+
+    def launch(self, batch: ScheduledBatch) -> Done:
+        return Done(self.execute(batch))
+
     @torch.inference_mode()
     def execute(self, batch: ScheduledBatch) -> StepResult:
         """Raises NonFiniteLogitsError, naming the requests, where the model answers with NaN."""
@@ -162,6 +170,18 @@ class TorchRunner:
         parts = zip(hidden.split(PROMPT_ROWS), targets.split(PROMPT_ROWS), strict=True)
         values: list[float] = torch.cat([known_logprobs(decoder.logits(h), t) for h, t in parts]).tolist()
         return values
+
+    @torch.inference_mode()
+    def prompt_logits(self, items: Sequence[ScheduledRequest]) -> Iterator[Tensor]:
+        """Compute these prompt chunks in one step; yields the logits [num_new, vocab] after the tokens of each."""
+        if self._decoder is None or self._cos_sin is None:
+            raise RuntimeError("the runner is closed")
+        arrays = step_arrays(items, 0, self._memory.block_size)
+        arrays["rows"] = np.arange(sum(item.num_new for item in items))
+        staged = self._staging(arrays)
+        step = StepInputs(**{name: staged[name] for name in _STEP_FIELDS}, num_decodes=0)
+        for hidden in self._decoder(step, self._kv, self._cos_sin).split([item.num_new for item in items]):
+            yield self._decoder.logits(hidden)
 
     def measured_memory(self) -> dict[str, int]:
         """Bytes of the tensors alive; "workspace" is the CUDA allocator's peak beyond them since the start.

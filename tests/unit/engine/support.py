@@ -61,7 +61,9 @@ def next_token(request: Request) -> int:
 def run_step(scheduler: Scheduler, memory: SlotMemory, now: float = 0.0) -> ScheduledBatch:
     batch = scheduler.schedule(now)
     if batch:
-        scheduler.complete(batch, memory.execute(batch), now)
+        tokens = memory.execute(batch)
+        scheduler.advance(batch)
+        scheduler.complete(batch, tokens, now)
     for item in batch.items:
         if item.request.num_output >= item.request.max_tokens:
             scheduler.finish(item.request, RequestStatus.LENGTH, now)

@@ -17,7 +17,7 @@ def filled(cache: KVCache, name: str, tokens: list[int]):
     cache.adopt(request, match)
     cache.extend(request, request.num_tokens)
     request.num_computed = request.num_tokens
-    cache.publish(request)
+    cache.publish(request, request.num_computed)
     return request
 
 
@@ -57,7 +57,7 @@ def test_nothing_is_findable_before_it_is_computed() -> None:
     request = make_request("a", list(range(12)))
     cache.extend(request, 12)
     request.num_computed = 7
-    cache.publish(request)
+    cache.publish(request, request.num_computed)
     assert cache.match(make_request("b", list(range(12)))).num_tokens == 4
 
 
@@ -73,11 +73,11 @@ def test_two_equal_prompts_in_one_batch_publish_once_and_go_on() -> None:
     for request in (a, b):
         cache.extend(request, 12)
         request.num_computed = 8
-        cache.publish(request)
+        cache.publish(request, request.num_computed)
     assert set(a.block_ids).isdisjoint(b.block_ids)
     b.output_token_ids = [7, 7, 7, 7]
     b.num_computed = 12
-    cache.publish(b)  # its own third block hangs under the twin's second
+    cache.publish(b, b.num_computed)  # its own third block hangs under the twin's second
     assert cache.match(make_request("c", [*range(8), 7, 7, 7, 7, 0])).num_tokens == 12
     cache.check_integrity([a, b])
 

@@ -7,10 +7,11 @@ from itertools import pairwise
 
 import pytest
 
-from engine.batch import ScheduledBatch, StepEvent, StepResult
+from engine.batch import ScheduledBatch, StepEvent
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import ConfigError, NonFiniteLogitsError, RequestError
+from engine.runner import Pending
 from engine.sampling_params import SamplingParams
 from tests.unit.engine.support import StubModel, tiny_spec
 
@@ -107,14 +108,14 @@ def test_an_observer_may_abort_in_the_middle_of_a_step(engine: Engine) -> None:
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_a_broken_step_loses_nothing(engine: Engine, error: type[BaseException]) -> None:
     want = [o.token_ids for o in engine.generate([[i] * 20 for i in range(4)], SamplingParams(max_tokens=9, seed=1))]
-    execute, calls = engine.runner.execute, iter(range(1000))
+    launch, calls = engine.runner.launch, iter(range(1000))
 
-    def breaks(batch: ScheduledBatch) -> StepResult:
+    def breaks(batch: ScheduledBatch) -> Pending:
         if next(calls) == 4:
             raise error("broken on purpose")
-        return execute(batch)
+        return launch(batch)
 
-    engine.runner.execute = breaks  # type: ignore[method-assign]
+    engine.runner.launch = breaks  # type: ignore[method-assign]
     for i in range(4):
         engine.add_request([i] * 20, SamplingParams(max_tokens=9, seed=1), request_id=str(i))
     done: dict[str, list[int]] = {}
@@ -130,14 +131,14 @@ def test_a_broken_step_loses_nothing(engine: Engine, error: type[BaseException])
 
 
 def test_a_request_without_an_answer_fails_alone(engine: Engine) -> None:
-    execute = engine.runner.execute
+    launch = engine.runner.launch
 
-    def poisoned(batch: ScheduledBatch) -> StepResult:
+    def poisoned(batch: ScheduledBatch) -> Pending:
         if any(item.request.request_id == "bad" and item.start > 20 for item in batch.items):
             raise NonFiniteLogitsError(["bad"])
-        return execute(batch)
+        return launch(batch)
 
-    engine.runner.execute = poisoned  # type: ignore[method-assign]
+    engine.runner.launch = poisoned  # type: ignore[method-assign]
     for name in ("good", "bad"):
         engine.add_request([3] * 20, SamplingParams(max_tokens=9), request_id=name)
     done = {}
