@@ -2,7 +2,8 @@
 head packed.
 
 Quantized keys and values are read as planes (see `kv_cache`), and only the step from code to fp16 bias + code touches a
-tile; every scale is factored out of it, with k = ks * code + kl and v = vs * code + vl per token:
+tile; every scale is factored out of it, with k = ks * code + kl and v = vs * code + vl per token (for fp8 the code is
+the number, bias and low are zero, and the second terms are left out):
 
     S[h, n] = ks[n] * ( q[h] . (bias + code) )  +  qsum[h] * (kl[n] - bias * ks[n])
     O[h]    = sum_n p[n] * vs[n] * (bias + code)  +  sum_n p[n] * (vl[n] - bias * vs[n])
@@ -24,7 +25,19 @@ from torch import Tensor
 
 from .kv_cache import KVLayer
 from .kv_cache_triton import scale_strides
-from .triton_common import INTERP, await_previous, code_bias, codes_fp16, dot, early_launch, next_power_of_2, to_bf16
+from .triton_common import (
+    INTERP,
+    await_previous,
+    bits_of,
+    dot,
+    early_launch,
+    has_low,
+    next_power_of_2,
+    operand_bias,
+    operand_fp16,
+    reading,
+    to_bf16,
+)
 from .tuning import DecodeConfig, decode_config
 
 ROWS = 16  # query rows of one program: a tensor-core tile
@@ -32,26 +45,26 @@ LOG2_E = 1.4426950408889634  # softmax in powers of two
 
 
 @triton.jit
-def load_plane(q, rows, inside, scale, PLANE: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr):
+def load_plane(q, rows, inside, scale, PLANE: tl.constexpr, CODE: tl.constexpr, D: tl.constexpr):
     """The slice of q [rows, D] that meets one plane of the keys: bf16 as it is, or fp16 with the scale applied."""
-    W: tl.constexpr = D * BITS // 16
+    W: tl.constexpr = D * bits_of(CODE) // 16
     x = tl.load(q + rows[:, None] + PLANE * W + tl.arange(0, W)[None, :], mask=inside[:, None], other=0.0)
-    return x if BITS == 16 else (x.to(tl.float32) * scale).to(tl.float16)
+    return x if CODE == "bf16" else (x.to(tl.float32) * scale).to(tl.float16)
 
 
 @triton.jit
-def load_query(q, rows, inside, scale, BITS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr):
+def load_query(q, rows, inside, scale, CODE: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr):
     """q as one, two or four planes (the rest repeats the first and is not used), and the sum of its elements as
     rounded."""
-    q0 = load_plane(q, rows, inside, scale, 0, BITS, D)
+    q0 = load_plane(q, rows, inside, scale, 0, CODE, D)
     q1, q2, q3 = q0, q0, q0
     total = tl.zeros((ROWS,), tl.float32)
-    if BITS != 16:
-        q1 = load_plane(q, rows, inside, scale, 1, BITS, D)
+    if CODE != "bf16":
+        q1 = load_plane(q, rows, inside, scale, 1, CODE, D)
         total = tl.sum(q0.to(tl.float32), 1) + tl.sum(q1.to(tl.float32), 1)
-    if BITS == 4:
-        q2 = load_plane(q, rows, inside, scale, 2, BITS, D)
-        q3 = load_plane(q, rows, inside, scale, 3, BITS, D)
+    if bits_of(CODE) == 4:
+        q2 = load_plane(q, rows, inside, scale, 2, CODE, D)
+        q3 = load_plane(q, rows, inside, scale, 3, CODE, D)
         total += tl.sum(q2.to(tl.float32), 1) + tl.sum(q3.to(tl.float32), 1)
     return q0, q1, q2, q3, total
 
@@ -59,10 +72,10 @@ def load_query(q, rows, inside, scale, BITS: tl.constexpr, D: tl.constexpr, ROWS
 @triton.jit
 def load_side(
     words, scales, block, token, head, inside, block_stride, token_stride, head_stride, scale_block, scale_token,
-    scale_head, BITS: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
+    scale_head, CODE: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
 ):
     """The words [TILE, W] of a tile's keys or values, and their scale and low [TILE] (zeros for bf16)."""
-    i = tl.arange(0, D * BITS // 16)
+    i = tl.arange(0, D * bits_of(CODE) // 16)
     at = (words + block * block_stride + head * head_stride + token * token_stride)[:, None] + i[None, :]
     scale = tl.zeros((TILE,), tl.float32)
     low = scale
@@ -70,7 +83,7 @@ def load_side(
         x = tl.load(at, mask=inside[:, None], other=0)
     else:
         x = tl.load(at)
-    if BITS != 16:
+    if CODE != "bf16":
         scale_at = scales + block * scale_block + head * scale_head + token * scale_token
         word = tl.load(scale_at, mask=inside, other=0) if MASKED else tl.load(scale_at)
         scale = (word & -0x10000).to(tl.float32, bitcast=True)
@@ -92,22 +105,24 @@ def tile_blocks(tables, start, n, inside, BLOCK: tl.constexpr, TILE: tl.constexp
 
 
 @triton.jit
-def scores(q0, q1, q2, q3, q_sum, k, ks, kl, scale, zeros, BITS: tl.constexpr, INTERP: tl.constexpr):
+def scores(q0, q1, q2, q3, q_sum, k, ks, kl, scale, zeros, CODE: tl.constexpr, INTERP: tl.constexpr):
     """scale * q . k of a key tile [TILE, W] -> [rows, TILE]; for codes, q holds the scale already."""
-    if BITS == 16:
+    if CODE == "bf16":
         s = dot(q0, tl.trans(k), zeros, INTERP) * scale
     else:
-        s = dot(q0, tl.trans(codes_fp16(k, 0, BITS, False, INTERP)), zeros, INTERP)
-        s = dot(q1, tl.trans(codes_fp16(k, 1, BITS, False, INTERP)), s, INTERP)
-        if BITS == 4:
-            s = dot(q2, tl.trans(codes_fp16(k, 2, BITS, False, INTERP)), s, INTERP)
-            s = dot(q3, tl.trans(codes_fp16(k, 3, BITS, False, INTERP)), s, INTERP)
-        s = s * ks[None, :] + q_sum[:, None] * (kl - code_bias(BITS, False) * ks)[None, :]
+        s = dot(q0, tl.trans(operand_fp16(k, 0, CODE, False, INTERP)), zeros, INTERP)
+        s = dot(q1, tl.trans(operand_fp16(k, 1, CODE, False, INTERP)), s, INTERP)
+        if bits_of(CODE) == 4:
+            s = dot(q2, tl.trans(operand_fp16(k, 2, CODE, False, INTERP)), s, INTERP)
+            s = dot(q3, tl.trans(operand_fp16(k, 3, CODE, False, INTERP)), s, INTERP)
+        s *= ks[None, :]
+        if has_low(CODE):
+            s += q_sum[:, None] * (kl - operand_bias(CODE, False) * ks)[None, :]
     return s
 
 
 @triton.jit
-def accumulate(s, v, vs, vl, top, total, largest, shift, a0, a1, a2, a3, BITS: tl.constexpr, INTERP: tl.constexpr):
+def accumulate(s, v, vs, vl, top, total, largest, shift, a0, a1, a2, a3, CODE: tl.constexpr, INTERP: tl.constexpr):
     """One step of the online softmax: scores s [rows, TILE] and a value tile into the running state.
 
     State: top and total [rows], the maximum and the denominator; a0..a3, one accumulator per plane, in units of
@@ -116,27 +131,28 @@ def accumulate(s, v, vs, vl, top, total, largest, shift, a0, a1, a2, a3, BITS: t
     alpha = tl.exp2(top - new_top)
     p = tl.exp2(s - new_top[:, None])
     total = total * alpha + tl.sum(p, 1)
-    if BITS == 16:
+    if CODE == "bf16":
         a0 = dot(to_bf16(p, INTERP), v, a0 * alpha[:, None], INTERP)
     else:
         new_largest = tl.maximum(largest, tl.max(vs, 0))
         weighted = (p * (vs * (1.0 / new_largest))[None, :]).to(tl.float16)
         beta = alpha * (largest / new_largest)
         largest = new_largest
-        shift = shift * alpha + tl.sum(p * (vl - code_bias(BITS, True) * vs)[None, :], 1)
-        a0 = dot(weighted, codes_fp16(v, 0, BITS, True, INTERP), a0 * beta[:, None], INTERP)
-        a1 = dot(weighted, codes_fp16(v, 1, BITS, True, INTERP), a1 * beta[:, None], INTERP)
-        if BITS == 4:
-            a2 = dot(weighted, codes_fp16(v, 2, BITS, True, INTERP), a2 * beta[:, None], INTERP)
-            a3 = dot(weighted, codes_fp16(v, 3, BITS, True, INTERP), a3 * beta[:, None], INTERP)
+        if has_low(CODE):
+            shift = shift * alpha + tl.sum(p * (vl - operand_bias(CODE, True) * vs)[None, :], 1)
+        a0 = dot(weighted, operand_fp16(v, 0, CODE, True, INTERP), a0 * beta[:, None], INTERP)
+        a1 = dot(weighted, operand_fp16(v, 1, CODE, True, INTERP), a1 * beta[:, None], INTERP)
+        if bits_of(CODE) == 4:
+            a2 = dot(weighted, operand_fp16(v, 2, CODE, True, INTERP), a2 * beta[:, None], INTERP)
+            a3 = dot(weighted, operand_fp16(v, 3, CODE, True, INTERP), a3 * beta[:, None], INTERP)
     return new_top, total, largest, shift, a0, a1, a2, a3
 
 
 @triton.jit
-def store_planes(to, a0, a1, a2, a3, factor, shift, inside, W: tl.constexpr, BITS: tl.constexpr, INTERP: tl.constexpr):
+def store_planes(to, a0, a1, a2, a3, factor, shift, inside, W: tl.constexpr, CODE: tl.constexpr, INTERP: tl.constexpr):
     """a * factor + shift of each plane to its slice of the rows at `to`."""
     at = to[:, None] + tl.arange(0, W)[None, :]
-    for plane in tl.static_range(16 // BITS):
+    for plane in tl.static_range(16 // bits_of(CODE)):
         a = a0 if plane == 0 else a1 if plane == 1 else a2 if plane == 2 else a3
         y = a * factor[:, None] + shift[:, None]
         if to.dtype.element_ty == tl.bfloat16:
@@ -148,12 +164,12 @@ def store_planes(to, a0, a1, a2, a3, factor, shift, inside, W: tl.constexpr, BIT
 def decode_kernel(
     q, key, value, key_scale, value_scale, tables, lengths, out, partial, partial_ml, scale, q_row, q_head, table_row,
     key_block, key_token, key_head, value_block, value_token, value_head, scale_block, scale_token, scale_head, H,
-    GROUP: tl.constexpr, D: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, BLOCK: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, BLOCK: tl.constexpr,
     TILE: tl.constexpr, SPLIT: tl.constexpr, MIN_SPLIT: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
     EARLY: tl.constexpr, INTERP: tl.constexpr,
 ):
     await_previous(EARLY)
-    VW: tl.constexpr = D * VALUE_BITS // 16
+    VW: tl.constexpr = D * bits_of(VALUE) // 16
     HEAD_TILES: tl.constexpr = (GROUP + ROWS - 1) // ROWS
     split, kv_head, b = tl.program_id(0), tl.program_id(1) // HEAD_TILES, tl.program_id(2)
     splits = tl.num_programs(0)
@@ -166,7 +182,7 @@ def decode_kernel(
         head = kv_head * GROUP + g
         real = g < GROUP
         tables += b.to(tl.int64) * table_row
-        q0, q1, q2, q3, q_sum = load_query(q, b.to(tl.int64) * q_row + head * q_head, real, scale, KEY_BITS, D, ROWS)
+        q0, q1, q2, q3, q_sum = load_query(q, b.to(tl.int64) * q_row + head * q_head, real, scale, KEY, D, ROWS)
         n = tl.arange(0, TILE)
         score_zeros = tl.zeros((ROWS, TILE), tl.float32)
         a0 = tl.zeros((ROWS, VW), tl.float32)
@@ -179,45 +195,45 @@ def decode_kernel(
             block, token = tile_blocks(tables, start, n, n, BLOCK, TILE, False)
             k, ks, kl = load_side(
                 key, key_scale, block, token, kv_head, n, key_block, key_token, key_head, scale_block, scale_token,
-                scale_head, KEY_BITS, D, TILE, False,
+                scale_head, KEY, D, TILE, False,
             )
             v, vs, vl = load_side(
                 value, value_scale, block, token, kv_head, n, value_block, value_token, value_head, scale_block,
-                scale_token, scale_head, VALUE_BITS, D, TILE, False,
+                scale_token, scale_head, VALUE, D, TILE, False,
             )
-            s = scores(q0, q1, q2, q3, q_sum, k, ks, kl, scale, score_zeros, KEY_BITS, INTERP)
+            s = scores(q0, q1, q2, q3, q_sum, k, ks, kl, scale, score_zeros, KEY, INTERP)
             top, total, largest, shift, a0, a1, a2, a3 = accumulate(
-                s, v, vs, vl, top, total, largest, shift, a0, a1, a2, a3, VALUE_BITS, INTERP
+                s, v, vs, vl, top, total, largest, shift, a0, a1, a2, a3, VALUE, INTERP
             )
         if full < last:
             inside = full + n < last
             block, token = tile_blocks(tables, full, n, inside, BLOCK, TILE, True)
             k, ks, kl = load_side(
                 key, key_scale, block, token, kv_head, inside, key_block, key_token, key_head, scale_block, scale_token,
-                scale_head, KEY_BITS, D, TILE, True,
+                scale_head, KEY, D, TILE, True,
             )
             v, vs, vl = load_side(
                 value, value_scale, block, token, kv_head, inside, value_block, value_token, value_head, scale_block,
-                scale_token, scale_head, VALUE_BITS, D, TILE, True,
+                scale_token, scale_head, VALUE, D, TILE, True,
             )
-            s = scores(q0, q1, q2, q3, q_sum, k, ks, kl, scale, score_zeros, KEY_BITS, INTERP)
+            s = scores(q0, q1, q2, q3, q_sum, k, ks, kl, scale, score_zeros, KEY, INTERP)
             s = tl.where(inside[None, :], s, float("-inf"))
             top, total, largest, shift, a0, a1, a2, a3 = accumulate(
-                s, v, vs, vl, top, total, largest, shift, a0, a1, a2, a3, VALUE_BITS, INTERP
+                s, v, vs, vl, top, total, largest, shift, a0, a1, a2, a3, VALUE, INTERP
             )
         row = b.to(tl.int64) * H + head
         factor = tl.full((ROWS,), 1.0, tl.float32)
-        if VALUE_BITS != 16:
+        if VALUE != "bf16":
             factor *= largest
         if SPLIT:
             store_planes(
-                partial + (row * splits + split) * D, a0, a1, a2, a3, factor, shift, real, VW, VALUE_BITS, INTERP
+                partial + (row * splits + split) * D, a0, a1, a2, a3, factor, shift, real, VW, VALUE, INTERP
             )
             tl.store(partial_ml + (row * splits + split) * 2, top, mask=real)
             tl.store(partial_ml + (row * splits + split) * 2 + 1, total, mask=real)
         else:
             norm = tl.where(total > 0, 1 / tl.where(total > 0, total, 1.0), 0.0)  # length 0: zeros
-            store_planes(out + row * D, a0, a1, a2, a3, factor * norm, shift * norm, real, VW, VALUE_BITS, INTERP)
+            store_planes(out + row * D, a0, a1, a2, a3, factor * norm, shift * norm, real, VW, VALUE, INTERP)
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -261,9 +277,9 @@ def decode_triton(
     decode_kernel[grid](
         q, layer.key, layer.value, layer.key_scale, layer.value_scale, block_tables, lengths, out, partial, partial_ml,
         scale * LOG2_E, q.stride(0), q.stride(1), block_tables.stride(0), *layer.key.stride()[:3],
-        *layer.value.stride()[:3], *scale_strides(layer), heads, group, d, layer.format.key.bits,
-        layer.format.value.bits, layer.block_size, config.tile, splits > 1, config.min_split, ROWS, config.stages,
-        early, INTERP, num_warps=config.warps, num_stages=config.stages, launch_pdl=early,
+        *layer.value.stride()[:3], *scale_strides(layer), heads, group, d, reading(layer.format.key.name),
+        reading(layer.format.value.name), layer.block_size, config.tile, splits > 1, config.min_split, ROWS,
+        config.stages, early, INTERP, num_warps=config.warps, num_stages=config.stages, launch_pdl=early,
     )
     if splits > 1:
         combine_kernel[(batch * heads,)](

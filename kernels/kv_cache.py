@@ -1,10 +1,12 @@
 """The paged KV cache: formats, one layer's storage, writing and reading.
 
 A quantized format keeps, per token and head, a code for each element and one 32-bit scale word: x ~ code * scale + low,
-with the bf16 scale in the word's upper and the bf16 low (the smallest element) in its lower half. Codes are planes in
-int16 words, so that a word tile has the shape of a 16-bit operand (as in `packing.pack_planes`):
+with the bf16 scale in the word's upper and the bf16 low (the smallest element) in its lower half. In fp8 a code is an
+e4m3 number (Micikevicius et al., "FP8 Formats for Deep Learning", 2022), low is 0, and the scale is the power of two
+that brings the largest element into (224, 448], so that numbers of four significant bits are kept exactly. Codes are
+planes in int16 words, so that a word tile has the shape of a 16-bit operand (as in `packing.pack_planes`):
 
-    int8   word[i] = code[i] | code[i + D/2] << 8                                              i < D/2
+    8-bit  word[i] = code[i] | code[i + D/2] << 8                                              i < D/2
     int4   word[i] = code[i] | code[i + D/4] << 4 | code[i + D/2] << 8 | code[i + 3D/4] << 12  i < D/4
 
 Per-token, per-head quantization as in LMDeploy and in Sheng et al., "FlexGen" (2023), with scale and range guarded.
@@ -22,13 +24,16 @@ from .dispatch import choose
 
 HEAD_DIMS = (64, 128)
 BLOCK_SIZES = (16, 32, 64, 128)
+E4M3_MAX = 448.0
+_BF16_MAX = torch.finfo(torch.bfloat16).max
 
 
 @dataclass(frozen=True)
 class Codec:
-    """How one side (keys or values) of a token's head is stored: `bits` per element, `scale_bytes` per token and
-    head."""
+    """How one side (keys or values) of a token's head is stored: `name`, by which kernels know it; `bits` per element;
+    `scale_bytes` per token and head."""
 
+    name: str
     bits: int
     scale_bytes: int
 
@@ -54,7 +59,7 @@ class KVFormat:
         return kv_heads * sum(2 * side.words(head_dim) + side.scale_bytes for side in sides)
 
 
-_BF16, _INT8, _INT4 = Codec(16, 0), Codec(8, 4), Codec(4, 4)
+_BF16, _INT8, _INT4, _FP8 = Codec("bf16", 16, 0), Codec("int8", 8, 4), Codec("int4", 4, 4), Codec("fp8", 8, 4)
 KV_FORMATS: dict[str, KVFormat] = {
     "bf16": KVFormat("bf16", "bf16", "16-bit keys and values, the reference", _BF16, _BF16),
     "int8": KVFormat(
@@ -62,6 +67,16 @@ KV_FORMATS: dict[str, KVFormat] = {
     ),
     "int4": KVFormat(
         "int4", "int4", "4-bit codes, scale per token and head: 3.76x the tokens at head_dim 128", _INT4, _INT4
+    ),
+    "fp8": KVFormat(
+        "fp8", "fp8", "8-bit floats (e4m3), scale per token and head: 1.94x the tokens at head_dim 128", _FP8, _FP8
+    ),
+    "k8v4": KVFormat(
+        "k8v4",
+        "k8v4",
+        "8-bit keys, 4-bit values, scale per token and head: 2.56x the tokens at head_dim 128",
+        _INT8,
+        _INT4,
     ),
 }
 
@@ -101,8 +116,8 @@ class KVLayer:
 
     @cached_property
     def rows_by_head(self) -> tuple[Tensor, Tensor]:
-        """Keys and values as [kv_heads, blocks, block_size * words], without a copy in the CPU's memory order: gathering
-        a batch's blocks is one index_select. Kept, since making views costs a decode step as much as a small product."""
+        """Keys and values as [kv_heads, blocks, block_size * words], no copies in the CPU's memory order: gathering a
+        batch's blocks is one index_select. Kept, since making views costs a step as much as a small product."""
         return self.key.movedim(2, 0).flatten(2), self.value.movedim(2, 0).flatten(2)
 
     @cached_property
@@ -166,21 +181,31 @@ def encode(x: Tensor, codec: Codec) -> tuple[Tensor, Tensor | None]:
     """x [..., D] -> words [..., words] and scale words [...] int32 (None for bf16)."""
     if codec.bits == 16:
         return x.to(torch.bfloat16), None
-    levels = (1 << codec.bits) - 1
     x = x.float()
-    low = x.amin(-1).bfloat16()
-    # Rounded up to bf16, so that the largest element never lies beyond the last code.
-    span = (x.amax(-1) - low.float()).clamp_(min=0)
-    # (Divided by a tensor: on CUDA, division by a number is multiplication by its rounded reciprocal.)
-    scale_bits = (span / torch.full_like(span, levels)).view(torch.int32).add_(0xFFFF) & -0x10000
-    scale = scale_bits.view(torch.float32)
-    scale = torch.where(scale > 0, scale, 1.0)  # a constant vector: every code is 0, the value is `low`
-    codes = torch.floor((x - low.float()[..., None]) / scale[..., None] + 0.5).clamp_(0, levels).to(torch.int16)
+    if codec.name == "fp8":
+        low = x.new_zeros(x.shape[:-1], dtype=torch.bfloat16)
+        scale = _scale_upwards(x.abs().amax(-1).clamp_(max=_BF16_MAX), E4M3_MAX, 23)
+        codes = (x / scale[..., None]).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+        codes = codes.view(torch.uint8).to(torch.int16)
+    else:
+        levels = (1 << codec.bits) - 1
+        low = x.amin(-1).bfloat16()
+        scale = _scale_upwards((x.amax(-1) - low.float()).clamp_(min=0), levels, 16)
+        codes = torch.floor((x - low.float()[..., None]) / scale[..., None] + 0.5).clamp_(0, levels).to(torch.int16)
     planes = codes.unflatten(-1, (16 // codec.bits, -1))
     words = planes[..., 0, :].clone()
     for plane in range(1, 16 // codec.bits):
         words |= planes[..., plane, :] << (plane * codec.bits)
     return words, scale.view(torch.int32) | (low.view(torch.int16).to(torch.int32) & 0xFFFF)
+
+
+def _scale_upwards(span: Tensor, levels: float, dropped: int) -> Tensor:
+    """span / levels as float32, rounded up to what leaves the last `dropped` bits zero (16: bf16; 23: a power of two),
+    so that the largest element never lies beyond the last code; 1 where it is zero: then every code is 0."""
+    # (Divided by a tensor: on CUDA, division by a number is multiplication by its rounded reciprocal.)
+    scale_bits = (span / torch.full_like(span, levels)).view(torch.int32).add_((1 << dropped) - 1) & -(1 << dropped)
+    scale = scale_bits.view(torch.float32)
+    return torch.where(scale > 0, scale, 1.0)
 
 
 def scale_and_low(scale_words: Tensor) -> tuple[Tensor, Tensor]:
@@ -193,7 +218,8 @@ def decode(words: Tensor, scale_words: Tensor | None, codec: Codec) -> Tensor:
     if scale_words is None:
         return words.float()
     shifts = torch.arange(0, 16, codec.bits, dtype=torch.int16, device=words.device)[:, None]
-    codes = ((words[..., None, :] >> shifts) & ((1 << codec.bits) - 1)).flatten(-2).float()
+    codes = ((words[..., None, :] >> shifts) & ((1 << codec.bits) - 1)).flatten(-2)
+    codes = codes.to(torch.uint8).view(torch.float8_e4m3fn).float() if codec.name == "fp8" else codes.float()
     scale, low = scale_and_low(scale_words)
     return codes * scale[..., None] + low[..., None]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from .decode_triton import LOG2_E, accumulate, load_query, load_side, scores, store_planes, tile_blocks
 from .kv_cache import KVLayer
 from .kv_cache_triton import expand_blocks, scale_strides
-from .triton_common import INTERP, next_power_of_2
+from .triton_common import INTERP, bits_of, next_power_of_2, reading
 from .tuning import PrefillConfig, prefill_config
 
 
@@ -24,10 +24,10 @@ from .tuning import PrefillConfig, prefill_config
 def prefill_kernel(
     q, key, value, key_scale, value_scale, tables, query_starts, lengths, out, scale, q_row, q_head, table_row,
     key_block, key_token, key_head, value_block, value_token, value_head, scale_block, scale_token, scale_head, B, H,
-    GROUP: tl.constexpr, D: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, BLOCK: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, BLOCK: tl.constexpr,
     BQ: tl.constexpr, TILE: tl.constexpr, B_PADDED: tl.constexpr, STAGES: tl.constexpr, INTERP: tl.constexpr,
 ):
-    VW: tl.constexpr = D * VALUE_BITS // 16
+    VW: tl.constexpr = D * bits_of(VALUE) // 16
     t, head = tl.program_id(1), tl.program_id(0)
     kv_head = head // GROUP
     every = tl.arange(0, B_PADDED)
@@ -43,7 +43,7 @@ def prefill_kernel(
         real = row < queries
         position = length - queries + row
         q0, q1, q2, q3, q_sum = load_query(
-            q, (query_start + row).to(tl.int64) * q_row + head * q_head, real, scale, KEY_BITS, D, BQ
+            q, (query_start + row).to(tl.int64) * q_row + head * q_head, real, scale, KEY, D, BQ
         )
         n = tl.arange(0, TILE)
         score_zeros = tl.zeros((BQ, TILE), tl.float32)
@@ -58,41 +58,41 @@ def prefill_kernel(
             block, token = tile_blocks(tables, start, n, n, BLOCK, TILE, False)
             k, ks, kl = load_side(
                 key, key_scale, block, token, kv_head, n, key_block, key_token, key_head, scale_block, scale_token,
-                scale_head, KEY_BITS, D, TILE, False,
+                scale_head, KEY, D, TILE, False,
             )
             v, vs, vl = load_side(
                 value, value_scale, block, token, kv_head, n, value_block, value_token, value_head, scale_block,
-                scale_token, scale_head, VALUE_BITS, D, TILE, False,
+                scale_token, scale_head, VALUE, D, TILE, False,
             )
-            s = scores(q0, q1, q2, q3, q_sum, k, ks, kl, scale, score_zeros, KEY_BITS, INTERP)
+            s = scores(q0, q1, q2, q3, q_sum, k, ks, kl, scale, score_zeros, KEY, INTERP)
             top, total, largest, shift, a0, a1, a2, a3 = accumulate(
-                s, v, vs, vl, top, total, largest, shift, a0, a1, a2, a3, VALUE_BITS, INTERP
+                s, v, vs, vl, top, total, largest, shift, a0, a1, a2, a3, VALUE, INTERP
             )
         for start in tl.range(full, last, TILE, num_stages=1):
             inside = start + n < last
             block, token = tile_blocks(tables, start, n, inside, BLOCK, TILE, True)
             k, ks, kl = load_side(
                 key, key_scale, block, token, kv_head, inside, key_block, key_token, key_head, scale_block, scale_token,
-                scale_head, KEY_BITS, D, TILE, True,
+                scale_head, KEY, D, TILE, True,
             )
             v, vs, vl = load_side(
                 value, value_scale, block, token, kv_head, inside, value_block, value_token, value_head, scale_block,
-                scale_token, scale_head, VALUE_BITS, D, TILE, True,
+                scale_token, scale_head, VALUE, D, TILE, True,
             )
-            s = scores(q0, q1, q2, q3, q_sum, k, ks, kl, scale, score_zeros, KEY_BITS, INTERP)
+            s = scores(q0, q1, q2, q3, q_sum, k, ks, kl, scale, score_zeros, KEY, INTERP)
             s = tl.where(
                 (start + n)[None, :] <= position[:, None], s, -1e30
             )  # finite: a row may see nothing of its last tile
             top, total, largest, shift, a0, a1, a2, a3 = accumulate(
-                s, v, vs, vl, top, total, largest, shift, a0, a1, a2, a3, VALUE_BITS, INTERP
+                s, v, vs, vl, top, total, largest, shift, a0, a1, a2, a3, VALUE, INTERP
             )
         norm = 1 / total
         factor = norm
-        if VALUE_BITS != 16:
+        if VALUE != "bf16":
             factor *= largest
         store_planes(
             out + ((query_start + row).to(tl.int64) * H + head) * D, a0, a1, a2, a3, factor, shift * norm, real, VW,
-            VALUE_BITS, INTERP,
+            VALUE, INTERP,
         )
 
 
@@ -127,7 +127,7 @@ def prefill_triton(
         q, layer.key, layer.value, layer.key_scale, layer.value_scale, block_tables, query_starts, lengths, out,
         scale * LOG2_E, q.stride(0), q.stride(1), block_tables.stride(0), *layer.key.stride()[:3],
         *layer.value.stride()[:3], *scale_strides(layer), batch, heads, heads // layer.kv_heads, d,
-        layer.format.key.bits, layer.format.value.bits, layer.block_size, config.block_q, config.tile,
+        reading(layer.format.key.name), reading(layer.format.value.name), layer.block_size, config.block_q, config.tile,
         next_power_of_2(batch), config.stages, INTERP, num_warps=config.warps, num_stages=config.stages,
     )
     return out

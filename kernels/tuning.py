@@ -135,11 +135,13 @@ def decode_config(format: str, batch: int, kv_heads: int, max_tokens: int, multi
             (3, 2) if few else (8, 1)
         )  # one warp a program has no barriers, and eight programs hide each other's latency
     splits = max(1, min(round(multiprocessors * programs / pairs), -(-max_tokens // 128), 128))
-    narrow = not few and (splits > 1 if format == "bf16" else splits > 4 or format == "int8")
+    narrow = not few and (splits > 1 if format == "bf16" else splits > 4 or format != "int4")
     return DecodeConfig(32 if narrow else 64, splits, 128, warps, 4 if warps == 1 else 3)
 
 
 def prefill_config(format: str, head_dim: int) -> PrefillConfig:
     """The configuration for a cache format and head size."""
     found = _table().get(("prefill", format, head_dim))
-    return PrefillConfig(64, 64, 4, 3) if found is None else PrefillConfig(**found)
+    if found is not None:
+        return PrefillConfig(**found)
+    return PrefillConfig(64, 32 if format == "fp8" else 64, 4, 3)  # fp8 at 64 x 64 spills registers

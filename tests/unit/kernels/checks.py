@@ -144,10 +144,10 @@ def fill_cache(
         pad = torch.full((1, kv_heads, head_dim), float("nan"), device=device, dtype=k.dtype)
         kernels.write_kv(layer, torch.cat((k, pad)), torch.cat((v, pad)), padded, impl=impl)
         held_k, held_v = kernels.read_kv(layer, tables[b].to(device), n)
-        bound = {"bf16": 1e-6, "int8": 1e-2, "int4": 0.15}[format]
-        for held, given in ((held_k, k), (held_v, v)):
+        for held, given, codec in ((held_k, k, layer.format.key), (held_v, v, layer.format.value)):
+            bound = {"bf16": 1e-6, "int8": 1e-2, "fp8": 3e-2, "int4": 0.15}[codec.name]
             assert n == 0 or relative_error(held, given) < bound, (
-                f"{format}: stored with relative error {relative_error(held, given):.2e}"
+                f"{format}: stored as {codec.name} with relative error {relative_error(held, given):.2e}"
             )
         keys.append(held_k.double())
         values.append(held_v.double())

@@ -15,7 +15,7 @@ import pytest
 if sys.platform != "linux":
     pytest.skip("Triton is published for Linux only", allow_module_level=True)
 
-from kernels import a8w8, a16w4, decode_triton, prefill_triton, skinny, wide
+from kernels import KV_FORMATS, a8w8, a16w4, decode_triton, prefill_triton, skinny, wide
 from tests.unit.kernels.sass import Compiled, compile_sm90, opcodes
 
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
@@ -104,22 +104,22 @@ def attention(
     kernel: object, format: str, constants: dict[str, object], extra: dict[str, str], integers: str, warps: int,
     stages: int,
 ) -> Compiled:
-    bits = {"bf16": 16, "int8": 8, "int4": 4}[format]
-    data = "*bf16" if bits == 16 else "*i16"
+    chosen = KV_FORMATS[format]
+    data = "*bf16" if format == "bf16" else "*i16"
     strides = "q_row q_head key_block key_token key_head value_block value_token value_head scale_block scale_head H"
     signature = {"q": "*bf16", "key": data, "value": data, "tables": "*i32", "lengths": "*i32", "out": "*bf16", **extra}
     signature |= dict.fromkeys(f"{strides} {integers}".split(), "i32")
     fixed = {
         "D": 128,
-        "KEY_BITS": bits,
-        "VALUE_BITS": bits,
+        "KEY": chosen.key.name,
+        "VALUE": chosen.value.name,
         "BLOCK": 64,
         "GROUP": 4,
         "STAGES": stages,
         "INTERP": False,
         "scale_token": 1,
     }
-    if bits == 16:
+    if format == "bf16":
         fixed |= {"key_scale": None, "value_scale": None}
     else:
         signature |= {"key_scale": "*i32", "value_scale": "*i32"}
@@ -128,7 +128,11 @@ def attention(
 
 
 @pytest.mark.parametrize(
-    "format, tile, warps, stages, budget", [("bf16", 64, 2, 3, 1.8), ("int8", 32, 1, 4, 3.6), ("int4", 64, 1, 4, 2.8)]
+    "format, tile, warps, stages, budget",
+    [
+        ("bf16", 64, 2, 3, 1.8), ("int8", 32, 1, 4, 3.6), ("int4", 64, 1, 4, 2.8), ("fp8", 32, 1, 4, 3.6),
+        ("k8v4", 32, 1, 4, 3.6),
+    ],
 )
 def test_decode(format: str, tile: int, warps: int, stages: int, budget: float) -> None:
     constants = {"TILE": tile, "SPLIT": True, "MIN_SPLIT": 128, "ROWS": 16, "EARLY": True}
@@ -139,8 +143,9 @@ def test_decode(format: str, tile: int, warps: int, stages: int, budget: float) 
     check(built, 2 * tile * 128, warps, budget)
 
 
-@pytest.mark.parametrize("format", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("format", KV_FORMATS)
 def test_prefill(format: str) -> None:
-    constants = {"TILE": 64, "BQ": 64, "B_PADDED": 4}
+    tile = 32 if format == "fp8" else 64
+    constants = {"TILE": tile, "BQ": 64, "B_PADDED": 4}
     built = attention(prefill_triton.prefill_kernel, format, constants, {"query_starts": "*i32"}, "table_row B", 4, 3)
-    check(built, 2 * 64 * 128, 4, 8.0)
+    check(built, 2 * tile * 128, 4, 8.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 
+import kernels
 from tests.unit.kernels import checks
 
 LAYOUT = {"bf16": "plain", "int8": "plain", "int4": "planes"}
@@ -30,7 +31,7 @@ def test_linear_ragged_k() -> None:
     checks.check_linear(3, 40, 200, "bf16", 128, "cpu", impl="triton", layout="plain")
 
 
-@pytest.mark.parametrize("format", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("format", list(kernels.KV_FORMATS))
 @pytest.mark.parametrize(
     "head_dim, group, block_size, order", [(64, 3, 16, "block"), (128, 4, 64, "block"), (64, 1, 128, "head")]
 )
@@ -38,7 +39,7 @@ def test_decode(format: str, head_dim: int, group: int, block_size: int, order: 
     checks.check_decode(format, [130, 0], block_size, 2, group, head_dim, "cpu", impl="triton", order=order)
 
 
-@pytest.mark.parametrize("format", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("format", list(kernels.KV_FORMATS))
 @pytest.mark.parametrize("head_dim, group, block_size", [(64, 3, 16), (128, 2, 128)])
 def test_prefill(format: str, head_dim: int, group: int, block_size: int) -> None:
     checks.check_prefill(
@@ -47,12 +48,12 @@ def test_prefill(format: str, head_dim: int, group: int, block_size: int) -> Non
     )
 
 
-@pytest.mark.parametrize("format", ["int8", "int4"])
+@pytest.mark.parametrize("format", [name for name in kernels.KV_FORMATS if name != "bf16"])
 def test_prefill_expanding_first(format: str) -> None:
     checks.check_prefill(format, [(130, 150)], 64, 1, 1, 64, "cpu", impl="triton", order="block")
 
 
-@pytest.mark.parametrize("format", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("format", list(kernels.KV_FORMATS))
 @pytest.mark.parametrize("order", ["block", "head"])
 def test_write(format: str, order: str) -> None:
     checks.check_write(format, 16, 2, 64, "cpu", impl="triton", order=order)
