@@ -21,12 +21,14 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from . import elementwise, problems
-from .a8w8 import a8w8_matmul
+from . import activations, elementwise, problems
+from .activations import Activations, activation_codes, quantize_rows
 from .attention import attend
 from .decode_triton import decode_triton
 from .kv_cache import read_kv
-from .matmul_triton import linear_partials, linear_triton
+from .matmul import linear
+from .matmul_triton import linear_8_bit, linear_fused, linear_partials, linear_triton
+from .packing import PackedWeight
 from .prefill_triton import prefill_triton
 from .timing import matmul_rate, microseconds, read_bandwidth
 
@@ -174,15 +176,16 @@ def prefill_rows() -> list[Row]:
 def a8w8_rows() -> list[Row]:
     """int8 8192^3 with the scaled bf16 epilogue; beside ours _int_mm without one, and fp8 by _scaled_mm with row-wise
     scales."""
-    x, x_scale, w, w_scale = problems.int8_matmul(8192, 8192, 8192)
-    want = (x[:64].double() @ w.double().t()) * x_scale[:64].double()[:, None] * w_scale.double()
-    error = checked(relative_error(a8w8_matmul(x, x_scale, w, w_scale)[:64], want), 3e-3, "A8W8")
+    x, weight = problems.int8_matmul(8192, 8192, 8192)
+    few = Activations(x.codes[:64], x.scale[:64], x.dtype)
+    want = few.dequantize(torch.float64) @ weight.dequantize(torch.float64).t()
+    error = checked(relative_error(linear_8_bit(x, weight)[:64], want), 3e-3, "A8W8")
     flops = 2 * 8192**3
     x8, w8 = (torch.randn(8192, 8192, device="cuda").to(torch.float8_e4m3fn) for _ in range(2))
     ones = torch.ones(8192, 1, device="cuda")
-    us = microseconds([lambda: a8w8_matmul(x, x_scale, w, w_scale)])
+    us = microseconds([lambda: linear_8_bit(x, weight)])
     others = {
-        "_int_mm (int32 out)": microseconds([lambda: torch._int_mm(x, w.t())]),
+        "_int_mm (int32 out)": microseconds([lambda: torch._int_mm(x.codes, weight.data.t())]),
         "fp8 _scaled_mm": microseconds(
             [lambda: torch._scaled_mm(x8, w8.t(), ones, ones.t(), out_dtype=torch.bfloat16)]
         ),
@@ -190,6 +193,38 @@ def a8w8_rows() -> list[Row]:
     row = Row("A8W8", "8192^3", us, error, None, None, flops / us / 1e6, others)
     print_row(row)
     return [row]
+
+
+def eight_bit_rows(format: str, rows: tuple[int, ...]) -> list[Row]:
+    """w8a8 or fp8 as `linear` computes it from bf16, the rounding of activations included where it rounds them. Beside
+    it the two ways apart, to see where the crossover lies, and cuBLAS in bf16."""
+    found = []
+    codes = activation_codes(format, 1 << 20)
+    assert codes is not None
+    for name, (n, k) in problems.SHAPES.items():
+        for m in rows:
+            problem = problems.matmul(format, m, n, k)
+            weight = problem.weights[0].dequantize()
+            eight = quantize_rows(problem.x, codes)
+
+            def run(x: Tensor, w: PackedWeight) -> Tensor:
+                return linear(x, w)
+
+            held = problem.x.float() if activation_codes(format, m) is None else eight.dequantize(torch.float32)
+            got = run(problem.x, problem.weights[0])
+            error = checked(relative_error(got, held @ weight.t()), 5e-3, f"{format} {name} M={m}")
+            us = microseconds(problem.calls(run))
+            others = {"8-bit product": microseconds([partial(linear_8_bit, eight, w) for w in problem.weights])}
+            if m <= 64:
+                others["A16W8"] = microseconds(problem.calls(linear_fused))
+            dense = [weight.bfloat16() for _ in range(max(2, min(6, (512 << 20) // (2 * n * k))))]
+            others["cuBLAS bf16"] = microseconds([partial(F.linear, problem.x, w) for w in dense])
+            tera_ops = problem.flops / us / 1e6 if m > 64 else None
+            found.append(
+                Row(format, f"{name} M={m}", us, error, None, problem.nbytes / us / 1e6, tera_ops, others)
+            )
+            print_row(found[-1])
+    return found
 
 
 def elementwise_rows() -> list[Row]:
@@ -220,6 +255,36 @@ def elementwise_rows() -> list[Row]:
         lambda x, r, g: elementwise.silu_mul(g),
         relative_error(elementwise.silu_mul(gate_up), elementwise.silu_mul(gate_up, impl="torch")),
     )
+
+    def of_codes(got: Activations, want: Tensor) -> float:
+        """Rounding itself errs by up to 3 %: a hundredth is left for what comes before."""
+        held = quantize_rows(want, got.codes.dtype, impl="torch").dequantize(torch.float32)
+        return relative_error(got.dequantize(torch.float32), held)
+
+    for codes, short in ((torch.int8, "int8"), (torch.float8_e4m3fn, "fp8")):
+        row(
+            f"add + RMSNorm to {short}",
+            7 * t * d,
+            partial(lambda codes, x, r, g: activations.quantized_add_rms_norm(x, r, weight, 1e-5, codes), codes),
+            of_codes(
+                activations.quantized_add_rms_norm(x, residual, weight, 1e-5, codes)[0],
+                elementwise.rms_norm((x + residual).float(), weight.float(), 1e-5, impl="torch"),
+            ),
+        )
+        row(
+            f"SiLU-mul to {short}",
+            5 * t * i,
+            partial(lambda codes, x, r, g: activations.quantized_silu_mul(g, codes), codes),
+            of_codes(
+                activations.quantized_silu_mul(gate_up, codes), elementwise.silu_mul(gate_up.float(), impl="torch")
+            ),
+        )
+        row(
+            f"quantize rows to {short}",
+            3 * t * d,
+            partial(lambda codes, x, r, g: quantize_rows(x, codes), codes),
+            of_codes(quantize_rows(x, codes), x.float()),
+        )
     return found
 
 
@@ -229,6 +294,8 @@ OPS: dict[str, Callable[[], list[Row]]] = {
     "bf16": lambda: matmul_rows("bf16", (1, 16)),
     "int8": lambda: matmul_rows("int8", (1, 16)),
     "a8w8": a8w8_rows,
+    "w8a8": lambda: eight_bit_rows("w8a8", (16, 64, 256, 2048)),
+    "fp8": lambda: eight_bit_rows("fp8", (1, 16, 64, 256, 2048)),
     "decode": decode_rows,
     "prefill": prefill_rows,
     "elementwise": elementwise_rows,

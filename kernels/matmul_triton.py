@@ -6,31 +6,55 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .a8w8 import a8w8_partials
 from .a16w4 import a16w4_partials, dequantize_rows, reduce_splits
+from .activations import SIXTEEN_BIT_ROWS, Activations
 from .packing import PLANE_ROWS, PackedWeight
 from .skinny import skinny_partials
+from .triton_common import INTERP
 from .tuning import SkinnyConfig, WideConfig, plain_config, planes_config, wide_config
 from .wide import wide_partials
 
 # Up to these rows a kernel of ours streams the weight; above, it is dequantized once (in slices) and multiplied by
-# cuBLAS. bf16 goes to cuBLAS directly.
-FUSED_ROWS = {"bf16": 16, "int8": 64, "int4": 256}
+# cuBLAS. bf16 goes to cuBLAS directly; w8a8 and fp8 activations have 8 bits there.
+FUSED_ROWS = {"bf16": 16, "int8": 64, "int4": 256, "w8a8": SIXTEEN_BIT_ROWS, "fp8": SIXTEEN_BIT_ROWS}
 SKINNY_ROWS = (
     64  # int4: up to here scales are applied per group to the accumulator (`a16w4`), above to the weight (`wide`)
 )
 DEQUANTIZED_ELEMENTS = 1 << 24  # 32 MB of bf16 workspace at a time, which stays in the L2 cache
 
 
-def linear_triton(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
-    """x [M, K] bf16, weight in its CUDA layout -> bf16 [M, N]."""
-    if weight.layout != {"bf16": "plain", "int8": "plain", "int4": "planes"}[weight.format]:
+def linear_triton(
+    x: Tensor | Activations, weight: PackedWeight, bias: Tensor | None, partial: bool = False
+) -> Tensor:
+    """x [M, K] bf16 or in 8 bits, weight in its CUDA layout -> bf16 [M, N], or float32 partials [S, M, N] where
+    `partial` allows it and K is split."""
+    if weight.layout != ("planes" if weight.format == "int4" else "plain"):
         raise ValueError(f"linear: impl 'triton' cannot read the layout {weight.layout!r} of {weight.format}")
+    if isinstance(x, Activations):
+        return linear_8_bit(x, weight, bias, partial=partial)
     x = x.contiguous()
     if x.shape[0] == 0:
         return x.new_empty(0, weight.shape[0])
     if x.shape[0] > FUSED_ROWS[weight.format]:
         return F.linear(x, weight.data, bias) if weight.format == "bf16" else _dequantize_once(x, weight, bias)
-    return linear_fused(x, weight, bias)
+    return _summed(linear_partials(x, weight), bias, partial)
+
+
+def linear_8_bit(
+    x: Activations, weight: PackedWeight, bias: Tensor | None = None, config: WideConfig | None = None,
+    partial: bool = False,
+) -> Tensor:
+    """x [M, K] times a plain weight in the same codes -> bf16 [M, N]: e4m3 by cuBLAS where it takes the shape, the rest
+    by our kernel."""
+    if x.shape[0] == 0:
+        return torch.empty(0, weight.shape[0], dtype=torch.bfloat16, device=x.device)
+    if config is None and weight.format == "fp8" and weight.shape[0] % 16 == 0 and not INTERP:
+        assert weight.scale is not None
+        return torch._scaled_mm(
+            x.codes, weight.data.t(), x.scale[:, None], weight.scale[None], bias=bias, out_dtype=torch.bfloat16
+        )
+    return _summed(a8w8_partials(x, weight, config), bias, partial)
 
 
 def linear_partials(x: Tensor, weight: PackedWeight, config: SkinnyConfig | WideConfig | None = None) -> Tensor:
@@ -50,9 +74,12 @@ def linear_fused(
     x: Tensor, weight: PackedWeight, bias: Tensor | None = None, config: SkinnyConfig | WideConfig | None = None
 ) -> Tensor:
     """x [M, K] times the weight as it is stored, the splits of K summed -> bf16 [M, N]."""
-    partials = linear_partials(x, weight, config)
+    return _summed(linear_partials(x, weight, config), bias)
+
+
+def _summed(partials: Tensor, bias: Tensor | None, partial: bool = False) -> Tensor:
     if partials.shape[0] > 1:
-        return reduce_splits(partials, bias)
+        return partials if partial and bias is None else reduce_splits(partials, bias)
     return partials[0] if bias is None else partials[0].add_(bias)
 
 

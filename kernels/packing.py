@@ -1,9 +1,9 @@
 """Device layouts of a weight: what `linear` reads.
 
-plain     [N, K] as it is (bf16, int8 on CUDA), scale [N]
+plain     [N, K] as it is (bf16 and 8-bit codes on CUDA, fp8 on CPU), scale [N]: float32 for fp8, else bf16
 planes    int4 on CUDA, see `pack_planes`
 mkldnn    bf16 on CPU, oneDNN's own blocking
-int8pack  int8 on CPU, [N, K] int8 and bf16 scale [N], for torch._weight_int8pack_mm
+int8pack  int8 and w8a8 on CPU, [N, K] int8 and bf16 scale [N], for torch._weight_int8pack_mm
 nibbles   int8 on CPU where that operator is slow, see `_pack_nibbles`
 int4pack  int4 on CPU, [N/64, K, 32] uint8 and bf16 (scale, zero) [K/G, N, 2], for torch's _weight_int4pack_mm_for_cpu
 """
@@ -210,7 +210,7 @@ def _unpack_int4_cpu(packed: PackedWeight) -> QuantizedWeight:
 def _plain(weight: QuantizedWeight) -> PackedWeight:
     return PackedWeight(
         weight.format, "plain", weight.shape, weight.codes.contiguous(),
-        None if weight.scale is None else weight.scale.bfloat16(),
+        None if weight.scale is None else weight.scale.to(weight_format(weight.format).scale_dtype),
     )
 
 
@@ -252,8 +252,9 @@ def device_layout(format: str, device: torch.device, shape: tuple[int, int]) -> 
     if device.type == "cpu":
         if format == "int8" and n * k > NIBBLES_ABOVE and k < 2048 and _nibble_group(k):
             return "nibbles"
-        return {"bf16": "mkldnn" if has_mkldnn_linear() else "plain", "int8": "int8pack", "int4": "int4pack"}[format]
-    return {"bf16": "plain", "int8": "plain", "int4": "planes"}[format]
+        layouts = {"int8": "int8pack", "int4": "int4pack", "w8a8": "int8pack", "fp8": "plain"}
+        return layouts.get(format) or ("mkldnn" if has_mkldnn_linear() else "plain")
+    return "planes" if format == "int4" else "plain"
 
 
 def pack_weight(

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from .activations import Activations
 from .kv_cache import KVLayer, allocate_kv
 from .packing import PackedWeight, pack_weight, random_weight
 from .timing import copies_for
@@ -63,15 +64,15 @@ def matmul(format: str, m: int, n: int, k: int, group_size: int = 128, seed: int
     return Matmul(format, m, n, k, group_size, x, weights)
 
 
-def int8_matmul(m: int, n: int, k: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Random int8 x [m, k], its scales [m], int8 w [n, k] and its scales [n]."""
+def int8_matmul(m: int, n: int, k: int, seed: int = 0) -> tuple[Activations, PackedWeight]:
+    """Random codes x [m, k] and w [n, k], all equally likely: the hardest for the power limit."""
     generator = torch.Generator("cuda").manual_seed(seed)
     x, w = (
         torch.randint(-127, 128, shape, generator=generator, device="cuda", dtype=torch.int8)
         for shape in ((m, k), (n, k))
     )
     x_scale, w_scale = (torch.rand(size, generator=generator, device="cuda") * 0.01 for size in (m, n))
-    return x, x_scale, w, w_scale
+    return Activations(x, x_scale, torch.bfloat16), PackedWeight("w8a8", "plain", (n, k), w, w_scale)
 
 
 def random_layer(

@@ -1,8 +1,10 @@
-"""bf16 and A16W8 matmul for small M: y[M, N] = x[M, K] @ w[N, K].T, a stream over the weight rows.
+"""bf16 and A16W8 (int8, e4m3) matmul for small M: y[M, N] = x[M, K] @ w[N, K].T, a stream over the weight rows.
 
 At M <= 16 the time is the weight's bytes over the bandwidth, so all that counts is bytes in flight: many small
 programs, deep pipelines, and splits of K where N alone gives too few programs. int8 codes become bf16 by Triton's own
-fast conversion; the scale of the output channel is applied to the accumulator.
+fast conversion, e4m3 by way of fp16, which holds them all: two codes take one instruction (cvt.rn.f16x2.e4m3x2), where
+straight to bf16 the compiler goes through the slow conversion pipe. Both are exact; the scale of the output channel is
+applied to the accumulator.
 
     x [BM, BK]  left operand, rows past M are zeros      w [BN, BK]  right operand, K contiguous
 """
@@ -37,11 +39,16 @@ def skinny_kernel(
     for k in tl.range(first, last, BK, num_stages=STAGES):
         if EVEN:
             a = tl.load(x_at + k, mask=live_m, other=0.0)
-            b = tl.load(w_at + k, mask=live_n, other=0)
+            b = tl.load(w_at + k, mask=live_n, other=0.0)
         else:
             a = tl.load(x_at + k, mask=live_m & (k + i < last)[None, :], other=0.0)
-            b = tl.load(w_at + k, mask=live_n & (k + i < last)[None, :], other=0)
-        b = b.to(tl.float32) if INTERP else b.to(tl.bfloat16)
+            b = tl.load(w_at + k, mask=live_n & (k + i < last)[None, :], other=0.0)
+        if INTERP:
+            b = b.to(tl.float32)
+        elif w.dtype.element_ty == tl.float8e4nv:
+            b = b.to(tl.float16).to(tl.bfloat16)
+        else:
+            b = b.to(tl.bfloat16)
         acc = dot(a, tl.trans(b), acc, INTERP)
     if scale is not None:
         acc *= tl.load(scale + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
@@ -54,8 +61,8 @@ def skinny_kernel(
 
 
 def skinny_partials(x: Tensor, weight: PackedWeight, config: SkinnyConfig | WideConfig) -> Tensor:
-    """x [M, K] bf16 times a plain bf16 or int8 weight -> float32 partials [SPLITS, M, N] (bf16 [1, M, N] where config
-    has one split)."""
+    """x [M, K] bf16 times a plain bf16, int8 or fp8 weight -> float32 partials [SPLITS, M, N] (bf16 [1, M, N] where
+    config has one split)."""
     (m, k), n = x.shape, weight.shape[0]
     bk = config.block_k
     per_split = triton.cdiv(triton.cdiv(k, bk), config.splits) * bk

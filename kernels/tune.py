@@ -22,9 +22,9 @@ import torch
 import triton
 
 from . import problems
-from .a8w8 import a8w8_matmul
+from .activations import quantize_rows
 from .decode_triton import decode_triton
-from .matmul_triton import linear_fused
+from .matmul_triton import linear_8_bit, linear_fused
 from .prefill_triton import prefill_triton
 from .timing import microseconds
 from .tuning import TUNED, DecodeConfig, PrefillConfig, SkinnyConfig, WideConfig
@@ -72,11 +72,19 @@ def plain_candidates(m: int, element_bytes: int) -> list[Any]:
     return [SkinnyConfig(bm, bn, s, w, st, bk) for (bn, bk, w, st), s in product(shapes, (1, 2, 4, 6))]
 
 
-def a8w8_candidates() -> list[Any]:
+def a8w8_candidates(m: int) -> list[Any]:
+    """At few rows as many programs as fill the GPU, by narrow tiles or splits of K; then ever larger tiles."""
+    if m <= 64:
+        return [
+            WideConfig(bm, bn, s, 4, st, bk)
+            for bm, bn, s, st, bk in product((16, 32, 64), (32, 64, 128), (1, 2, 4, 8), (3, 4, 5), (128, 256))
+            if bm <= m and bm * bn >= 1024 and (bm + bn) * bk * st <= 160 << 10
+        ]
+    sizes = (64, 128) if m <= 256 else (64, 128, 256)
     return [
-        WideConfig(bm, bn, 1, w, st, bk)
-        for bm, bn, w, st, bk in product((128, 256), (128, 256), (4, 8), (3, 4), (64, 128))
-        if bm * bn <= 1 << 15 and bm * bn // w <= 1 << 12
+        WideConfig(bm, bn, s, w, st, bk)
+        for bm, bn, s, w, st, bk in product(sizes[-2:], sizes, (1, 2), (4, 8), (3, 4), (64, 128))
+        if bm * bn <= 1 << 15 and 512 <= bm * bn // w <= 1 << 12 and (s == 1 or m <= 256)
     ]
 
 
@@ -104,9 +112,13 @@ def _runner(op: str, arguments: dict[str, Any]) -> Callable[[Any], problems.Call
     if op == "prefill":
         prefill = problems.prefill(**arguments)
         return lambda config: prefill.calls(partial(prefill_triton, config=config))
-    if op == "a8w8":
+    if op == "a8w8" and min(arguments.values()) == 8192:
         int8 = problems.int8_matmul(**arguments)
-        return lambda config: [partial(a8w8_matmul, *int8, config=config)]
+        return lambda config: [partial(linear_8_bit, *int8, None, config)]
+    if op == "a8w8":
+        eight = problems.matmul("w8a8", **arguments)
+        x = quantize_rows(eight.x, torch.int8)
+        return lambda config: [partial(linear_8_bit, x, weight, None, config) for weight in eight.weights]
     problem = problems.matmul(**arguments)
     return lambda config: problem.calls(partial(linear_fused, bias=None, config=config))
 
@@ -156,7 +168,7 @@ def tasks(kinds: list[str], most: int) -> list[Task]:
     """What is tuned: the shapes of `problems.SHAPES` at the M where a configuration changes, and attention; at most
     `most` candidates of each problem, drawn with a fixed seed."""
     found: list[Task] = []
-    rows = {"planes": (1, 16, 64), "wide": (256, 2048), "bf16": (1, 16), "int8": (1, 16, 64)}
+    rows = {"planes": (1, 16, 64), "wide": (256, 2048), "bf16": (1, 16), "int8": (1, 16, 64), "a8w8": (64, 256, 2048)}
     for kind in kinds:
         if kind == "decode":
             for format, (batch, context) in product(("bf16", "int8", "int4"), ((1, 8192), (16, 2048), (64, 2048))):
@@ -169,7 +181,11 @@ def tasks(kinds: list[str], most: int) -> list[Task]:
                 for format in ("bf16", "int8", "int4")
             ]
         elif kind == "a8w8":
-            found.append((kind, {"m": 8192, "n": 8192, "k": 8192}, a8w8_candidates()))
+            found += [
+                (kind, {"m": m, "n": n, "k": k}, a8w8_candidates(m))
+                for m, (n, k) in product(rows[kind], problems.SHAPES.values())
+            ]
+            found.append((kind, {"m": 8192, "n": 8192, "k": 8192}, a8w8_candidates(8192)))
         else:
             format = "int4" if kind in ("planes", "wide") else kind
             for m, (n, k) in product(rows[kind], problems.SHAPES.values()):
@@ -189,7 +205,7 @@ def entries(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The fastest record of each problem that `tuning` looks up, as its file holds them."""
     found = []
     for record in records:
-        if record["op"] in ("decode", "a8w8"):
+        if record["op"] == "decode" or record.get("m") == 8192:
             continue  # decided by a rule
         problem = (record["format"], 128) if record["op"] == "prefill" else (record["m"], record["n"], record["k"])
         found.append(

@@ -32,7 +32,7 @@ class SkinnyConfig:
 
 @dataclass(frozen=True)
 class WideConfig:
-    """Tiles of a large-M matmul. block_k is read by A8W8 only (planes step by one group), splits by planes only."""
+    """Tiles of a large-M matmul. block_k is read by A8W8 only (planes step by one group)."""
 
     block_m: int
     block_n: int
@@ -105,7 +105,7 @@ def wide_config(m: int, n: int, k: int, group_size: int) -> WideConfig:
 
 
 def plain_config(m: int, n: int, k: int, element_bytes: int) -> SkinnyConfig:
-    """bf16 and A16W8: the configuration for x [m, k] and a plain weight [n, k]."""
+    """bf16 and A16W8 (int8, fp8): the configuration for x [m, k] and a plain weight [n, k]."""
     found = _table().get(("bf16" if element_bytes == 2 else "int8", rows_bucket(m), n, k))
     if found is not None:
         return SkinnyConfig(**found)
@@ -116,9 +116,12 @@ def plain_config(m: int, n: int, k: int, element_bytes: int) -> SkinnyConfig:
 
 
 def a8w8_config(m: int, n: int, k: int) -> WideConfig:
-    """A8W8: the configuration for x [m, k] and w [n, k], int8."""
+    """A8W8: the configuration for x [m, k] and w [n, k] in 8 bits."""
+    found = _table().get(("a8w8", rows_bucket(m), n, k))
+    if found is not None:
+        return WideConfig(**found)
     if m <= 64:
-        return WideConfig(64, 64, 1, 4, 4)
+        return WideConfig(64, 64, _splits(n, k, 64, 128, 264, 8), 4, 4)
     return WideConfig(128, 256, 1, 8, 4) if m * n >= 1 << 22 else WideConfig(128, 128, 1, 8, 4)
 
 

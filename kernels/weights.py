@@ -3,20 +3,26 @@
     bf16   w
     int8   A16W8, symmetric per output channel:   w ~ code * scale[n],                   code in -127..127
     int4   A16W4, asymmetric per group of K:      w ~ (code - zero[n, g]) * scale[n, g],  code and zero in 0..15
+    w8a8   A8W8: the codes and scales of int8; the activations of larger steps are int8 too (see `activations`)
+    fp8    A8W8: as w8a8 in e4m3 (4 bits of exponent, 3 of mantissa, largest 448): w ~ code * scale[n]
 
-Scales are rounded to bfloat16 before the codes are chosen, so every device layout holds exactly the same weights.
-Rounding to nearest is the baseline of Nagel et al., "A White Paper on Neural Network Quantization" (2021).
+Scales are rounded to bfloat16 before the codes are chosen, so every device layout holds exactly the same weights; those
+of fp8 stay float32, as `torch._scaled_mm` reads them. Rounding to nearest is the baseline of Nagel et al., "A White
+Paper on Neural Network Quantization" (2021); e4m3 is that of Micikevicius et al., "FP8 Formats for Deep Learning"
+(2022).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 GROUP_SIZES = (64, 128)
+E4M3_MAX = 448.0
+FEATURES_OF_8_BIT_PRODUCTS = 16  # K of w8a8 and fp8 is a multiple: what one load of the kernels moves, in bytes
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,12 @@ class WeightFormat:
     scale_bytes: int  # per group of K where `grouped`, else per output channel
     grouped: bool
     quantize: Callable[[Tensor, int], QuantizedWeight]
+    activations: torch.dtype | None = None  # codes of the activations, None where they stay 16 bit
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """Of the scales per output channel in a plain layout."""
+        return torch.float32 if self.scale_bytes == 4 else torch.bfloat16
 
     def nbytes(self, n: int, k: int, group_size: int = 128) -> int:
         """Bytes of a packed [n, k] weight with its scales and zeros, before a layout pads n to its tile."""
@@ -41,8 +53,8 @@ class WeightFormat:
 class QuantizedWeight:
     """A weight [N, K] in its canonical, device-neutral form.
 
-    codes [N, K]: bfloat16 for bf16, int8 for int8, uint8 (0..15) for int4.
-    scale: None, float32 [N] (int8) or float32 [N, K/G] (int4). zero: None, or uint8 [N, K/G] (int4).
+    codes [N, K]: bfloat16 for bf16, int8 for int8 and w8a8, float8_e4m3fn for fp8, uint8 (0..15) for int4.
+    scale: None, float32 [N] (int8, w8a8, fp8) or float32 [N, K/G] (int4). zero: None, or uint8 [N, K/G] (int4).
     order: int64 [K], column j of the codes belongs to in feature order[j] (GPTQ's activation order, which sorts
         features into groups by importance); None where each column stands in its place.
     """
@@ -104,6 +116,24 @@ def _quantize_int8(weight: Tensor, group_size: int) -> QuantizedWeight:
     return QuantizedWeight("int8", codes, scale)
 
 
+def _quantize_w8a8(weight: Tensor, group_size: int) -> QuantizedWeight:
+    _check_8_bit(weight.shape[1], "w8a8")
+    return replace(_quantize_int8(weight, group_size), format="w8a8")
+
+
+def _quantize_fp8(weight: Tensor, group_size: int) -> QuantizedWeight:
+    _check_8_bit(weight.shape[1], "fp8")
+    w = weight.float()
+    scale = w.abs().amax(1) / E4M3_MAX
+    scale = torch.where(scale > 0, scale, 1.0)
+    return QuantizedWeight("fp8", (w / scale[:, None]).to(torch.float8_e4m3fn), scale)
+
+
+def _check_8_bit(k: int, format: str) -> None:
+    if k % FEATURES_OF_8_BIT_PRODUCTS:
+        raise ValueError(f"in features of {format} must be a multiple of {FEATURES_OF_8_BIT_PRODUCTS}, {k} is not")
+
+
 def _quantize_int4(weight: Tensor, group_size: int) -> QuantizedWeight:
     n, k = weight.shape
     check_groups(k, group_size)
@@ -129,6 +159,26 @@ WEIGHT_FORMATS: dict[str, WeightFormat] = {
     ),
     "int4": WeightFormat(
         "int4", "int4 (A16W4)", "4-bit weights, scale and zero per group: 3.8x fewer bytes", 4, 4, True, _quantize_int4
+    ),
+    "w8a8": WeightFormat(
+        "w8a8",
+        "w8a8 (A8W8)",
+        "the weights of int8; larger steps round activations to int8 per token and multiply in int8",
+        8,
+        2,
+        False,
+        _quantize_w8a8,
+        torch.int8,
+    ),
+    "fp8": WeightFormat(
+        "fp8",
+        "fp8 (A8W8)",
+        "8-bit floating-point weights; larger steps round activations to fp8 per token and multiply in fp8",
+        8,
+        4,
+        False,
+        _quantize_fp8,
+        torch.float8_e4m3fn,
     ),
 }
 

@@ -24,11 +24,6 @@ def test_linear_integers_exact(m: int, n: int, k: int, format: str) -> None:
     checks.check_linear_exact(m, n, k, format, 128, "cuda", impl="triton")
 
 
-@pytest.mark.parametrize("m, n, k", [(1, 300, 512), (64, 1000, 4096), (1000, 4096, 1040), (513, 640, 14336)])
-def test_a8w8(m: int, n: int, k: int) -> None:
-    checks.check_a8w8(m, n, k, "cuda")
-
-
 @pytest.mark.parametrize("format", ["bf16", "int8", "int4"])
 @pytest.mark.parametrize(
     "head_dim, group, block_size", [(64, 3, 16), (64, 7, 32), (128, 4, 16), (128, 4, 64), (128, 1, 128), (128, 20, 64)]

@@ -85,21 +85,6 @@ def check_linear_exact(
     )
 
 
-def check_a8w8(m: int, n: int, k: int, device: str) -> None:
-    """Exact products in int32, scaled: only the final rounding to bf16 is left."""
-    from kernels.a8w8 import a8w8_matmul, quantize_rows
-
-    x = normal((m, k), m, device)
-    codes, scale = quantize_rows(x)
-    assert relative_error(codes.double() * scale.double()[:, None], x) < 1e-2 and codes.abs().max() == 127
-    w = torch.randint(-127, 128, (n, k), generator=generator(n, device), device=device, dtype=torch.int8)
-    w_scale = torch.rand(n, generator=generator(1, device), device=device) + 0.5
-    poison(device)
-    got = a8w8_matmul(codes, scale, w, w_scale)
-    want = (codes.double() @ w.double().t()) * scale.double()[:, None] * w_scale.double()
-    assert relative_error(got, want) < 3e-3
-
-
 @dataclass
 class Cache:
     """A filled cache: sequences of the given lengths in shuffled blocks, everything outside them poisoned."""

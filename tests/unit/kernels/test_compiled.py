@@ -15,8 +15,8 @@ import pytest
 if sys.platform != "linux":
     pytest.skip("Triton is published for Linux only", allow_module_level=True)
 
-from kernels import KV_FORMATS, a8w8, a16w4, decode_triton, prefill_triton, skinny, wide
-from tests.unit.kernels.sass import Compiled, compile_sm90, opcodes
+from kernels import KV_FORMATS, a8w8, a16w4, activations_triton, decode_triton, prefill_triton, skinny, wide
+from tests.unit.kernels.sass import Compiled, compile_sm90, mma, opcodes
 
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 
@@ -30,16 +30,14 @@ def matmul(
     signature = pointers | dict.fromkeys(integers.split(), "i32")
     known = [name for name in signature if name not in ("M", "groups_per_split")]
     return compile_sm90(
-        kernel, signature, constants | {"STAGES": stages, "EARLY": True, "INTERP": False}, known, warps, stages
+        kernel, signature, {"STAGES": stages, "AHEAD": 2, "EARLY": True, "INTERP": False} | constants, known, warps, stages
     )
 
 
 def check(built: Compiled, elements: int, warps: int, budget: float, conversions: bool = False) -> None:
     loop = built.loop()
     assert built.spilled == 0, f"{built.spilled} spills"
-    assert opcodes(loop)["HMMA"] + opcodes(loop)["HGMMA"] + opcodes(loop)["IGMMA"] > 0, (
-        "no tensor-core instruction in the loop"
-    )
+    assert mma(loop) > 0, "no tensor-core instruction in the loop"
     found = sum(opcodes(loop)[name] for name in CONVERSIONS)
     assert conversions or found == 0, f"{found} conversions in the loop"
     per_element = len(loop) * 32 * warps / elements
@@ -69,17 +67,16 @@ def test_a16w4(block_m: int, block_n: int, group_size: int, warps: int, stages: 
 
 
 @pytest.mark.parametrize(
-    "element, block_n, block_k, warps, stages, budget", [("bf16", 32, 128, 2, 3, 3.0), ("i8", 64, 128, 4, 3, 5.0)]
+    "element, block_n, block_k, warps, stages, budget",
+    [("bf16", 32, 128, 2, 3, 3.0), ("i8", 64, 128, 4, 3, 5.0), ("fp8e4nv", 64, 128, 4, 3, 4.5)],
 )
 def test_skinny(element: str, block_n: int, block_k: int, warps: int, stages: int, budget: float) -> None:
-    pointers = {"x": "*bf16", "w": f"*{element}", "out": "*fp32"} | ({"scale": "*bf16"} if element == "i8" else {})
-    constants = {"BM": 16, "BN": block_n, "BK": block_k, "EVEN": True} | ({} if element == "i8" else {"scale": None})
-    check(
-        matmul(skinny.skinny_kernel, pointers, constants, "M N K k_per_split", warps, stages),
-        block_n * block_k,
-        warps,
-        budget,
-    )
+    scale = {"bf16": None, "i8": "*bf16", "fp8e4nv": "*fp32"}[element]
+    pointers = {"x": "*bf16", "w": f"*{element}", "out": "*fp32"} | ({"scale": scale} if scale else {})
+    constants = {"BM": 16, "BN": block_n, "BK": block_k, "EVEN": True} | ({} if scale else {"scale": None})
+    built = matmul(skinny.skinny_kernel, pointers, constants, "M N K k_per_split", warps, stages)
+    check(built, block_n * block_k, warps, budget)
+    assert opcodes(built.loop())["LDG"] == 0  # every load of the loop is asynchronous
 
 
 def test_wide() -> None:
@@ -91,13 +88,41 @@ def test_wide() -> None:
     check(built, 256 * 128, 8, 3.7)
 
 
-def test_a8w8() -> None:
-    pointers = {"x": "*i8", "w": "*i8", "x_scale": "*fp32", "w_scale": "*fp32", "out": "*bf16"}
-    built = matmul(
-        a8w8.a8w8_kernel, pointers, {"BM": 128, "BN": 128, "BK": 128, "BAND": 8, "EVEN": True}, "M N K", 4, 3
-    )
-    check(built, 128 * 128, 4, 2.0)
-    assert opcodes(built.loop())["IGMMA"] > 0
+@pytest.mark.parametrize(
+    "element, block_m, block_n, block_k, warps, stages, product",
+    [
+        ("i8", 128, 128, 128, 4, 3, "IGMMA"), ("i8", 128, 256, 128, 8, 4, "IGMMA"), ("i8", 64, 64, 128, 4, 4, "IGMMA"),
+        ("fp8e4nv", 128, 128, 128, 8, 4, "QGMMA"), ("fp8e4nv", 64, 64, 128, 4, 4, "QGMMA"),
+    ],
+)
+def test_a8w8(
+    element: str, block_m: int, block_n: int, block_k: int, warps: int, stages: int, product: str
+) -> None:
+    pointers = {"x": f"*{element}", "w": f"*{element}", "x_scale": "*fp32", "w_scale": "*bf16", "out": "*bf16"}
+    constants = {"BM": block_m, "BN": block_n, "BK": block_k, "BAND": 8, "EVEN": True}
+    built = matmul(a8w8.a8w8_kernel, pointers, constants, "M N K k_per_split", warps, stages)
+    check(built, min(block_m, block_n) * block_k, warps, 2.5)
+    assert opcodes(built.loop())[product] > 0 and opcodes(built.loop())["LDG"] == 0
+
+
+@pytest.mark.parametrize("codes, largest", [("i8", 127.0), ("fp8e4nv", 448.0)])
+@pytest.mark.parametrize("name, width, warps", [("rms_norm", 4096, 8), ("silu_mul", 14336, 16)])
+def test_quantized_operations(name: str, width: int, warps: int, codes: str, largest: float) -> None:
+    """A row stays in registers between its largest element and its codes."""
+    kernel = getattr(activations_triton, f"quantized_{name}_kernel")
+    pointers = {"codes": f"*{codes}", "scales": "*fp32"}
+    constants: dict[str, object] = {"BLOCK": 1 << (width - 1).bit_length(), "LARGEST": largest, "SMALLEST": 1e-30}
+    if name == "rms_norm":
+        pointers |= dict.fromkeys(("x", "residual", "weight", "total"), "*bf16") | {"D": "i32", "eps": "fp32"}
+        constants |= {"ADD": True}
+    else:
+        pointers |= {"gate_up": "*bf16", "I": "i32"}
+    known = [argument for argument in pointers if argument != "eps"]
+    built = compile_sm90(kernel, pointers, constants | {"EARLY": True, "INTERP": False}, known, warps, 1)
+    assert built.spilled == 0 and built.registers <= 128
+    lines = opcodes(built.sass)
+    assert lines["LDG"] * 8 * 32 * warps <= 4 * constants["BLOCK"]  # type: ignore[operator]
+    assert lines["F2F"] == 0, "conversions by the slow pipe"
 
 
 def attention(

@@ -23,10 +23,6 @@ def test_linear_integers_exact(format: str, m: int) -> None:
     checks.check_linear_exact(m, 80, 256, format, 64, "cpu", impl="triton", layout=LAYOUT[format])
 
 
-def test_a8w8() -> None:
-    checks.check_a8w8(5, 40, 208, "cpu")
-
-
 def test_linear_ragged_k() -> None:
     checks.check_linear(3, 40, 200, "bf16", 128, "cpu", impl="triton", layout="plain")
 

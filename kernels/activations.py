@@ -1,0 +1,169 @@
+"""Activations in 8 bits, for weight formats whose larger products run in 8 bits on both sides (w8a8, fp8).
+
+    x[t, k] ~ codes[t, k] * scale[t]       codes int8 in -127..127, or e4m3; scale float32, from the largest |x[t]|
+
+At few rows only the weight's bytes count: the 8-bit codes of the weight are widened in registers and x keeps its 16
+bits (A16W8). Above `SIXTEEN_BIT_ROWS` the tensor core's 8-bit rate counts, and x is rounded. `activation_codes` is the
+one place that decides, the same on every device and in the reference, so that a format means the same numbers
+everywhere. Codes come out of the operation before the product where there is one (RMSNorm, SiLU-mul), which has the
+row in registers anyway; `linear` rounds what comes to it in 16 bits.
+
+Scales per token and per output channel as in Dettmers et al., "LLM.int8()" (2022); e4m3 for both sides as in
+Micikevicius et al., "FP8 Formats for Deep Learning" (2022).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import elementwise
+from .dispatch import choose
+from .weights import E4M3_MAX, weight_format
+
+SIXTEEN_BIT_ROWS = 16
+LARGEST_CODE = {torch.int8: 127.0, torch.float8_e4m3fn: E4M3_MAX}
+SMALLEST_RANGE = 1e-30  # largest |x| of a row that still spans the codes: smaller ones would overflow 1 / scale
+
+
+def activation_codes(format: str, rows: int) -> torch.dtype | None:
+    """What x [rows, K] becomes before a product with a weight of that format; None: it stays in 16 bits."""
+    codes = weight_format(format).activations
+    return codes if rows > SIXTEEN_BIT_ROWS else None
+
+
+@dataclass(frozen=True)
+class Activations:
+    """x [..., K] in 8 bits, which `linear` takes in its place.
+
+    codes: int8 or float8_e4m3fn [..., K]. scale: float32 [...] (float64 for float64 x). dtype: of x, and of the
+    products that are made with it.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.codes.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """codes * scale in `dtype`, by default that of x."""
+        wide = self.codes.to(self.scale.dtype) * self.scale[..., None]
+        return wide.to(dtype or self.dtype)
+
+    def rows(self) -> Activations:
+        """The same as [M, K] and [M]."""
+        return replace(self, codes=self.codes.reshape(-1, self.shape[-1]), scale=self.scale.reshape(-1))
+
+
+def quantize_rows(x: Tensor, codes: torch.dtype, *, impl: str = "auto") -> Activations:
+    """x [..., K] rounded to `codes` (int8 or float8_e4m3fn), symmetric per row.
+
+    A row that holds NaN or infinity has a scale that is not finite, so that its products show it.
+    """
+    _check("quantize_rows", codes)
+    return _run("quantize_rows", impl, x, codes)
+
+
+def quantized_rms_norm(
+    x: Tensor, weight: Tensor, eps: float, codes: torch.dtype, *, impl: str = "auto"
+) -> Activations:
+    """`rms_norm` of x [..., D] as codes, quantized from the float32 result: it is not rounded to x's dtype before."""
+    _check("quantized_rms_norm", codes)
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"quantized_rms_norm: weight has shape {tuple(weight.shape)}, x ends in {x.shape[-1]}")
+    return _run("quantized_rms_norm", impl, x, weight, eps, codes)
+
+
+def quantized_add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, codes: torch.dtype, *, impl: str = "auto"
+) -> tuple[Activations, Tensor]:
+    """`add_rms_norm` of x, residual [..., D] with its normed half as codes; the sum x + residual stays in x's dtype."""
+    _check("quantized_add_rms_norm", codes)
+    if x.shape != residual.shape or weight.shape != x.shape[-1:]:
+        raise ValueError(
+            f"quantized_add_rms_norm: x {tuple(x.shape)}, residual {tuple(residual.shape)} and weight "
+            f"{tuple(weight.shape)} do not fit"
+        )
+    return _run("quantized_add_rms_norm", impl, x, residual, weight, eps, codes)
+
+
+def quantized_silu_mul(gate_up: Tensor, codes: torch.dtype, *, impl: str = "auto") -> Activations:
+    """`silu_mul` of gate_up [..., 2I] as codes [..., I], quantized from the float32 result."""
+    _check("quantized_silu_mul", codes)
+    if gate_up.shape[-1] % 2:
+        raise ValueError(f"quantized_silu_mul: the last dimension holds gate and up, {gate_up.shape[-1]} is odd")
+    return _run("quantized_silu_mul", impl, gate_up, codes)
+
+
+def _check(op: str, codes: torch.dtype) -> None:
+    if codes not in LARGEST_CODE:
+        raise ValueError(f"{op}: codes must be one of {[str(known) for known in LARGEST_CODE]}, not {codes}")
+
+
+def _run(op: str, impl: str, x: Tensor, *args: Any) -> Any:
+    return choose(op, OPERATIONS[op], impl, x.device)(x, *args)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _rounded(x: Tensor, codes: torch.dtype, dtype: torch.dtype) -> Activations:
+    """wide x [..., K], that stands for activations of `dtype`."""
+    largest = x.abs().amax(-1).clamp_min(SMALLEST_RANGE)
+    span = torch.full_like(largest, LARGEST_CODE[codes])  # a number over a tensor would be rounded twice
+    scaled = x * (span / largest)[..., None]
+    if codes == torch.int8:
+        scaled = scaled.round_().nan_to_num_(0.0)  # NaN has no code: the scale carries it
+    return Activations(scaled.to(codes), largest / LARGEST_CODE[codes], dtype)
+
+
+def _quantize_rows_torch(x: Tensor, codes: torch.dtype) -> Activations:
+    return _rounded(_wide(x), codes, x.dtype)
+
+
+def _rms_norm_torch(x: Tensor, weight: Tensor, eps: float, codes: torch.dtype) -> Activations:
+    wide = elementwise.rms_norm(_wide(x), _wide(weight), eps, impl="torch")
+    return _rounded(wide, codes, x.dtype)
+
+
+def _add_rms_norm_torch(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, codes: torch.dtype
+) -> tuple[Activations, Tensor]:
+    total = x + residual
+    return _rms_norm_torch(total, weight, eps, codes), total
+
+
+def _silu_mul_torch(gate_up: Tensor, codes: torch.dtype) -> Activations:
+    return _rounded(elementwise.silu_mul(_wide(gate_up), impl="torch"), codes, gate_up.dtype)
+
+
+def _triton(name: str) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        from . import activations_triton
+
+        return getattr(activations_triton, name)(*args)
+
+    return run
+
+
+OPERATIONS: dict[str, dict[str, Callable[..., Any]]] = {
+    name: {"torch": readable, "aten": readable, "triton": _triton(name)}  # ATen has no operator that does more at once
+    for name, readable in (
+        ("quantize_rows", _quantize_rows_torch),
+        ("quantized_rms_norm", _rms_norm_torch),
+        ("quantized_add_rms_norm", _add_rms_norm_torch),
+        ("quantized_silu_mul", _silu_mul_torch),
+    )
+}

@@ -1,0 +1,145 @@
+"""Checks of products with 8-bit activations, of what makes those, and of fp8 weights, on any device (as `checks`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import kernels
+from kernels import activations, elementwise
+from kernels.activations import Activations, activation_codes, quantize_rows
+from tests.unit.kernels.checks import generator, normal, poison, relative_error
+
+INT8, E4M3 = torch.int8, torch.float8_e4m3fn
+CODES = {"w8a8": INT8, "fp8": E4M3}
+
+
+def check_linear(
+    m: int, n: int, k: int, format: str, device: str, *, impl: str, layout: str | None = None, bias: bool = False
+) -> None:
+    """Against the float64 product of what both sides stand for, activations rounded by the reference where `linear`
+    rounds them."""
+    weight = kernels.pack_weight(normal((n, k), 1, device).float() * 0.05 + 0.01, format, device=device, layout=layout)
+    x = normal((m, k), m, device)
+    x[1:2] = 0
+    b = normal((n,), 3, device) if bias else None
+    codes = activation_codes(format, m)
+    held = x.double() if codes is None else quantize_rows(x, codes, impl="torch").dequantize(torch.float64)
+    assert (codes is None) == (m <= 16)
+    poison(device)
+    got = kernels.linear(x, weight, b, impl=impl)
+    want = held @ weight.dequantize(torch.float64).t() + (0 if b is None else b.double())
+    assert got.shape == (m, n) and got.dtype == torch.bfloat16
+    rounded_twice = bias or (impl == "torch" and codes is not None)  # before the bias; what the codes stand for
+    bound = 6e-3 if rounded_twice else 4e-3
+    error = relative_error(got, want)
+    assert error < bound, f"{format} M={m} N={n} K={k}: relative error {error:.2e}"
+
+
+def check_linear_exact(
+    m: int, n: int, k: int, format: str, device: str, *, impl: str, layout: str | None = None
+) -> None:
+    """Whole numbers that the codes hold, scales of 1, a bias, and sums that bf16 holds: every bit must be right."""
+    g = generator(m * n, device)
+    dense = torch.randint(-7, 8, (n, k), generator=g, device=device)
+    data = dense.to(CODES[format])
+    plain = kernels.QuantizedWeight(format, data, torch.ones(n, device=device))
+    weight = kernels.pack_weight(plain, format, device=device, layout=layout)
+    x = torch.zeros(m, k, device=device)
+    at = torch.randint(0, k, (m, 16), generator=g, device=device)
+    x.scatter_(1, at, torch.randint(-1, 2, (m, 16), generator=g, device=device).float())
+    bias = torch.randint(-9, 10, (n,), generator=g, device=device).bfloat16()
+    poison(device)
+    eight = Activations(x.to(CODES[format]), torch.ones(m, device=device), torch.bfloat16)
+    want = x.double() @ dense.double().t() + bias.double()
+    assert want.abs().max() <= 256
+    for given in (eight, x.bfloat16()) if m <= 16 else (eight,):
+        got = kernels.linear(given, weight, bias, impl=impl)
+        assert torch.equal(got.double(), want), f"{format} M={m} N={n} K={k}: {(got.double() != want).sum()} differ"
+
+
+def check_splits(m: int, n: int, k: int, format: str, device: str) -> None:
+    """Every number of splits, one of which leaves an uneven rest, gives the product."""
+    from kernels.matmul_triton import linear_8_bit
+    from kernels.tuning import WideConfig
+
+    weight = kernels.pack_weight(normal((n, k), 1, device) * 0.05, format, device=device, layout="plain")
+    x = quantize_rows(normal((m, k), m, device), CODES[format], impl="torch")
+    want = x.dequantize(torch.float64) @ weight.dequantize(torch.float64).t()
+    for splits in (1, 2, 3):
+        poison(device)
+        got = linear_8_bit(x, weight, None, WideConfig(32, 32, splits, 4, 2, 64))
+        assert relative_error(got, want) < 3e-3, f"{splits} splits"
+
+
+def rows_like_any(rows: int, width: int, device: str) -> Tensor:
+    """Ordinary rows, and where there are enough of them: zeros, halves of a code, one outlier, next to nothing."""
+    x = normal((rows, width), rows, device)
+    if rows >= 5:
+        x[0] = 0
+        x[1] = torch.arange(width, device=device) % 255 * 0.5 - 63.5  # every half is a tie
+        x[1, 0] = 127
+        x[2, -1] = 3e4
+        x[3] = 1e-35
+    return x
+
+
+def same_codes(got: Activations, want: Activations, share: float = 0.0) -> None:
+    """The same codes and scales; `share` of the codes may be neighbours, where results lie at the edge between two."""
+    assert got.codes.dtype == want.codes.dtype and got.scale.dtype == torch.float32
+    assert got.shape == want.shape and got.scale.shape == want.shape[:-1]
+    assert torch.allclose(got.scale, want.scale, rtol=3e-6 if share else 0, atol=0)
+    differ = got.codes.float() != want.codes.float()
+    assert differ.float().mean() <= share, f"{differ.sum()} of {differ.numel()} codes differ"
+    if share:
+        step = (got.codes.float() - want.codes.float()).abs()
+        bound = 1.0 if want.codes.dtype == INT8 else want.codes.float().abs() / 7 + 2**-9
+        assert (step <= bound).all()
+
+
+def check_quantize(rows: int, width: int, codes: torch.dtype, device: str, *, impl: str) -> None:
+    """Bit for bit the reference, which keeps to half a step of x; a row that is not finite says so in its scale."""
+    x = rows_like_any(rows, width, device)
+    poison(device)
+    got, want = (quantize_rows(x, codes, impl=how) for how in (impl, "torch"))
+    same_codes(got, want)
+    largest = x.double().abs().amax(-1, keepdim=True).clamp_min(1e-30)
+    step = largest / 254 if codes == INT8 else x.double().abs() / 16 + largest / 448 * 2**-10
+    assert ((got.dequantize(torch.float64) - x.double()).abs() <= step * (1 + 1e-5)).all()
+    for value in (float("nan"), float("inf")):
+        broken = x.clone()
+        broken[-1, width // 2] = value
+        found = quantize_rows(broken, codes, impl=impl)
+        assert not found.scale[-1].isfinite() and torch.equal(found.codes.view(torch.uint8)[:-1],
+                                                              got.codes.view(torch.uint8)[:-1])
+
+
+def check_fused(rows: int, width: int, codes: torch.dtype, device: str, *, impl: str) -> None:
+    """Norms and SiLU-mul that emit codes: those of their float64 results, but for results at the edge of a code."""
+    x, residual = rows_like_any(rows, width, device), normal((rows, width), 2, device)
+    weight = normal((width,), 3, device)
+    wide = (x + residual).double()
+    gate_up = torch.cat((rows_like_any(rows, width, device), normal((rows, width), 4, device)), -1)
+    gate_up[:, :3] = torch.tensor([-200.0, 200.0, -3e4], device=device)
+
+    def quantized(result: Tensor) -> Activations:
+        found = quantize_rows(result, codes, impl="torch")
+        return Activations(found.codes, found.scale.float(), torch.bfloat16)
+
+    def norm(x: Tensor) -> Tensor:
+        return elementwise.rms_norm(x.double(), weight.double(), 1e-5, impl="torch")
+
+    runs: list[tuple[Callable[[], Activations], Tensor]] = [
+        (lambda: activations.quantized_rms_norm(x, weight, 1e-5, codes, impl=impl), norm(x)),
+        (lambda: activations.quantized_silu_mul(gate_up, codes, impl=impl),
+         elementwise.silu_mul(gate_up.double(), impl="torch")),
+    ]  # fmt: skip
+    for run, result in runs:
+        poison(device)
+        same_codes(run(), quantized(result), share=1e-3)
+    poison(device)
+    got, total = activations.quantized_add_rms_norm(x, residual, weight, 1e-5, codes, impl=impl)
+    assert torch.equal(total, x + residual)
+    same_codes(got, quantized(norm(wide)), share=1e-3)

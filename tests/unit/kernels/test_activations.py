@@ -1,0 +1,119 @@
+"""8-bit activations and weights on the CPU: the packed paths and the reference, against float64; bad input."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import kernels
+from kernels.activations import SIXTEEN_BIT_ROWS, Activations, activation_codes, quantize_rows, quantized_silu_mul
+from kernels.matmul import widen_e4m3
+from tests.unit.kernels import checks_8_bit as checks
+
+CODES = [torch.int8, torch.float8_e4m3fn]
+
+
+@pytest.mark.parametrize("impl", ["aten", "torch"])
+@pytest.mark.parametrize("format", ["w8a8", "fp8"])
+@pytest.mark.parametrize("m", [1, 2, 5, 8, 16, 17, 64, 65, 256, 1000])
+@pytest.mark.parametrize("n, k", [(192, 256), (100, 336)])
+def test_linear(m: int, n: int, k: int, format: str, impl: str) -> None:
+    checks.check_linear(m, n, k, format, "cpu", impl=impl, bias=m in (5, 17))
+
+
+@pytest.mark.parametrize("impl", ["aten", "torch"])
+@pytest.mark.parametrize("format", ["w8a8", "fp8"])
+@pytest.mark.parametrize("m", [3, 40, 100])
+def test_linear_integers_exact(format: str, m: int, impl: str) -> None:
+    checks.check_linear_exact(m, 80, 256, format, "cpu", impl=impl)
+
+
+@pytest.mark.parametrize("codes", CODES)
+@pytest.mark.parametrize("rows, width", [(6, 300), (1, 64)])
+def test_quantize_rows(rows: int, width: int, codes: torch.dtype) -> None:
+    checks.check_quantize(rows, width, codes, "cpu", impl="aten")
+
+
+@pytest.mark.parametrize("codes", CODES)
+def test_fused(codes: torch.dtype) -> None:
+    checks.check_fused(6, 300, codes, "cpu", impl="aten")
+
+
+@pytest.mark.parametrize("format", kernels.WEIGHT_FORMATS)
+def test_one_function_decides(format: str) -> None:
+    eight = kernels.WEIGHT_FORMATS[format].activations
+    assert activation_codes(format, SIXTEEN_BIT_ROWS) is None
+    assert activation_codes(format, SIXTEEN_BIT_ROWS + 1) == eight
+    assert (eight is not None) == (format in ("w8a8", "fp8"))
+
+
+@pytest.mark.parametrize("format", ["w8a8", "fp8"])
+def test_a_product_with_codes_from_the_operation_before(format: str) -> None:
+    """Three dimensions, and what `linear` makes itself of the same numbers."""
+    weight = kernels.pack_weight(torch.randn(48, 64), format, device="cpu")
+    x = torch.randn(3, 7, 64).bfloat16()
+    codes = kernels.WEIGHT_FORMATS[format].activations
+    assert codes is not None
+    for impl in ("aten", "torch"):
+        got = kernels.linear(quantize_rows(x, codes, impl=impl), weight, impl=impl)
+        assert got.shape == (3, 7, 48) and torch.equal(got, kernels.linear(x, weight, impl=impl))
+
+
+def test_w8a8_holds_the_codes_of_int8() -> None:
+    dense = torch.randn(40, 64)
+    int8, w8a8 = (kernels.quantize_weight(dense, format) for format in ("int8", "w8a8"))
+    assert torch.equal(int8.codes, w8a8.codes) and int8.scale is not None and w8a8.scale is not None
+    assert torch.equal(int8.scale, w8a8.scale)
+    packed = kernels.pack_weight(dense, "w8a8", device="cpu")
+    x = torch.randn(SIXTEEN_BIT_ROWS, 64).bfloat16()
+    assert torch.equal(kernels.linear(x, packed), kernels.linear(x, kernels.pack_weight(dense, "int8", device="cpu")))
+
+
+def test_fp8_weights_keep_to_half_a_step() -> None:
+    dense = torch.randn(40, 64)
+    dense[0] = 0
+    dense[1, 5] = 1e4
+    held = kernels.quantize_weight(dense, "fp8")
+    assert held.codes.dtype == torch.float8_e4m3fn and held.scale is not None and held.scale.dtype == torch.float32
+    error = (held.dequantize(torch.float64) - dense.double()).abs()
+    assert (error <= dense.double().abs() / 16 + held.scale.double()[:, None] * 2**-10 * 1.001).all()
+    assert held.codes.float().abs().amax(1)[1:].eq(448).all()
+
+
+def test_every_e4m3_number_is_widened_exactly() -> None:
+    numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    finite = numbers[numbers.float().isfinite()]
+    assert len(finite) == 254 and torch.equal(widen_e4m3(finite).float(), finite.float())
+
+
+def test_float64_stays_float64() -> None:
+    weight = kernels.pack_weight(torch.randn(32, 64), "w8a8", device="cpu")
+    x = torch.randn(20, 64, dtype=torch.float64)
+    held = quantize_rows(x, torch.int8).dequantize()
+    want = held @ weight.dequantize(torch.float64).t()
+    assert torch.allclose(kernels.linear(x, weight, impl="torch"), want, rtol=0, atol=1e-12)
+
+
+def eight(codes: torch.dtype = torch.int8) -> Activations:
+    return quantize_rows(torch.randn(2, 64).bfloat16(), codes)
+
+
+def packed(format: str) -> kernels.PackedWeight:
+    return kernels.pack_weight(torch.randn(64, 64), format, device="cpu")
+
+
+BAD = [
+    (lambda: kernels.linear(eight(), packed("fp8")), "torch.int8 do not go with weights of fp8"),
+    (lambda: kernels.linear(eight(), packed("int8")), "torch.int8 do not go with weights of int8"),
+    (lambda: kernels.linear(eight(), packed("w8a8"), impl="triton"), "needs CUDA tensors"),
+    (lambda: quantize_rows(torch.randn(2, 4), torch.uint8), "torch.int8.*not torch.uint8"),
+    (lambda: quantized_silu_mul(torch.randn(2, 5), torch.int8), "5 is odd"),
+    (lambda: kernels.quantize_weight(torch.randn(4, 72), "w8a8"), "w8a8 must be a multiple of 16, 72 is not"),
+    (lambda: kernels.quantize_weight(torch.randn(4, 72), "fp8"), "fp8 must be a multiple of 16, 72 is not"),
+]
+
+
+@pytest.mark.parametrize("call, words", BAD)
+def test_bad_input(call, words: str) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ValueError, match=words):
+        call()
