@@ -60,6 +60,13 @@ class LoadedModel:
         """Host memory of the weights kept at high precision."""
         return 0 if self._weights is None else self._weights.nbytes
 
+    @property
+    def weights(self) -> WeightSource:
+        """What decoders are built from. ConfigError where a model was loaded for simulation, or is closed."""
+        if self._weights is None:
+            raise ConfigError(f"model {self.source!r} was loaded for simulation, or is closed: it has no weights")
+        return self._weights
+
     def decoder(self, *, weights: Weights, group_size: int, device: torch.device, impl: str) -> Decoder:
         """The decoder in that format, built anew unless it was built last. ConfigError where it cannot be built.
 
