@@ -11,11 +11,12 @@ equals would differ between devices and batch sizes.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from engine.request import Request, TokenLogprobs
@@ -24,10 +25,17 @@ from engine.step_inputs import Arrays
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
-def uniforms(seeds: Sequence[int], positions: Sequence[int]) -> NDArray[np.float64]:
+def uniforms(seeds: Sequence[int], positions: ArrayLike) -> NDArray[np.float64]:
     """One number in [0, 1) per (seed, position): SplitMix64 (Steele, Lea, Flood 2014) of seed, then position."""
-    state = np.array([seed & 0xFFFFFFFFFFFFFFFF for seed in seeds], np.uint64)
-    mixed = _mix(_mix(state + _GOLDEN) + np.array(positions, np.uint64) * _GOLDEN)
+    return _at(_streams(seeds), positions)
+
+
+def _streams(seeds: Sequence[int]) -> NDArray[np.uint64]:
+    return _mix(np.array([seed & 0xFFFFFFFFFFFFFFFF for seed in seeds], np.uint64) + _GOLDEN)
+
+
+def _at(streams: NDArray[np.uint64], positions: ArrayLike) -> NDArray[np.float64]:
+    mixed = _mix(streams + np.asarray(positions, np.uint64) * _GOLDEN)
     return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
@@ -43,22 +51,35 @@ class SamplingPlan:
 
     drawn: rows that are not greedy, with their temperature, top_k (vocab where off), top_p, min_p and uniform number.
     penalized: rows with a repetition penalty; seen_rows, seen_ids: their tokens so far.
+    logprobs: whether a request asks for log-probabilities. requests, streams: whose plan this is, and what their
+    uniform numbers are drawn from.
     """
 
     arrays: Arrays
-    max_top_k: int
-    top_p: bool
-    min_p: bool
+    max_top_k: int = 0
+    top_p: bool = False
+    min_p: bool = False
+    requests: Sequence[Request] = ()
+    streams: NDArray[np.uint64] | None = None
+    logprobs: bool = False
 
-    @classmethod
-    def greedy(cls) -> SamplingPlan:
-        """The most likely token of every row."""
-        return cls({}, 0, False, False)
+    def next(self, requests: Sequence[Request], positions: NDArray[Any], vocab_size: int) -> SamplingPlan:
+        """The plan of the step after this one's, as `of`; where the requests are the same, only what changes is made.
+
+        positions: the length of each request's sequence, the token that is to be sampled not counted.
+        """
+        if requests != self.requests or "penalized" in self.arrays:
+            return SamplingPlan.of(requests, vocab_size)
+        if self.streams is None:
+            return self
+        uniform = _at(self.streams, positions[self.arrays["drawn"]])
+        return replace(self, arrays={**self.arrays, "uniform": uniform})
 
     @classmethod
     def of(cls, requests: Sequence[Request], vocab_size: int) -> SamplingPlan:
         """`requests` sample one token each, in the order of the logits' rows."""
         arrays: Arrays = {}
+        streams = None
         drawn = [i for i, request in enumerate(requests) if request.params.temperature != 0.0]
         params = [requests[i].params for i in drawn]
         if drawn:
@@ -68,7 +89,8 @@ class SamplingPlan:
             arrays["top_p"] = np.array([p.top_p for p in params])
             arrays["min_p"] = np.array([p.min_p for p in params])
             chosen = [requests[i] for i in drawn]
-            arrays["uniform"] = uniforms([r.seed for r in chosen], [r.num_tokens for r in chosen])
+            streams = _streams([r.seed for r in chosen])
+            arrays["uniform"] = _at(streams, [r.num_tokens for r in chosen])
         penalized = [i for i, request in enumerate(requests) if request.params.repetition_penalty != 1.0]
         if penalized:
             seen = [np.unique(requests[i].token_range(0, requests[i].num_tokens)) for i in penalized]
@@ -77,13 +99,16 @@ class SamplingPlan:
             arrays["seen_rows"] = np.arange(len(penalized)).repeat([len(ids) for ids in seen])
             arrays["seen_ids"] = np.concatenate(seen)
         ks = [p.top_k for p in params if 0 < p.top_k < vocab_size]
-        return cls(arrays, max(ks, default=0), any(p.top_p < 1.0 for p in params), any(p.min_p > 0.0 for p in params))
+        top_p, min_p = any(p.top_p < 1.0 for p in params), any(p.min_p > 0.0 for p in params)
+        logprobs = any(request.params.logprobs is not None for request in requests)
+        return cls(arrays, max(ks, default=0), top_p, min_p, list(requests), streams, logprobs)
 
 
-def sample(logits: Tensor, plan: SamplingPlan, staged: Mapping[str, Tensor]) -> Tensor:
-    """logits [S, vocab], any float -> int64 [S]; -1 where a row holds NaN or its largest value is infinite.
+def sample(logits: Tensor, plan: SamplingPlan, staged: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """logits [S, vocab], any float -> tokens int64 [S] and the largest logit of each row [S] in their dtype.
 
-    staged: `plan.arrays` on the logits' device.
+    staged: `plan.arrays` on the logits' device. Where the largest logit is not finite (a row with NaN has NaN), the
+    token means nothing, but is one of the vocabulary.
     """
     highest, tokens = logits.max(-1)
     if "penalized" in staged:
@@ -92,7 +117,7 @@ def sample(logits: Tensor, plan: SamplingPlan, staged: Mapping[str, Tensor]) -> 
         tokens = logits.argmax(-1)
     if "drawn" in staged:
         tokens = tokens.index_copy(0, staged["drawn"], _draw(logits[staged["drawn"]].float(), plan, staged))
-    return torch.where(highest.isfinite(), tokens, -1)
+    return tokens, highest
 
 
 def _penalize(logits: Tensor, staged: Mapping[str, Tensor]) -> Tensor:

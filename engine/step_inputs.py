@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.batch import ScheduledRequest
+from engine.request import Request
 
 Arrays = dict[str, NDArray[Any]]
 _ALIGN = 16  # bytes: any dtype may begin there
@@ -37,44 +38,128 @@ class StepInputs:
     num_decodes: int
 
 
-def step_arrays(items: Sequence[ScheduledRequest], num_decodes: int, block_size: int) -> Arrays:
+def step_arrays(
+    items: Sequence[ScheduledRequest], num_decodes: int, block_size: int, tables: BlockTables | None = None
+) -> Arrays:
     """The fields of StepInputs as arrays; `rows` holds the last token of each item that samples, in order.
 
-    token_range is read once per item; everything per token is arithmetic on whole arrays.
+    token_range is read once per item; everything per token is arithmetic on whole arrays. A pending token is 0: see
+    `feed_rows`. `tables` remembers block tables from step to step, with the same result.
     """
     tokens: list[int] = []
     for request, start, num_new in items:
-        tokens += request.token_range(start, start + num_new)
+        tokens += request.token_range(start, start + num_new) if not request.num_pending else (0,)
     counts = np.array([item.num_new for item in items], np.int64)
     starts = np.array([item.start for item in items], np.int64)
     lengths = starts + counts
     ends = counts.cumsum()
-    tables = _block_tables(items, lengths, block_size)
+    held = -(-lengths // block_size)
+    table = block_tables(items, held) if tables is None else tables(items, held)
     if ends[-1] == len(items):  # one token each: nothing to repeat
         owners, positions = np.arange(len(items)), starts
     else:
         owners = np.arange(len(items)).repeat(counts)
         positions = np.arange(ends[-1]) + (starts - ends + counts).repeat(counts)
-    samples = [i for i, item in enumerate(items) if item.samples]
+    samples = [*range(num_decodes), *(i for i in range(num_decodes, len(items)) if items[i].samples)]
     query_ends = ends[num_decodes - 1 :] if num_decodes else np.concatenate(([0], ends))
     return {
         "tokens": np.array(tokens, np.int64),
         "positions": positions,
-        "slots": tables[owners, positions // block_size] * np.int64(block_size) + positions % block_size,
-        "block_tables": tables,
+        "slots": table[owners, positions // block_size] * np.int64(block_size) + positions % block_size,
+        "block_tables": table,
         "lengths": lengths.astype(np.int32),
         "query_starts": (query_ends - num_decodes).astype(np.int32),
         "rows": ends[samples] - 1,
     }
 
 
-def _block_tables(items: Sequence[ScheduledRequest], lengths: NDArray[np.int64], block_size: int) -> NDArray[np.int32]:
-    """int32 [B, longest], zero behind each sequence's last block."""
-    held = (-(-lengths // block_size)).tolist()
-    tables = np.zeros((len(items), max(held)), np.int32)
-    for row, item, count in zip(tables, items, held, strict=True):
+def feed_rows(
+    decodes: Sequence[ScheduledRequest], num_tokens: int, sampled: Sequence[Request], room: int
+) -> NDArray[np.int64] | None:
+    """Where each of the step's tokens comes from, int64 [num_tokens], or None where the host knows them all.
+
+    Only decodes can have pending tokens, and they come first. `sampled` are the requests that the step before sampled
+    for, in order. An entry below `room` is the row of such a
+    pending token on the device; entry room + i stands for token i of this step's own arrays.
+    """
+    requests = [item[0] for item in decodes]
+    pending = [request.num_pending for request in requests]
+    if not any(pending):
+        return None
+    feed = np.arange(room, room + num_tokens)
+    if requests == sampled and all(pending):
+        feed[: len(requests)] = np.arange(len(requests))
+        return feed
+    at = {request: row for row, request in enumerate(sampled)}
+    for i, waits in enumerate(pending):
+        if waits:
+            feed[i] = at[requests[i]]
+    return feed
+
+
+def block_tables(items: Sequence[ScheduledRequest], held: NDArray[np.int64]) -> NDArray[np.int32]:
+    """int32 [B, longest], zero behind the held[b] blocks of each sequence."""
+    counts = held.tolist()
+    tables = np.zeros((len(items), max(counts)), np.int32)
+    for row, item, count in zip(tables, items, counts, strict=True):
         row[:count] = item.request.block_ids[:count]
     return tables
+
+
+class BlockTables:
+    """What `block_tables` gives, from rows that are kept while a request runs: a step writes only what is new.
+
+    A row belongs to one request between two preemptions, which is how long its blocks stay the same ones.
+    """
+
+    def __init__(self) -> None:
+        self._table = np.zeros((64, 16), np.int32)
+        self._written = np.zeros(64, np.int64)  # blocks per row
+        self._lives = [-1] * 64  # num_preemptions of the request that a row was written for
+        self._row_of: dict[Request, int] = {}
+        self._requests: list[Request] = []
+        self._preemptions: list[int] = []
+        self._rows = np.zeros(0, np.int64)
+
+    def __call__(self, items: Sequence[ScheduledRequest], held: NDArray[np.int64]) -> NDArray[np.int32]:
+        requests = [item[0] for item in items]
+        preemptions = [request.num_preemptions for request in requests]
+        if requests != self._requests or preemptions != self._preemptions:
+            self._rows = self._assign(requests, preemptions)
+            self._requests, self._preemptions = requests, preemptions
+        width = int(held.max())
+        if width > self._table.shape[1]:
+            self._table = np.pad(self._table, ((0, 0), (0, 2 * width - self._table.shape[1])))
+        for i in (self._written[self._rows] < held).nonzero()[0].tolist():
+            row, first, stop = self._rows[i], self._written[self._rows[i]], held[i]
+            self._table[row, first:stop] = requests[i].block_ids[first:stop]
+            self._written[row] = stop
+        return self._table[:, :width].take(self._rows, 0)
+
+    def _assign(self, requests: Sequence[Request], preemptions: Sequence[int]) -> NDArray[np.int64]:
+        kept = set(requests)
+        for gone in [request for request in self._row_of if request not in kept]:
+            self._lives[self._row_of.pop(gone)] = -1
+        free = iter([row for row, life in enumerate(self._lives) if life < 0])
+        for request, life in zip(requests, preemptions, strict=True):
+            row = self._row_of.get(request)
+            if row is None:
+                row = self._row_of[request] = next(free, len(self._lives))
+                if row == len(self._lives):
+                    free = self._grow()
+            if self._lives[row] != life:
+                self._lives[row] = life
+                self._written[row] = 0
+                self._table[row] = 0
+        return np.array([self._row_of[request] for request in requests])
+
+    def _grow(self) -> Iterator[int]:
+        """Double the rows; those behind the first new one, which is taken already."""
+        count = len(self._lives)
+        self._table = np.pad(self._table, ((0, count), (0, 0)))
+        self._written = np.pad(self._written, (0, count))
+        self._lives += [-1] * count
+        return iter(range(count + 1, 2 * count))
 
 
 class Staging:
@@ -116,9 +201,9 @@ class Staging:
         return self._pinned
 
 
-def lay_out(arrays: Mapping[str, NDArray[Any]]) -> tuple[dict[str, int], int]:
-    """Byte offsets of arrays side by side in one buffer, and the buffer's size."""
-    offsets, total = {}, 0
+def lay_out(arrays: Mapping[str, NDArray[Any]], start: int = 0) -> tuple[dict[str, int], int]:
+    """Byte offsets of arrays side by side in one buffer from `start` on, and where the last one ends."""
+    offsets, total = {}, start
     for name, array in arrays.items():
         offsets[name] = total
         total += -(-array.nbytes // _ALIGN) * _ALIGN

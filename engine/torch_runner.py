@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import platform
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from itertools import compress
 
 import numpy as np
 import psutil
@@ -15,16 +16,17 @@ from engine.batch import ScheduledBatch, ScheduledRequest, StepResult
 from engine.clock import Clock, MonotonicClock
 from engine.config import EngineConfig
 from engine.decoder import Decoder
-from engine.errors import ConfigError, NonFiniteLogitsError
-from engine.graphs import DecodeGraphs
+from engine.errors import ConfigError
+from engine.graphs import DecodeGraphs, padded_size
 from engine.loader import LoadedModel
 from engine.memory import MemoryPlan, plan_memory
 from engine.model_spec import ModelSpec
-from engine.request import TokenLogprobs
+from engine.readback import Readback
+from engine.request import Request, TokenLogprobs
 from engine.rope import cos_sin_table
-from engine.runner import Done
 from engine.sampler import SamplingPlan, known_logprobs, sample, token_logprobs
-from engine.step_inputs import Arrays, Staging, StepInputs, step_arrays
+from engine.step_inputs import Arrays, BlockTables, Staging, StepInputs, feed_rows, step_arrays
+from engine.torch_step import Scored, TorchStep, add_scored, by_item, scored_items
 from engine.weight_plan import WeightPlan
 from kernels import KVLayer, allocate_kv
 from kernels.packing import has_mkldnn_linear
@@ -59,11 +61,16 @@ class TorchRunner:
             self._cos_sin: Tensor | None = cos_sin_table(self._spec, length, self.device)
             self._kv = self._allocate()
         self._decoder: Decoder | None = decoder
+        self.asynchronous = self.device.type == "cuda"
         self._staging = Staging(self.device)
+        self._tables = BlockTables()
+        self._readback = Readback(padded_size(config.max_batch_size), decoder.dtype, self.device)
+        self._sampled: Sequence[Request] = ()
+        self._sampling = SamplingPlan({})
         self._graphs: DecodeGraphs | None = None
         if config.graphs and self.device.type == "cuda" and config.impl != "torch":
-            self._graphs = DecodeGraphs(decoder, self._kv, self._cos_sin)
-        self._timer = _CudaTimer() if self.device.type == "cuda" else None
+            longest = -(-length // self._memory.block_size)
+            self._graphs = DecodeGraphs(decoder, self._kv, self._cos_sin, self._readback, longest)
         self._baseline = torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -72,13 +79,14 @@ class TorchRunner:
         config, spec = self.config, self._spec
         weights = decoder.weight_bytes()
         workspace = workspace_bytes(spec, config, decoder.dtype.itemsize)
-        workspace += CUDA_SCRATCH if self.device.type == "cuda" else 0
+        if self.device.type == "cuda":  # graphs keep logits in a place of their own
+            workspace += CUDA_SCRATCH + padded_size(config.max_batch_size) * spec.vocab_size * decoder.dtype.itemsize
         return plan_memory(
             limit=config.memory_limit or default_limit(self.device, sum(weights.values()), workspace),
             weights=weights,
             workspace=workspace,
             cache_ratio=config.cache_ratio,
-            block_bytes=self._block_size * spec.kv_bytes_per_token(config.kv),
+            block_bytes=self._block_size * spec.kv_bytes_per_token(config.kv, config.kv_repair),
             block_size=self._block_size,
         )
 
@@ -90,7 +98,8 @@ class TorchRunner:
         spec, plan = self._spec, self._memory
         shape = (plan.num_blocks, plan.block_size, spec.num_kv_heads, spec.head_dim)
         try:
-            return [allocate_kv(self.config.kv, *shape, self.device) for _ in range(spec.num_layers)]
+            formats = spec.kv_formats(self.config.kv, self.config.kv_repair)
+            return [allocate_kv(name, *shape, self.device) for name in formats]
         except torch.OutOfMemoryError as error:
             raise ConfigError(
                 f"the KV pool of {plan.kv:,} bytes does not fit on {self.device} beside what other programs hold "
@@ -114,7 +123,7 @@ class TorchRunner:
         config = self.config
         return (
             f"{_device_name(self.device)}, {_path(config.impl, self.device)}; weights {self._weights}, "
-            f"KV {config.kv}, block {self._memory.block_size}{self._replay}"
+            f"KV {self._spec.kv_label(config.kv, config.kv_repair)}, block {self._memory.block_size}{self._replay}"
         )
 
     @property
@@ -123,45 +132,71 @@ class TorchRunner:
             return ""
         return "; decode steps are CUDA graphs" if self._graphs is not None else "; no CUDA graphs, every step eager"
 
-    @property
-    def asynchronous(self) -> bool:
-        return False
-
-    def launch(self, batch: ScheduledBatch) -> Done:
-        return Done(self.execute(batch))
-
     @torch.inference_mode()
-    def execute(self, batch: ScheduledBatch) -> StepResult:
-        """Raises NonFiniteLogitsError, naming the requests, where the model answers with NaN."""
-        if self._decoder is None or self._cos_sin is None:
+    def launch(self, batch: ScheduledBatch) -> TorchStep:
+        """See `engine.runner.Runner`. On a CPU, and with requests that need values, the step is done on return."""
+        if self._decoder is None:
             raise RuntimeError("the runner is closed")
-        if self._timer is not None:
-            self._timer.start()
-        items = batch.items
-        sampled = [item.request for item in items if item.samples]
-        scored = _scored(items)
-        plan = SamplingPlan.of(sampled, self._spec.vocab_size)
-        arrays = step_arrays(items, len(batch.decodes), self._memory.block_size)
-        if scored:
-            _add_scored(arrays, scored)
+        begun = time.perf_counter()
+        items, decodes = batch.items, batch.decodes
+        samples = [True] * len(decodes) + [item.samples for item in batch.prefills] if batch.prefills else None
+        sampled = [item[0] for item in (items if samples is None else compress(items, samples))]
+        arrays = step_arrays(items, len(decodes), self._memory.block_size, self._tables)
+        feed = feed_rows(decodes, len(arrays["tokens"]), self._sampled, len(self._readback.ids))
+        if feed is not None:
+            arrays["feed"] = feed
+        lengths = arrays["lengths"] if samples is None else arrays["lengths"][samples]
+        plan = self._sampling = self._sampling.next(sampled, lengths, self._spec.vocab_size)
+        scored = scored_items(items) if batch.prefills else []
+        prepared = time.perf_counter()
+        slot = self._readback.take()
+        slot.begin()
+        logits: Tensor | None
         known: list[float] = []
         if self._graphs is not None and not batch.prefills:
-            logits, tokens = self._graphs(arrays)
-            if plan.arrays:
-                tokens = sample(logits, plan, self._staging(plan.arrays))
+            logits = self._replayed(self._graphs, arrays, plan)
         else:
-            arrays.update(plan.arrays)
-            staged = self._staging(arrays)
-            step = StepInputs(**{name: staged[name] for name in _STEP_FIELDS}, num_decodes=len(batch.decodes))
-            hidden = self._decoder(step, self._kv, self._cos_sin)
-            known = self._score(hidden[len(sampled) :], staged["targets"]) if scored else []
-            logits = self._decoder.logits(hidden[: len(sampled)])
-            tokens = sample(logits, plan, staged)
-        chosen = tokens.tolist()  # waits for the device
-        if chosen and min(chosen) < 0:
-            raise NonFiniteLogitsError([r.request_id for r, token in zip(sampled, chosen, strict=True) if token < 0])
-        seconds = self._timer.stop() if self._timer is not None else None
-        return _result(items, chosen, token_logprobs(logits, tokens, sampled), scored, known, seconds)
+            logits, known = self._eager(arrays, len(decodes), plan, scored)
+        slot.fetch(self._readback.buffer)
+        self._sampled = sampled
+        chances: list[TokenLogprobs | None] = []
+        if plan.logprobs and logits is not None:
+            chances = token_logprobs(logits, self._readback.ids[: len(sampled)], sampled)
+        prompts = by_item(scored, known, len(items)) if scored else None
+        host = (time.perf_counter() if self.asynchronous else prepared) - begun
+        return TorchStep(slot, sampled, samples, chances, prompts, host)
+
+    def execute(self, batch: ScheduledBatch) -> StepResult:
+        """One step, waited for."""
+        return self.launch(batch).result()
+
+    def _replayed(self, graphs: DecodeGraphs, arrays: Arrays, plan: SamplingPlan) -> Tensor | None:
+        """A step of decodes as a graph; the logits where somebody needs them."""
+        penalized = "penalized" in plan.arrays
+        extra = {} if penalized else plan.arrays
+        logits, staged = graphs(arrays, extra, logits=bool(plan.arrays) or plan.logprobs)
+        if plan.arrays and logits is not None:
+            self._readback.store(*sample(logits, plan, self._staging(plan.arrays) if penalized else staged))
+        return logits
+
+    def _eager(
+        self, arrays: Arrays, num_decodes: int, plan: SamplingPlan, scored: Sequence[Scored]
+    ) -> tuple[Tensor, list[float]]:
+        """Any step, operation by operation: logits of the rows that sample, and what `scored` asks for."""
+        assert self._decoder is not None and self._cos_sin is not None
+        count = len(arrays["rows"])
+        if scored:
+            add_scored(arrays, scored)
+        staged = self._staging({**arrays, **plan.arrays})
+        if "feed" in staged:
+            staged["tokens"] = self._readback.feed(staged["tokens"], staged["feed"])
+        step = StepInputs(**{name: staged[name] for name in _STEP_FIELDS}, num_decodes=num_decodes)
+        hidden = self._decoder(step, self._kv, self._cos_sin)
+        known = self._score(hidden[count:], staged["targets"]) if scored else []
+        logits = self._decoder.logits(hidden[:count])
+        if count:
+            self._readback.store(*sample(logits, plan, staged))
+        return logits, known
 
     def _score(self, hidden: Tensor, targets: Tensor) -> list[float]:
         """Log-probabilities of `targets` after each hidden state, a bounded number of rows at a time."""
@@ -186,8 +221,8 @@ class TorchRunner:
     def measured_memory(self) -> dict[str, int]:
         """Bytes of the tensors alive; "workspace" is the CUDA allocator's peak beyond them since the start.
 
-        "host_copy" is the checkpoint kept in host memory, from which another weight format can be built. On a CPU
-        nobody counts the workspace, so it is left out.
+        "workspace.graphs" is the part of it that captured graphs keep. "host_copy" is the checkpoint kept in host
+        memory, from which another weight format can be built. On a CPU nobody counts the workspace, so it is left out.
         """
         if self._decoder is None:
             return {}
@@ -195,6 +230,8 @@ class TorchRunner:
         parts = {"weights": sum(parts.values()), "kv": sum(layer.nbytes for layer in self._kv), **parts}
         if self.device.type == "cuda":
             parts["workspace"] = max(torch.cuda.max_memory_allocated(self.device) - self._baseline, 0)
+        if self._graphs is not None:
+            parts["workspace.graphs"] = self._graphs.nbytes
         if self._host_bytes:
             parts["host_copy"] = self._host_bytes
         return parts
@@ -204,79 +241,13 @@ class TorchRunner:
             return
         self._decoder = self._cos_sin = self._graphs = None
         self._kv = []
-        self._staging = Staging(self.device)
+        self._staging, self._tables = Staging(self.device), BlockTables()
+        self._sampled, self._sampling = (), SamplingPlan({})
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
 
 _STEP_FIELDS = ("tokens", "positions", "slots", "block_tables", "lengths", "query_starts", "rows")
-
-
-@dataclass(frozen=True, slots=True)
-class _Scored:
-    """An item whose request asks for prompt log-probabilities: its rows from `first_row` on predict `targets`."""
-
-    index: int
-    first_row: int
-    targets: list[int]
-
-
-def _scored(items: Sequence[ScheduledRequest]) -> list[_Scored]:
-    scored, row = [], 0
-    for i, item in enumerate(items):
-        request = item.request
-        if request.params.prompt_logprobs and item.start + 1 < request.num_prompt:
-            scored.append(_Scored(i, row, request.prompt_token_ids[item.start + 1 : item.stop + 1]))
-        row += item.num_new
-    return scored
-
-
-def _add_scored(arrays: Arrays, scored: Sequence[_Scored]) -> None:
-    """Ask for the hidden states that predict known prompt tokens, behind those that are sampled from."""
-    wanted = [np.arange(s.first_row, s.first_row + len(s.targets)) for s in scored]
-    arrays["rows"] = np.concatenate((arrays["rows"], *wanted))
-    arrays["targets"] = np.array([token for s in scored for token in s.targets], np.int64)
-
-
-def _result(
-    items: Sequence[ScheduledRequest],
-    tokens: Sequence[int],
-    logprobs: Sequence[TokenLogprobs | None],
-    scored: Sequence[_Scored],
-    known: Sequence[float],
-    seconds: float | None,
-) -> StepResult:
-    """Spread what was computed for the sampling items, in order, over all items."""
-    if len(tokens) == len(items) and not scored:
-        return StepResult(tokens, logprobs or None, None, seconds)
-    following, chances = iter(tokens), iter(logprobs or [None] * len(tokens))
-    samples = [item.samples for item in items]
-    prompts: list[Sequence[float] | None] = [None] * len(items)
-    first = 0
-    for s in scored:
-        prompts[s.index] = known[first : first + len(s.targets)]
-        first += len(s.targets)
-    return StepResult(
-        [next(following) if yes else None for yes in samples],
-        [next(chances) if yes else None for yes in samples] if logprobs else None,
-        prompts if scored else None,
-        seconds,
-    )
-
-
-class _CudaTimer:
-    """Device time of one step between two events; `stop` waits for the device."""
-
-    def __init__(self) -> None:
-        self._events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-
-    def start(self) -> None:
-        self._events[0].record()
-
-    def stop(self) -> float:
-        self._events[1].record()
-        self._events[1].synchronize()
-        return float(self._events[0].elapsed_time(self._events[1])) / 1e3
 
 
 def resolve_device(name: str) -> torch.device:

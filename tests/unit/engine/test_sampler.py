@@ -29,8 +29,11 @@ def make_request(
 def draw(logits: Tensor, requests: Sequence[Request]) -> list[int]:
     plan = SamplingPlan.of(requests, logits.shape[1])
     staged = {name: torch.from_numpy(array) for name, array in plan.arrays.items()}
-    tokens: list[int] = sample(logits, plan, staged).tolist()
-    return tokens
+    tokens, highest = sample(logits, plan, staged)
+    assert torch.equal(highest.isfinite(), logits.amax(-1).isfinite())
+    assert int(tokens.min()) >= 0 and int(tokens.max()) < logits.shape[1], "the next step looks every token up"
+    chosen: list[int] = tokens.where(highest.isfinite(), -1).tolist()
+    return chosen
 
 
 def probabilities(logits: list[float], seen: set[int], params: SamplingParams) -> list[float]:
@@ -122,7 +125,7 @@ def test_the_extreme_uniform_number_chooses_a_token_that_can_be_chosen() -> None
     staged = {name: torch.from_numpy(array) for name, array in plan.arrays.items()}
     for number, token in ((0.0, 1), (1.0 - 2.0**-53, 2)):
         staged["uniform"] = torch.tensor([number], dtype=torch.float64)
-        assert sample(logits, plan, staged).tolist() == [token]
+        assert sample(logits, plan, staged)[0].tolist() == [token]
 
 
 @pytest.mark.parametrize("logits", [[0.1, 1.0, 0.9], [-5.0, -1.0, -1.1]])
