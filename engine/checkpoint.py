@@ -39,7 +39,9 @@ _PROJECTIONS = {
     "q_norm": ("self_attn.q_norm",),
     "k_norm": ("self_attn.k_norm",),
 }
-_OUTER = {"embeddings": "model.embed_tokens.weight", "final_norm": "model.norm.weight", "lm_head": "lm_head.weight"}
+OUTER_NAMES = {
+    "embeddings": "model.embed_tokens.weight", "final_norm": "model.norm.weight", "lm_head": "lm_head.weight",
+}  # fmt: skip
 
 
 def read_spec(folder: Path) -> ModelSpec:
@@ -138,7 +140,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def expected_tensors(spec: ModelSpec) -> dict[str, Wanted]:
     """What a checkpoint in transformers' layout must hold where nothing is quantized."""
-    tensors = {_OUTER[name]: shape for name, shape in outer_shapes(spec).items()}
+    tensors = {OUTER_NAMES[name]: shape for name, shape in outer_shapes(spec).items()}
     rows = {
         "self_attn.q_proj": spec.num_heads * spec.head_dim,
         "self_attn.k_proj": spec.num_kv_heads * spec.head_dim,
@@ -159,7 +161,8 @@ def _sources(part: str) -> list[tuple[str, str]]:
     return [(module, leaf) for module in _PROJECTIONS[part.removesuffix("_bias")]]
 
 
-def _full_names(part: str, layer: int) -> list[str]:
+def full_names(part: str, layer: int) -> list[str]:
+    """The tensors of a checkpoint that one canonical part of a layer is joined from, in the order of their rows."""
     return [f"model.layers.{layer}.{module}.{leaf}" for module, leaf in _sources(part)]
 
 
@@ -177,7 +180,7 @@ class CheckpointWeights:
         self._quantized: dict[tuple[str, int], Matrix] = {}
         for layer in range(spec.num_layers):
             for name in spec.linears():
-                full = _full_names(name, layer)
+                full = full_names(name, layer)
                 if any(part in quantized for part in full):
                     parts = [quantized[part] if part in quantized else self._tensors[part] for part in full]
                     self._quantized[name, layer] = join(parts, full)
@@ -187,10 +190,10 @@ class CheckpointWeights:
     def __call__(self, name: str, layer: int | None, shape: tuple[int, ...], device: torch.device) -> Matrix:
         """The canonical tensor in its stored dtype; parts that the engine fuses are joined on the host."""
         if layer is None:
-            return self._tensors[_OUTER[name]]
+            return self._tensors[OUTER_NAMES[name]]
         if (name, layer) in self._quantized:
             return self._quantized[name, layer]
-        parts = [self._tensors[full] for full in _full_names(name, layer)]
+        parts = [self._tensors[full] for full in full_names(name, layer)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     @property
@@ -287,7 +290,7 @@ def _ignorable(name: str, tied: bool, quantized: bool) -> bool:
     activations and keys, which are bf16 here or have scales of their own."""
     if quantized and name.rsplit(".", 1)[-1] in IGNORED:
         return True
-    return name.endswith("rotary_emb.inv_freq") or (tied and name == _OUTER["lm_head"])
+    return name.endswith("rotary_emb.inv_freq") or (tied and name == OUTER_NAMES["lm_head"])
 
 
 def _safetensors_files(folder: Path) -> list[Path]:
