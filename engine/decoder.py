@@ -107,10 +107,10 @@ class DecoderLayer(nn.Module):
         return sum(held.nbytes for name in names if (held := getattr(self, name)) is not None)
 
     def forward(self, x: Tensor, step: StepInputs, kv: KVLayer, turn: Tensor, plan: AttentionPlan | None) -> Tensor:
-        """Normed hidden states [T, hidden] -> the attention's output before it joins the residual."""
-        qkv = linear(x, self.qkv, self.qkv_bias, impl=self.impl)
+        """Normed hidden states [T, hidden] -> the attention's output before it joins the residual, maybe as partials."""
+        qkv = linear(x, self.qkv, self.qkv_bias, partial=True, impl=self.impl)
         q = rope_write(qkv, kv, step.slots, turn, self.head_norms, impl=self.impl)
-        return linear(self.attend(q, step, kv, plan).flatten(1), self.o, self.o_bias, impl=self.impl)
+        return linear(self.attend(q, step, kv, plan).flatten(1), self.o, self.o_bias, partial=True, impl=self.impl)
 
     def attend(self, q: Tensor, step: StepInputs, kv: KVLayer, plan: AttentionPlan | None) -> Tensor:
         """q [T, heads, head_dim] against the cache -> the same shape."""
@@ -125,8 +125,8 @@ class DecoderLayer(nn.Module):
         return torch.cat((decoded, prefilled))
 
     def mlp(self, x: Tensor) -> Tensor:
-        gate_up = linear(x, self.gate_up, self.gate_up_bias, impl=self.impl)
-        return linear(silu_mul(gate_up, impl=self.impl), self.down, self.down_bias, impl=self.impl)
+        gate_up = linear(x, self.gate_up, self.gate_up_bias, partial=True, impl=self.impl)
+        return linear(silu_mul(gate_up, impl=self.impl), self.down, self.down_bias, partial=True, impl=self.impl)
 
 
 class Decoder(nn.Module):
@@ -180,8 +180,8 @@ class Decoder(nn.Module):
         last = len(self._layers) - 1
         for i, layer in enumerate(self._layers):
             x = layer(x, step, kv[i], turn, plan)
-            if i == last and step.num_decodes < x.shape[0]:  # of prompts only some rows are read, in their order
-                x, residual = x[step.rows], residual[step.rows]
+            if i == last and step.num_decodes < len(residual):  # of prompts only some rows are read, in their order
+                x, residual = x[..., step.rows, :], residual[step.rows]
             x, residual = add_rms_norm(x, residual, layer.post_norm, eps, impl=impl)
             x = layer.mlp(x)
             following = self.final_norm if i == last else self._layers[i + 1].input_norm

@@ -25,16 +25,15 @@ import triton.language as tl
 from torch import Tensor
 
 from .packing import PLANE_ROWS, PackedWeight
-from .triton_common import INTERP, await_previous, dot, early_launch, nibbles_bf16, to_bf16
+from .triton_common import INTERP, await_previous, dot, early_launch, nibbles_bf16, prefetch, prefetch_steps, to_bf16
 from .tuning import SkinnyConfig
 
 
 @triton.jit(do_not_specialize=["M", "groups_per_split"])
 def a16w4_kernel(
     x, words, scales, out, M, N, N_PADDED, K, groups_per_split, ROWS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    G: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr, INTERP: tl.constexpr,
+    G: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, EARLY: tl.constexpr, INTERP: tl.constexpr,
 ):
-    await_previous(EARLY)
     W: tl.constexpr = G // 4
     tile_n, tile_m, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     groups = K // G
@@ -44,6 +43,11 @@ def a16w4_kernel(
     row = (n // ROWS).to(tl.int64) * groups * ROWS + n % ROWS + first * ROWS  # in units of W words
     words_at = words + row[:, None] * W + i[None, :]
     scale_at = scales + first * N_PADDED + n
+    if AHEAD:  # a tile's rows lie side by side, so its lines of 64 words do too
+        line = words + (tl.min(row, 0) * W + tl.arange(0, BN * W // 64) * 64)
+        for step in tl.static_range(AHEAD):
+            prefetch(line + step * ROWS * W)
+    await_previous(EARLY)
     x_at = x + m[None, :].to(tl.int64) * K + i[:, None] + first * G
     live = (m < M)[None, :]
     ones = to_bf16(tl.full((BN, W), 1.0, tl.float32), INTERP)
@@ -138,8 +142,8 @@ def a16w4_partials(x: Tensor, weight: PackedWeight, config: SkinnyConfig) -> Ten
     grid = (triton.cdiv(n_padded, config.block_n), triton.cdiv(m, config.block_m), splits)
     a16w4_kernel[grid](
         x, weight.data, weight.scale, out, m, n, n_padded, k, per_split, PLANE_ROWS, config.block_m, config.block_n, g,
-        config.stages, early_launch(), INTERP, num_warps=config.warps, num_stages=config.stages,
-        launch_pdl=early_launch(),
+        config.stages, prefetch_steps(grid[0] * grid[1] * splits, config.block_n * g // 2, per_split), early_launch(),
+        INTERP, num_warps=config.warps, num_stages=config.stages, launch_pdl=early_launch(),
     )
     return out
 

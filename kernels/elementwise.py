@@ -31,8 +31,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, impl: str = "auto") -> Te
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, impl: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """(rms_norm(x + residual), x + residual), both new tensors in x's dtype; the norm reads the rounded sum."""
-    if x.shape != residual.shape or weight.shape != x.shape[-1:]:
+    """(rms_norm(x + residual), x + residual), both new tensors in residual's dtype; the norm reads the rounded sum.
+
+    x may also be `linear`'s partials, residual's shape behind a dimension that is summed.
+    """
+    if x.shape[-residual.dim() :] != residual.shape or x.dim() > residual.dim() + 1 or weight.shape != x.shape[-1:]:
         raise ValueError(
             f"add_rms_norm: x {tuple(x.shape)}, residual {tuple(residual.shape)} and weight {tuple(weight.shape)} "
             "do not fit"
@@ -42,7 +45,7 @@ def add_rms_norm(
 
 
 def silu_mul(gate_up: Tensor, *, impl: str = "auto") -> Tensor:
-    """silu(gate) * up for gate_up [T, 2I], gate in the first half -> [T, I]."""
+    """silu(gate) * up for gate_up [T, 2I], gate in the first half -> [T, I]; or for `linear`'s partials [S, T, 2I]."""
     if gate_up.shape[-1] % 2:
         raise ValueError(f"silu_mul: the last dimension holds gate and up, {gate_up.shape[-1]} is odd")
     out: Tensor = choose("silu_mul", SILU_MUL, impl, gate_up.device)(gate_up)
@@ -80,7 +83,9 @@ def _rms_norm_torch(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _add_rms_norm_torch(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    total = x + residual
+    if x.dim() > residual.dim():
+        x = x.sum(0)
+    total = (x + residual).to(residual.dtype)
     return _rms_norm_torch(total, weight, eps), total
 
 
@@ -99,6 +104,8 @@ def _add_rms_norm_aten(x: Tensor, residual: Tensor, weight: Tensor, eps: float) 
 
 
 def _silu_mul_torch(gate_up: Tensor) -> Tensor:
+    if gate_up.dim() == 3:
+        gate_up = gate_up.sum(0)
     gate, up = gate_up.to(_wide(gate_up)).chunk(2, -1)
     return (gate * torch.sigmoid(gate) * up).to(gate_up.dtype)
 

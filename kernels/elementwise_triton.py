@@ -8,20 +8,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_common import INTERP, next_power_of_2, to_bf16
+from .triton_common import INTERP, await_previous, early_launch, next_power_of_2, to_bf16
+
+
+@triton.jit
+def load_sum(x, at, inside, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+    """float32 [BLOCK] at offsets `at`, summed over SPLITS partials that lie `size` elements apart."""
+    total = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    for split in tl.static_range(1, SPLITS):
+        total += tl.load(x + split * size + at, mask=inside, other=0.0)
+    return total
 
 
 @triton.jit
 def rms_norm_kernel(
-    x, residual, weight, out, total, stride_outer, stride_inner, INNER, D, eps, BLOCK: tl.constexpr, ADD: tl.constexpr,
-    INTERP: tl.constexpr,
+    x, residual, weight, out, total, stride_outer, stride_inner, INNER, size, D, eps, SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr, ADD: tl.constexpr, EARLY: tl.constexpr, INTERP: tl.constexpr,
 ):
+    await_previous(EARLY)
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
     inside = i < D
-    value = tl.load(x + (row // INNER) * stride_outer + (row % INNER) * stride_inner + i, mask=inside, other=0.0).to(
-        tl.float32
-    )
+    value = load_sum(x, (row // INNER) * stride_outer + (row % INNER) * stride_inner + i, inside, size, SPLITS, BLOCK)
     if ADD:
         value += tl.load(residual + row * D + i, mask=inside, other=0.0).to(tl.float32)
         rounded = to_bf16(value, INTERP)
@@ -33,12 +41,15 @@ def rms_norm_kernel(
 
 
 @triton.jit
-def silu_mul_kernel(gate_up, out, I, BLOCK: tl.constexpr, INTERP: tl.constexpr):
+def silu_mul_kernel(
+    gate_up, out, I, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr, INTERP: tl.constexpr
+):
+    await_previous(EARLY)
     row = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = i < I
-    gate = tl.load(gate_up + row * 2 * I + i, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + row * 2 * I + I + i, mask=inside, other=0.0).to(tl.float32)
+    gate = load_sum(gate_up, row * 2 * I + i, inside, size, SPLITS, BLOCK)
+    up = load_sum(gate_up, row * 2 * I + I + i, inside, size, SPLITS, BLOCK)
     tl.store(out + row * I + i, to_bf16(gate / (1 + tl.exp(-gate)) * up, INTERP), mask=inside)
 
 
@@ -69,6 +80,15 @@ def _check(op: str, *tensors: Tensor) -> None:
             )
 
 
+def split_sum(op: str, x: Tensor, rank: int) -> tuple[Tensor, int, int]:
+    """x of `rank` dimensions, or float32 partials of one more -> (x, number of partials, elements from one to the
+    next)."""
+    if x.dim() == rank + 1 and x.dtype == torch.float32 and x.is_contiguous():
+        return x, x.shape[0], x[0].numel()
+    _check(op, x)
+    return x.contiguous(), 1, 0
+
+
 def _warps(block: int) -> int:
     return max(1, min(8, block // 512))
 
@@ -82,34 +102,38 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     inner = x.shape[1] if x.dim() == 3 else 1
     outer_stride, inner_stride = (x.stride(0), x.stride(1)) if x.dim() == 3 else (x.stride(0) if x.dim() == 2 else d, 0)
-    block = next_power_of_2(d)
+    block, early = next_power_of_2(d), early_launch()
     rms_norm_kernel[(max(1, x.numel() // d),)](
-        x, x, weight, out, out, outer_stride, inner_stride, inner, d, eps, block, False, INTERP, num_warps=_warps(block)
+        x, x, weight, out, out, outer_stride, inner_stride, inner, 0, d, eps, 1, block, False, early, INTERP,
+        num_warps=_warps(block), launch_pdl=early,
     )
     return out
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x, residual [..., D] bf16."""
-    _check("add_rms_norm", x, residual, weight)
-    x, residual = x.contiguous(), residual.contiguous()
-    d = x.shape[-1]
-    out, total = torch.empty_like(x), torch.empty_like(x)
-    block = next_power_of_2(d)
-    rms_norm_kernel[(x.numel() // d,)](
-        x, residual, weight, out, total, d, 0, 1, d, eps, block, True, INTERP, num_warps=_warps(block)
+    """x [T, D] bf16 or partials [S, T, D] float32, residual [T, D] bf16."""
+    _check("add_rms_norm", residual, weight)
+    residual = residual.contiguous()
+    x, splits, size = split_sum("add_rms_norm", x, residual.dim())
+    d = residual.shape[-1]
+    out, total = torch.empty_like(residual), torch.empty_like(residual)
+    block, early = next_power_of_2(d), early_launch()
+    rms_norm_kernel[(residual.numel() // d,)](
+        x, residual, weight, out, total, d, 0, 1, size, d, eps, splits, block, True, early, INTERP,
+        num_warps=_warps(block), launch_pdl=early,
     )
     return out, total
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
-    """gate_up [..., 2I] bf16."""
-    _check("silu_mul", gate_up)
-    gate_up = gate_up.contiguous()
-    width = gate_up.shape[-1] // 2
-    out = torch.empty(*gate_up.shape[:-1], width, dtype=gate_up.dtype, device=gate_up.device)
-    grid = (gate_up.numel() // (2 * width), triton.cdiv(width, 1024))
-    silu_mul_kernel[grid](gate_up, out, width, 1024, INTERP, num_warps=4)
+    """gate_up [T, 2I] bf16 or partials [S, T, 2I] float32."""
+    rows, width = gate_up.shape[-2], gate_up.shape[-1] // 2
+    gate_up, splits, size = split_sum("silu_mul", gate_up, 2)
+    out = torch.empty(rows, width, dtype=torch.bfloat16, device=gate_up.device)
+    block, early = 256 if rows <= 16 else 1024, early_launch()
+    silu_mul_kernel[(rows, triton.cdiv(width, block))](
+        gate_up, out, width, size, splits, block, early, INTERP, num_warps=block // 256, launch_pdl=early
+    )
     return out
 
 

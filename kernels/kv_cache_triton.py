@@ -45,26 +45,27 @@ def encode_rows(x, CODE: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, INTE
     same bits as `kv_cache.encode`. CODE: the codec's name."""
     if CODE == "bf16":
         return to_bf16(x, INTERP), tl.zeros((ROWS,), tl.int32)
-    BITS: tl.constexpr = bits_of(CODE)
-    PLANES: tl.constexpr = 16 // BITS
-    if CODE == "fp8":
-        scale_bits = scale_upwards(tl.minimum(tl.max(tl.abs(x), 1), 3.3895314e38), 448.0, 23, ROWS)
-        scale = scale_bits.to(tl.float32, bitcast=True)
-        code = e4m3_code(tl.div_rn(x, tl.zeros((ROWS, D), tl.float32) + scale[:, None]))
-        word = scale_bits
     else:
-        LEVELS: tl.constexpr = (1 << BITS) - 1
-        low_bits = tl.min(x, 1).to(tl.int32, bitcast=True)
-        low_bits = (low_bits + 0x7FFF + ((low_bits >> 16) & 1)) & -0x10000  # bf16, to nearest even
-        low = low_bits.to(tl.float32, bitcast=True)
-        scale_bits = scale_upwards(tl.maximum(tl.max(x, 1) - low, 0.0), LEVELS + 0.0, 16, ROWS)
-        scale = scale_bits.to(tl.float32, bitcast=True)
-        code = tl.floor(tl.div_rn(x - low[:, None], tl.zeros((ROWS, D), tl.float32) + scale[:, None]) + 0.5)
-        code = tl.minimum(tl.maximum(code, 0.0), LEVELS + 0.0).to(tl.int32)
-        word = scale_bits | ((low_bits >> 16) & 0xFFFF)
-    planes = tl.reshape(code, (ROWS, PLANES, D // PLANES))
-    shift = tl.arange(0, PLANES)[None, :, None] * BITS
-    return tl.sum(planes << shift, 1).to(tl.int16), word
+        BITS: tl.constexpr = bits_of(CODE)
+        PLANES: tl.constexpr = 16 // BITS
+        if CODE == "fp8":
+            scale_bits = scale_upwards(tl.minimum(tl.max(tl.abs(x), 1), 3.3895314e38), 448.0, 23, ROWS)
+            scale = scale_bits.to(tl.float32, bitcast=True)
+            code = e4m3_code(tl.div_rn(x, tl.zeros((ROWS, D), tl.float32) + scale[:, None]))
+            word = scale_bits
+        else:
+            LEVELS: tl.constexpr = (1 << BITS) - 1
+            low_bits = tl.min(x, 1).to(tl.int32, bitcast=True)
+            low_bits = (low_bits + 0x7FFF + ((low_bits >> 16) & 1)) & -0x10000  # bf16, to nearest even
+            low = low_bits.to(tl.float32, bitcast=True)
+            scale_bits = scale_upwards(tl.maximum(tl.max(x, 1) - low, 0.0), LEVELS + 0.0, 16, ROWS)
+            scale = scale_bits.to(tl.float32, bitcast=True)
+            code = tl.floor(tl.div_rn(x - low[:, None], tl.zeros((ROWS, D), tl.float32) + scale[:, None]) + 0.5)
+            code = tl.minimum(tl.maximum(code, 0.0), LEVELS + 0.0).to(tl.int32)
+            word = scale_bits | ((low_bits >> 16) & 0xFFFF)
+        planes = tl.reshape(code, (ROWS, PLANES, D // PLANES))
+        shift = tl.arange(0, PLANES)[None, :, None] * BITS
+        return tl.sum(planes << shift, 1).to(tl.int16), word
 
 
 @triton.jit

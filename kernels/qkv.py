@@ -18,10 +18,10 @@ def rope_write(
 ) -> Tensor:
     """Norm and turn the queries and keys of qkv, store keys and values -> the queries [T, H, D].
 
-    qkv [T, (H + 2 Hkv) * D] holds the heads of q, then k, then v. slots [T] int64 as in `write_kv`, turn [T, 2, D] as
-    `rotation` gives it. ValueError where they do not fit.
+    qkv [T, (H + 2 Hkv) * D] holds the heads of q, then k, then v; or `linear`'s partials of that shape. slots [T]
+    int64 as in `write_kv`, turn [T, 2, D] as `rotation` gives it. ValueError where they do not fit.
     """
-    rows, width = qkv.shape
+    rows, width = qkv.shape[-2:]
     heads = width // layer.head_dim - 2 * layer.kv_heads
     if width % layer.head_dim or heads < 1 or slots.shape != (rows,) or turn.shape != (rows, 2, layer.head_dim):
         raise ValueError(
@@ -33,7 +33,7 @@ def rope_write(
 
 
 def _rope_write_torch(qkv: Tensor, layer: KVLayer, slots: Tensor, turn: Tensor, norms: HeadNorms | None) -> Tensor:
-    q, k, v = _heads(qkv, layer)
+    q, k, v = _heads(qkv if qkv.dim() == 2 else qkv.sum(0), layer)
     if norms is not None:
         q, k = rms_norm(q, norms[0], norms[2], impl="torch"), rms_norm(k, norms[1], norms[2], impl="torch")
     q, k = rope(q, k, turn, impl="torch")
@@ -56,12 +56,9 @@ def _rope_write_aten(qkv: Tensor, layer: KVLayer, slots: Tensor, turn: Tensor, n
 
 
 def _rope_write_triton(qkv: Tensor, layer: KVLayer, slots: Tensor, turn: Tensor, norms: HeadNorms | None) -> Tensor:
-    q, k, v = _heads(qkv, layer)
-    if norms is not None:
-        q, k = rms_norm(q, norms[0], norms[2], impl="triton"), rms_norm(k, norms[1], norms[2], impl="triton")
-    q, k = rope(q, k, turn, impl="triton")
-    write_kv(layer, k, v, slots, impl="triton")
-    return q
+    from .qkv_triton import rope_write_triton
+
+    return rope_write_triton(qkv, layer, slots, turn, norms)
 
 
 def _heads(qkv: Tensor, layer: KVLayer) -> tuple[Tensor, Tensor, Tensor]:

@@ -31,14 +31,35 @@ def next_power_of_2(n: int) -> int:
 
 @triton.jit
 def await_previous(EARLY: tl.constexpr):
-    """First statement of every kernel launched early: wait for the previous kernel's memory, let the next one be
-    launched.
+    """First statement of every kernel launched early, but for what depends on no other kernel: let the next kernel be
+    launched, then wait for the previous one's memory.
 
-    Every program must come here, idle ones too: a kernel that ends without having waited would let its successor
-    overtake."""
+    The next one may run ahead into its own wait, so it starts without a gap and can fetch weights meanwhile. Every
+    program must come here, idle ones too: a kernel that ends without having waited would let its successor overtake
+    its predecessor."""
     if EARLY:
-        gdc_wait()
         gdc_launch_dependents()
+        gdc_wait()
+
+
+@triton.jit
+def prefetch(at):
+    """Bring the cache lines at a tensor of pointers into the L2 cache; returns nothing and waits for nothing."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at.to(tl.int64)], dtype=tl.int32,
+        is_pure=False, pack=1,
+    )
+
+
+PREFETCH_BYTES = 16 << 20
+"""Of a weight, fetched into the L2 cache while the kernel before still runs: what memory delivers in 4 us."""
+
+
+def prefetch_steps(programs: int, step_bytes: int, steps: int) -> int:
+    """How many of a program's `steps` tiles of `step_bytes` it fetches ahead: a power of two, or none, so that few
+    variants are compiled."""
+    wanted = min(steps, PREFETCH_BYTES // max(1, programs * step_bytes))
+    return 0 if wanted < 1 or not early_launch() else 1 << (wanted.bit_length() - 1)
 
 
 @triton.jit

@@ -15,7 +15,7 @@ import pytest
 if sys.platform != "linux":
     pytest.skip("Triton is published for Linux only", allow_module_level=True)
 
-from kernels import KV_FORMATS, a8w8, a16w4, activations_triton, decode_triton, prefill_triton, skinny, wide
+from kernels import KV_FORMATS, a8w8, a16w4, activations_triton, decode_triton, prefill_triton, qkv_triton, skinny, wide
 from tests.unit.kernels.sass import Compiled, compile_sm90, mma, opcodes
 
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
@@ -30,7 +30,7 @@ def matmul(
     signature = pointers | dict.fromkeys(integers.split(), "i32")
     known = [name for name in signature if name not in ("M", "groups_per_split")]
     return compile_sm90(
-        kernel, signature, {"STAGES": stages, "AHEAD": 2, "EARLY": True, "INTERP": False} | constants, known, warps, stages
+        kernel, signature, {"STAGES": stages, "EARLY": True, "INTERP": False} | constants, known, warps, stages
     )
 
 
@@ -56,12 +56,13 @@ def test_a16w4(block_m: int, block_n: int, group_size: int, warps: int, stages: 
     built = matmul(
         a16w4.a16w4_kernel,
         pointers,
-        {"ROWS": 64, "BM": block_m, "BN": block_n, "G": group_size},
+        {"ROWS": 64, "BM": block_m, "BN": block_n, "G": group_size, "AHEAD": 2},
         "M N N_PADDED K groups_per_split",
         warps,
         stages,
     )
     check(built, block_n * group_size, warps, budget)
+    assert opcodes(built.sass)["CCTL"] >= 2  # the first tiles are sent for before the previous kernel has ended
     assert opcodes(built.loop())["LDG"] == 0  # every load of the loop is asynchronous
     assert opcodes(built.loop())["HGMMA"] == 0  # register-operand warp-group products are left to M > 64
 
@@ -73,10 +74,32 @@ def test_a16w4(block_m: int, block_n: int, group_size: int, warps: int, stages: 
 def test_skinny(element: str, block_n: int, block_k: int, warps: int, stages: int, budget: float) -> None:
     scale = {"bf16": None, "i8": "*bf16", "fp8e4nv": "*fp32"}[element]
     pointers = {"x": "*bf16", "w": f"*{element}", "out": "*fp32"} | ({"scale": scale} if scale else {})
-    constants = {"BM": 16, "BN": block_n, "BK": block_k, "EVEN": True} | ({} if scale else {"scale": None})
+    constants = {"BM": 16, "BN": block_n, "BK": block_k, "EVEN": True, "AHEAD": 2} | ({} if scale else {"scale": None})
     built = matmul(skinny.skinny_kernel, pointers, constants, "M N K k_per_split", warps, stages)
     check(built, block_n * block_k, warps, budget)
+    assert opcodes(built.sass)["CCTL"] >= 2  # the first tiles are sent for before the previous kernel has ended
     assert opcodes(built.loop())["LDG"] == 0  # every load of the loop is asynchronous
+
+
+@pytest.mark.parametrize("together", [1, 8])
+@pytest.mark.parametrize("format", KV_FORMATS)
+def test_rope_write(format: str, together: int) -> None:
+    chosen = KV_FORMATS[format]
+    data = "*bf16" if format == "bf16" else "*i16"
+    strides = "key_block key_token key_head value_block value_token value_head scale_block scale_token scale_head"
+    signature = {"qkv": "*fp32", "q_out": "*bf16", "turn": "*fp32", "slots": "*i64", "q_norm": "*bf16"}
+    signature |= {"k_norm": "*bf16", "key": data, "value": data, "eps": "fp32"}
+    signature |= dict.fromkeys(f"size H HKV {strides}".split(), "i32")
+    constants: dict[str, object] = {"SPLITS": 3, "D": 128, "BH": together, "BLOCK": 64, "KEY": chosen.key.name}
+    constants |= {"VALUE": chosen.value.name, "NORM": True, "EARLY": True, "INTERP": False}
+    scales = ("key_scale", "value_scale")
+    if format == "bf16":
+        constants |= dict.fromkeys(scales)
+    else:
+        signature |= dict.fromkeys(scales, "*i32")
+    known = [name for name in signature if name not in ("eps", "H", "HKV")]
+    built = compile_sm90(qkv_triton.rope_write_kernel, signature, constants, known, 1, 1)
+    assert built.spilled == 0 and built.registers <= 168
 
 
 def test_wide() -> None:
