@@ -134,7 +134,8 @@ def roofline_card(engine: Engine) -> str:
     config, memory, spec = engine.config, engine.memory, engine.spec
     return (
         f"{config.model}, weights {config.weights}, kv {config.kv}: {spec.num_parameters / 1e6:,.1f} M parameters, "
-        f"{memory.weights_total / 1e6:,.1f} MB of weights, {spec.kv_bytes_per_token(config.kv) / 1e3:,.2f} kB of KV "
+        f"{memory.weights_total / 1e6:,.1f} MB of weights, "
+        f"{spec.kv_bytes_per_token(config.kv, config.kv_repair) / 1e3:,.2f} kB of KV "
         f"per token, {memory.tokens_that_fit:,} tokens fit\n  {engine.description}"
     )
 

@@ -6,7 +6,7 @@ Only safetensors are read, and no code of the checkpoint is run. Every defect is
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -204,6 +204,14 @@ class CheckpointWeights:
         self._tensors, self._quantized = {}, {}
 
 
+def read_modules(folder: Path, spec: ModelSpec, modules: Collection[str]) -> dict[str, Tensor]:
+    """The tensors of a few modules at high precision, those of quantized matrices dequantized."""
+    expected = expected_tensors(spec)
+    tensors, schemes = _read_tensors(folder, expected, tied=spec.tie_embeddings, only=modules)
+    quantized = convert(tensors, {name: schemes[name] for name in modules if name in schemes}, expected)
+    return tensors | {name: matrix.dequantize() for name, matrix in quantized.items()}
+
+
 @dataclass(frozen=True)
 class _Header:
     path: Path
@@ -212,9 +220,10 @@ class _Header:
 
 
 def _read_tensors(
-    folder: Path, expected: Mapping[str, Wanted], *, tied: bool
+    folder: Path, expected: Mapping[str, Wanted], *, tied: bool, only: Collection[str] | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Scheme]]:
-    """The tensors, and which modules are quantized. All headers are checked before the first tensor is read."""
+    """The tensors, of the modules named in `only` where it is given, and which modules are quantized. All headers are
+    checked before the first tensor is read."""
     files = _safetensors_files(folder)
     quantization = read_quantization(str(folder), _read_json(folder / "config.json").get("quantization_config"))
     found: dict[str, _Header] = {}
@@ -235,6 +244,8 @@ def _read_tensors(
     for path in files:
         with safe_open(path, framework="pt") as held:
             for name in [name for name, header in found.items() if header.path == path]:
+                if only is not None and name.rsplit(".", 1)[0] not in only:
+                    continue
                 tensors[name] = held.get_tensor(name).clone()  # a copy, so that closing the file unmaps it
                 if not _finite(tensors[name]):
                     raise CheckpointError(f"{path}: tensor {name} holds NaN or infinity")

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.errors import ConfigError
+from engine.kv_plan import KV, KVPlan
 from engine.weight_plan import WeightPlan, Weights
-from kernels import KV_FORMATS
 
 BATCHING = ("static", "dynamic", "continuous")
 RUNNERS = ("torch", "simulated")
@@ -25,6 +25,9 @@ class EngineConfig:
     weights, kv: a key of kernels.WEIGHT_FORMATS and kernels.KV_FORMATS. group_size: of int4 weights, 64 or 128.
         For mixed precision `weights` is a WeightPlan, or its mapping: {"default": "int4", "layers.3.down": "int8"}.
         A checkpoint quantized elsewhere keeps its own format and group: "bf16" takes it, another format is refused.
+        For a choice by layer `kv` is a KVPlan, or its mapping: {"default": "int4", "layers.0": "int8"}.
+    kv_repair: give layers whose key bias is too large for their KV format a finer one; the runner's description names
+        them. Layers that `kv` names keep what it says.
     cache_ratio: share of the memory left after weights and workspace that the KV pool takes, in (0, 1).
     memory_limit: bytes the engine may use; None takes the whole GPU, or a modest share of the RAM on a CPU.
     block_size: tokens per KV block (16, 32, 64, 128); None picks 64 on a GPU and 16 on a CPU.
@@ -44,7 +47,8 @@ class EngineConfig:
     model: str = "bundled"
     weights: Weights = "bf16"
     group_size: int = 128
-    kv: str = "bf16"
+    kv: KV = "bf16"
+    kv_repair: bool = True
     cache_ratio: float = 0.8
     memory_limit: int | None = None
     block_size: int | None = None
@@ -65,7 +69,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weights", WeightPlan.of(self.weights).simplest)  # one value for equal choices
-        _one_of("kv", self.kv, KV_FORMATS)
+        object.__setattr__(self, "kv", KVPlan.of(self.kv).simplest)
         _one_of("batching", self.batching, BATCHING)
         _one_of("runner", self.runner, RUNNERS)
         _one_of("device", self.device, ("auto", "cpu", "cuda"))

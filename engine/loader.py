@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -12,6 +13,7 @@ from engine.checkpoint import CheckpointWeights, read_spec
 from engine.config import EngineConfig
 from engine.decoder import Decoder, build_decoder
 from engine.errors import CheckpointError, ConfigError
+from engine.key_bias import key_biases
 from engine.model_spec import ModelSpec
 from engine.shapes import SyntheticWeights, synthetic_spec
 from engine.tokenizer import ByteTokenizer, PretrainedTokenizer, Tokenizer
@@ -133,6 +135,8 @@ def load_model(config: EngineConfig) -> LoadedModel:
     folder, source = _find(config.model)
     spec = read_spec(folder)
     spec.check_weights(config.weights)
+    spec = replace(spec, key_biases=key_biases(folder, spec))
+    spec.kv_formats(config.kv, config.kv_repair)  # refuses layers that are not there, before anything large is read
     if config.session_len is not None and spec.sliding_window is not None and config.session_len > spec.sliding_window:
         raise ConfigError(
             f"session_len is {config.session_len}; {source} attends within a sliding window, which is supported for "

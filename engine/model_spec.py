@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engine.errors import ConfigError
+from engine.kv_plan import KV, KeyBias, KVPlan, layer_names
 from engine.weight_plan import LM_HEAD, WeightPlan, Weights
 from kernels import KV_FORMATS, WEIGHT_FORMATS
 
@@ -35,6 +36,7 @@ class ModelSpec:
     rope: transformers' own `rope_parameters` dict (rope_type, rope_theta, factor, ...).
     In a quantized format the lm_head is int8 (HEAD_FORMAT) and embeddings stay bf16, unless they are tied: then one
     int8 table serves both.
+    key_biases: one entry per layer where keys have a bias, read from the checkpoint; else empty.
     stored: of a checkpoint quantized elsewhere. `weights` "bf16" then means as stored, and another format is refused.
     """
 
@@ -57,6 +59,7 @@ class ModelSpec:
     sliding_window: int | None = None
     rope: Mapping[str, Any] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
     eos_token_ids: tuple[int, ...] = ()
+    key_biases: tuple[KeyBias, ...] = ()
     stored: StoredFormat | None = None
 
     @property
@@ -105,10 +108,9 @@ class ModelSpec:
                 f"must be one of {', '.join(ROW_FORMATS)}"
             )
         if self.stored is not None and plan.simplest not in ("bf16", self.stored.weights):
-            own = f"{self.stored.weights!r}" if self.stored.weights != "bf16" else "'bf16' (from fp8)"
             raise ConfigError(
                 f"weights is '{weights}', but {self.name} is quantized already ({self.stored.method}) and runs as "
-                f"{own}; leave weights at 'bf16' to take a checkpoint as it is"
+                f"{self.stored.weights!r}; leave weights at 'bf16' to take a checkpoint as it is"
             )
 
     def weight_bytes(self, weights: Weights, group_size: int) -> dict[str, int]:
@@ -137,9 +139,35 @@ class ModelSpec:
         shapes = self.matrices().items()
         return {name: WEIGHT_FORMATS[formats[name]].nbytes(n, k, group_size) for name, (n, k) in shapes}
 
-    def kv_bytes_per_token(self, kv: str) -> int:
+    def kv_formats(self, kv: KV, repair: bool) -> tuple[str, ...]:
+        """The KV format of each layer; with `repair` a finer one where the key bias is too large for the one asked for.
+        ConfigError where `kv` names a layer that is not there."""
+        plan = KVPlan.of(kv)
+        asked = plan.formats(self.num_layers)
+        if not repair or not self.key_biases:
+            return asked
+        named = dict(plan.layers)
+        return tuple(
+            chosen if layer in named else bias.repaired(chosen)
+            for layer, (chosen, bias) in enumerate(zip(asked, self.key_biases, strict=True))
+        )
+
+    def kv_label(self, kv: KV, repair: bool) -> str:
+        """The KV formats in words: what was asked for, and which layers have another instead."""
+        asked, used = KVPlan.of(kv).formats(self.num_layers), self.kv_formats(kv, repair)
+        changed: dict[tuple[str, str], list[int]] = {}
+        for layer, pair in enumerate(zip(asked, used, strict=True)):
+            if pair[0] != pair[1]:
+                changed.setdefault(pair, []).append(layer)
+        if not changed:
+            return str(kv)
+        parts = [f"{new} instead of {old} in {layer_names(layers)}" for (old, new), layers in changed.items()]
+        return f"{kv} ({', '.join(parts)}, whose key bias is too large for it; kv_repair=False keeps it)"
+
+    def kv_bytes_per_token(self, kv: KV, repair: bool = True) -> int:
         """Bytes of keys and values per token over all layers, scales and zeros counted."""
-        return self.num_layers * KV_FORMATS[kv].bytes_per_token(self.num_kv_heads, self.head_dim)
+        formats = self.kv_formats(kv, repair)
+        return sum(KV_FORMATS[name].bytes_per_token(self.num_kv_heads, self.head_dim) for name in formats)
 
     def flops_per_token(self, context: int) -> float:
         """Multiply-adds times two for one token that attends to `context` tokens, lm_head included."""

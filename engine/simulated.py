@@ -62,12 +62,12 @@ class SimulatedRunner:
             weights=spec.weight_bytes(config.weights, config.group_size),
             workspace=spec.workspace_bytes(config.max_batched_tokens, config.max_batch_size),
             cache_ratio=config.cache_ratio,
-            block_bytes=block_size * spec.kv_bytes_per_token(config.kv),
+            block_bytes=block_size * spec.kv_bytes_per_token(config.kv, config.kv_repair),
             block_size=block_size,
         )
         looked_up = 0 if spec.tie_embeddings else self.memory.weights["embeddings"]
         self._weight_bytes = self.memory.weights_total - looked_up
-        self._kv_bytes = spec.kv_bytes_per_token(config.kv)
+        self._kv_bytes = spec.kv_bytes_per_token(config.kv, config.kv_repair)
 
     @property
     def description(self) -> str:

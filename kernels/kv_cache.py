@@ -41,6 +41,16 @@ class Codec:
         """16-bit words per token and head."""
         return head_dim * self.bits // 16
 
+    def noise(self, span: float, rms: float) -> float:
+        """Expected root-mean-square rounding error of vectors whose elements lie `span` apart and have this `rms`.
+
+        Evenly spaced codes err by at most half a step, evenly spread; floating point by at most half its last place,
+        whose share of a number is 0.7 times its share of the power of two below, on average over [1, 2)."""
+        if self.name in ("bf16", "fp8"):
+            mantissa = 7 if self.name == "bf16" else 3
+            return 0.7 * 2.0**-mantissa * rms / 12**0.5
+        return span / ((1 << self.bits) - 1) / 12**0.5
+
 
 @dataclass(frozen=True)
 class KVFormat:

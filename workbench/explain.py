@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+from engine.kv_plan import KVPlan
 from workbench import text
 from workbench.metrics import Metrics
 
@@ -39,10 +40,9 @@ def limiting_sentence(metrics: Metrics, config: EngineConfig, workload: Workload
 
 def _blocks(metrics: Metrics, config: EngineConfig, share: str) -> str:
     advice = []
-    if config.kv == "bf16":
-        advice.append("KV int8")
-    elif config.kv == "int8":
-        advice.append("KV int4")
+    smaller = {"bf16": "int8", "int8": "int4", "fp8": "int4", "k8v4": "int4"}.get(KVPlan.of(config.kv).default)
+    if smaller is not None:
+        advice.append(f"KV {smaller}")
     if config.cache_ratio < 0.9:
         advice.append("a higher cache ratio")
     remedy = f"; more tokens fit with {' or '.join(advice)}" if advice else "; more tokens fit only in more memory"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from engine.bundled import MODEL_DIR
 from engine.checkpoint import read_spec
 from engine.config import EngineConfig
+from engine.key_bias import key_biases
 from engine.memory import MemoryPlan, plan_memory
 from engine.model_spec import ModelSpec
 from engine.shapes import synthetic_spec
@@ -37,7 +39,7 @@ def predicted_plan(config: EngineConfig) -> MemoryPlan | None:
         weights=weights,
         workspace=workspace,
         cache_ratio=config.cache_ratio,
-        block_bytes=block_size * spec.kv_bytes_per_token(config.kv),
+        block_bytes=block_size * spec.kv_bytes_per_token(config.kv, config.kv_repair),
         block_size=block_size,
     )
 
@@ -46,4 +48,7 @@ def _spec(model: str) -> ModelSpec | None:
     if model.startswith("synthetic:"):
         return synthetic_spec(model.removeprefix("synthetic:"))
     folder = MODEL_DIR if model == "bundled" else Path(model).expanduser()
-    return read_spec(folder) if folder.is_dir() else None
+    if not folder.is_dir():
+        return None
+    spec = read_spec(folder)
+    return replace(spec, key_biases=key_biases(folder, spec))

@@ -107,7 +107,7 @@ def row(run: RunSnapshot) -> dict[str, Any]:
         "status": run.status,
         "model": config.model,
         "weights": str(config.weights),
-        "kv": config.kv,
+        "kv": str(config.kv),
         "cache_ratio": config.cache_ratio,
         "batching": config.batching,
         "max_batch_size": config.max_batch_size,

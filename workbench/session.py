@@ -230,7 +230,7 @@ class Session:
         if run.is_synthetic:
             return
         c = run.config
-        key = (c.model, c.weights, c.group_size, c.kv, c.device, c.impl, c.session_len)
+        key = (c.model, c.weights, c.group_size, c.kv, c.kv_repair, c.device, c.impl, c.session_len)
         if key not in self._qualities:
             try:
                 self._qualities[key] = perplexity(
