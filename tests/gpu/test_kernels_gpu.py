@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.unit.kernels import checks
+import kernels
+from tests.unit.kernels import checks, checks_fused
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and PyTorch sees none here")
 
@@ -57,3 +58,17 @@ def test_write(format: str, head_dim: int) -> None:
 @pytest.mark.parametrize("rows, width", [(1, 896), (7, 4096), (300, 14336)])
 def test_elementwise(rows: int, width: int) -> None:
     checks.check_elementwise(rows, width, 28, 4, 128, "cuda", impl="triton")
+
+
+@pytest.mark.parametrize("rows, width, splits", [(1, 4096, 8), (3, 896, 3), (64, 4096, 2), (5, 14336, 4), (300, 4096, 1)])
+def test_consumers_of_partials(rows: int, width: int, splits: int) -> None:
+    checks_fused.check_consumers(rows, width, splits, "cuda", impl="triton")
+
+
+@pytest.mark.parametrize("format", list(kernels.KV_FORMATS))
+@pytest.mark.parametrize("rows, splits, norm", [(1, 8, False), (5, 3, True), (300, 1, True)])
+@pytest.mark.parametrize("heads, kv_heads, head_dim", [(14, 2, 64), (32, 8, 128), (7, 1, 128)])
+def test_rope_write(
+    format: str, rows: int, splits: int, norm: bool, heads: int, kv_heads: int, head_dim: int
+) -> None:
+    checks_fused.check_rope_write(format, rows, heads, kv_heads, head_dim, splits, norm, "cuda", impl="triton")
