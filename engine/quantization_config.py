@@ -13,9 +13,13 @@ from typing import Any
 from engine.errors import CheckpointError
 from engine.model_spec import StoredFormat
 from engine.quantized import FLOATS, GROUPS, KINDS, Scheme, UnreadableError, Wanted
+from kernels.activations import SIXTEEN_BIT_ROWS
 
 METHODS = ("awq", "gptq", "compressed-tensors")
-IGNORED = ("input_scale", "input_zero_point", "k_scale", "v_scale")  # of quantized activations and keys: ours are bf16
+IGNORED = ("input_scale", "input_zero_point", "k_scale", "v_scale")  # activations and keys are scaled as they come
+BF16_ACTIVATIONS = "activations computed in bf16, though made to be quantized too"
+SCALED_PER_TOKEN = "activations scaled per token as they come, not as the checkpoint says"
+ROUNDED_TOO = f"activations rounded to fp8 too, in steps of more than {SIXTEEN_BIT_ROWS} tokens"
 
 
 @dataclass(frozen=True)
@@ -24,19 +28,14 @@ class Quantization:
 
     method: str
     schemes: tuple[Scheme, ...]
-    quantized_activations: bool = False
+    notes: tuple[str, ...] = ()  # where what is computed differs from what the checkpoint was made for
 
     @property
     def stored(self) -> StoredFormat:
         """What `ModelSpec` needs to know; of several schemes the first stands for all."""
         first = self.schemes[0]
-        notes = []
-        if any(scheme.kind == "fp8" for scheme in self.schemes):
-            notes.append("fp8 weights dequantized to bf16, for there is no fp8 kernel")
-        if self.quantized_activations:
-            notes.append("activations computed in bf16, though made to be quantized too")
         group = next(size for size in GROUPS if (first.group or size) % size == 0)
-        return StoredFormat(self.method, KINDS[first.kind].weights, group, "; ".join(notes))
+        return StoredFormat(self.method, KINDS[first.kind].weights, group, "; ".join(self.notes))
 
     def expected(
         self, dense: Mapping[str, Wanted], shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str]
@@ -97,8 +96,26 @@ def read_quantization(where: str, raw: object) -> Quantization | None:
     except UnreadableError as error:
         raise CheckpointError(f"{where} is quantized already ({method}): {error}") from error
     groups = raw.get("config_groups")
-    activations = isinstance(groups, dict) and any(group.get("input_activations") for group in groups.values())
-    return Quantization(method, schemes, activations)
+    inputs = [group.get("input_activations") for group in groups.values()] if isinstance(groups, dict) else []
+    notes = {_note(scheme, given) for scheme, given in zip(schemes, inputs, strict=False)} - {""}
+    return Quantization(method, schemes, tuple(sorted(notes)))
+
+
+def _note(scheme: Scheme, inputs: Mapping[str, Any] | None) -> str:
+    """What the user should know of the activations of one config group; "" where they are computed as it says."""
+    if not inputs:
+        return ROUNDED_TOO if scheme.kind == "fp8" else ""
+    if scheme.kind not in ("w8a8", "fp8"):
+        return BF16_ACTIVATIONS
+    return "" if inputs.get("dynamic") is True and inputs.get("strategy") == "token" else SCALED_PER_TOKEN
+
+
+def _in_int8(inputs: object) -> bool:
+    """Whether activations are meant to be what `w8a8` makes of them, but for where their scales come from."""
+    if not isinstance(inputs, dict):
+        return False
+    kind = inputs.get("num_bits"), inputs.get("type", "int"), inputs.get("symmetric", True)
+    return kind == (8, "int", True)
 
 
 def _awq(raw: Mapping[str, Any]) -> tuple[Scheme, ...]:
@@ -129,11 +146,12 @@ def _compressed(raw: Mapping[str, Any]) -> tuple[Scheme, ...]:
         args = group.get("weights") if isinstance(group, dict) else None
         if not isinstance(args, dict):
             raise UnreadableError(f"config group {name} says nothing of weights")
-        schemes.append(_compressed_scheme(str(group.get("format") or raw.get("format")), args))
+        form = str(group.get("format") or raw.get("format"))
+        schemes.append(_compressed_scheme(form, args, integer_inputs=_in_int8(group.get("input_activations"))))
     return tuple(schemes)
 
 
-def _compressed_scheme(form: str, args: Mapping[str, Any]) -> Scheme:
+def _compressed_scheme(form: str, args: Mapping[str, Any], *, integer_inputs: bool) -> Scheme:
     bits, strategy, symmetric = args.get("num_bits"), args.get("strategy"), bool(args.get("symmetric", True))
     if args.get("type", "int") != ("float" if form == "float-quantized" else "int"):
         raise UnreadableError(f"its weights are of type {args.get('type')!r} in the format {form!r}")
@@ -150,6 +168,8 @@ def _compressed_scheme(form: str, args: Mapping[str, Any]) -> Scheme:
     if strategy not in ("channel", "tensor") or not symmetric:
         kind = strategy if symmetric else f"asymmetric {strategy}"
         raise UnreadableError(f"its 8-bit weights are scaled by {kind!r}; symmetric 'channel' and 'tensor' are read")
+    if form == "int-quantized" and integer_inputs:
+        return Scheme("w8a8")
     return Scheme({"pack-quantized": "packed8", "int-quantized": "int8", "float-quantized": "fp8"}[form])
 
 

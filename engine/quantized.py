@@ -4,8 +4,8 @@
     awq (gemm)          qweight, qzeros, scales                         int4
     gptq                qweight, qzeros, scales, g_idx                  int4, activation order kept
     compressed-tensors  weight_packed, weight_scale, weight_zero_point  int4; of 8 bits per channel int8
-                        weight (int8), weight_scale                     int8
-                        weight (float8_e4m3fn), weight_scale            bf16, for there is no fp8 kernel
+                        weight (int8), weight_scale                     int8; w8a8 where activations are int8 too
+                        weight (float8_e4m3fn), weight_scale            fp8
 
 Each format has a function that says what its tensors must be and one that reads them. `quantization_config` chooses.
 """
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from engine.errors import CheckpointError
 from kernels import QuantizedWeight
+from kernels.weights import FEATURES_OF_8_BIT_PRODUCTS
 
 FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 GROUPS = (128, 64)  # of the int4 kernels, the larger first: fewer scales are read
@@ -238,11 +239,14 @@ def read_packed(leaves: Leaves, scheme: Scheme, shape: tuple[int, int]) -> Matri
 
 
 def eight_bit_tensors(scheme: Scheme, module: str, n: int, k: int) -> dict[str, Wanted]:
+    fp8 = scheme.kind == "fp8"
+    if k % FEATURES_OF_8_BIT_PRODUCTS and scheme.kind != "int8":
+        raise CheckpointError(f"{module}: {k} in features are not a multiple of {FEATURES_OF_8_BIT_PRODUCTS}")
     leaves = {
-        "weight": Wanted(((n, k),), ("F8_E4M3",) if scheme.kind == "fp8" else ("I8",)),
+        "weight": Wanted(((n, k),), ("F8_E4M3",) if fp8 else ("I8",)),
         "weight_scale": Wanted(((n, 1), (n,), (1,), ()), tuple(FLOATS)),
     }
-    if scheme.kind == "int8":
+    if not fp8:
         leaves["weight_zero_point"] = Wanted(((n, 1), (1,)), ("I8",), optional=True)
     return leaves
 
@@ -254,17 +258,15 @@ def read_int8(leaves: Leaves, scheme: Scheme, shape: tuple[int, int]) -> Matrix:
     """
     if "weight_zero_point" in leaves and bool(leaves["weight_zero_point"].any()):
         raise UnreadableError("weight_zero_point is not zero, but config.json calls the weights symmetric")
-    return QuantizedWeight("int8", leaves["weight"], _per_channel(leaves["weight_scale"], shape[0]))
+    return QuantizedWeight(scheme.kind, leaves["weight"], _per_channel(leaves["weight_scale"], shape[0]))
 
 
 def read_fp8(leaves: Leaves, scheme: Scheme, shape: tuple[int, int]) -> Matrix:
-    """float-quantized of the compressed-tensors library, rounded to bf16.
+    """float-quantized of the compressed-tensors library.
 
         weight float8_e4m3fn [N, K], weight_scale [N, 1] or [1]: w[n, k] = code * weight_scale[n]
     """
-    scale = _per_channel(leaves["weight_scale"], shape[0])
-    weight: Tensor = scale[:, None] * leaves["weight"].float()
-    return weight.bfloat16()
+    return QuantizedWeight("fp8", leaves["weight"], _per_channel(leaves["weight_scale"], shape[0]))
 
 
 def _per_channel(scale: Tensor, n: int) -> Tensor:
@@ -304,5 +306,6 @@ KINDS = {
     "packed4": Kind("int4", packed_tensors, read_packed),
     "packed8": Kind("int8", packed_tensors, read_packed),
     "int8": Kind("int8", eight_bit_tensors, read_int8),
-    "fp8": Kind("bf16", eight_bit_tensors, read_fp8),
+    "w8a8": Kind("w8a8", eight_bit_tensors, read_int8),
+    "fp8": Kind("fp8", eight_bit_tensors, read_fp8),
 }

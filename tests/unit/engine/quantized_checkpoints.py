@@ -99,8 +99,8 @@ def int8_tensor(w: Known) -> dict[str, Tensor]:
     return {"weight": torch.from_numpy(w.codes), "weight_scale": w.scale[0]}
 
 
-def compressed(form: str, *, activations: bool = False, **weights: Any) -> dict[str, Any]:
-    group = {"targets": ["Linear"], "weights": weights, "input_activations": {"num_bits": 8} if activations else None}
+def compressed(form: str, *, activations: dict[str, Any] | None = None, **weights: Any) -> dict[str, Any]:
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": activations}
     return {
         "quant_method": "compressed-tensors",
         "format": form,
@@ -112,6 +112,8 @@ def compressed(form: str, *, activations: bool = False, **weights: Any) -> dict[
 INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128}
 INT8 = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
 FP8 = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel"}
+INT8_INPUTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+FP8_INPUTS = {**INT8_INPUTS, "type": "float"}
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,7 @@ class Case:
     one_scale: bool = False
     dtype: torch.dtype = torch.float16
     label: str = "8 matrices int4 group 128"
+    tokens: int = 40  # of a text whose logits are compared: of more than 16, w8a8 rounds the activations
 
 
 CASES = {
@@ -162,8 +165,20 @@ CASES = {
         packed8, compressed("pack-quantized", **INT8), -1, signed=True, label="8 matrices int8"
     ),
     "int8": Case(
-        int8, compressed("int-quantized", activations=True, **INT8), -1, signed=True, dtype=torch.float32,
-        label="activations computed in bf16",
+        int8, compressed("int-quantized", **INT8), -1, signed=True, dtype=torch.float32, label="8 matrices int8"
+    ),
+    "int8, asymmetric activations": Case(
+        int8, compressed("int-quantized", activations={**INT8_INPUTS, "symmetric": False}, **INT8), -1, signed=True,
+        label="8 matrices int8, lm_head bf16 (activations computed in bf16",
+    ),
+    "w8a8": Case(
+        int8, compressed("int-quantized", activations=INT8_INPUTS, **INT8), -1, signed=True, dtype=torch.bfloat16,
+        label="8 matrices w8a8, lm_head bf16", tokens=16,
+    ),
+    "w8a8, static": Case(
+        int8,
+        compressed("int-quantized", activations={**INT8_INPUTS, "dynamic": False, "strategy": "tensor"}, **INT8),
+        -1, signed=True, label="8 matrices w8a8, lm_head bf16 (activations scaled per token", tokens=16,
     ),
     "int8, one scale per matrix": Case(
         int8_tensor, compressed("int-quantized", **{**INT8, "strategy": "tensor"}), -1, signed=True, one_scale=True,

@@ -22,6 +22,7 @@ from tests.unit.engine.checkpoints import logits_by_transformers, random_model, 
 from tests.unit.engine.quantized_checkpoints import (
     CASES,
     FP8,
+    FP8_INPUTS,
     INT4,
     INT8,
     WEIGHTS,
@@ -34,11 +35,12 @@ from tests.unit.engine.quantized_checkpoints import (
     rewrite,
     write,
 )
-from tests.unit.engine.test_decoder import random_ids, relative, whole
+from tests.unit.engine.test_decoder import BF16, random_ids, relative, whole
 
 CPU = torch.device("cpu")
 REFERENCE = 1e-3
 FAST = 1e-2
+ROUNDED = {"w8a8": 0.05, "fp8": 0.1}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -73,7 +75,7 @@ def fused(model: Any, layer: int) -> dict[str, Tensor]:
 def test_codes_are_kept_and_logits_are_those_of_the_dequantized_model(name: str, tmp_path: Path) -> None:
     case = CASES[name]
     model = write(tmp_path, case)
-    ids = random_ids(40)
+    ids = random_ids(case.tokens)
     expected = logits_by_transformers(model, ids)
     reference, fast = built(tmp_path, "torch"), built(tmp_path, "auto")
     for layer in range(2):
@@ -95,28 +97,62 @@ def test_the_engine_says_what_it_loaded(name: str, tmp_path: Path) -> None:
         assert engine.generate(["abc"], SamplingParams(max_tokens=3))[0].finish_reason
 
 
-def test_fp8_is_dequantized_to_bf16_and_said(tmp_path: Path) -> None:
+def write_fp8(folder: Path, inputs: dict[str, Any] | None) -> Any:
+    """The folder, and transformers' model of the dequantized weights."""
     model = random_model(tiny_config("llama"))
     for parameter in model.parameters():
         parameter.requires_grad_(False).copy_(parameter.bfloat16())
-    save(model, tmp_path)
+    save(model, folder)
     tensors = {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}
     for name, module in model.named_modules():
         if name.endswith("_proj"):
-            scale = (module.weight.abs().amax(1, keepdim=True) / 448).bfloat16()
+            scale = module.weight.abs().amax(1, keepdim=True) / 448
             codes = (module.weight / scale).to(torch.float8_e4m3fn)
-            module.weight.copy_((codes.double() * scale).to(torch.bfloat16))
+            module.weight.copy_(codes.float() * scale)
             tensors |= {f"{name}.weight": codes, f"{name}.weight_scale": scale}
-    save_file(tensors, tmp_path / WEIGHTS)
-    configure(tmp_path, compressed("float-quantized", activations=True, **FP8))
-    reference, ids = built(tmp_path, "torch"), random_ids(40)
-    for part, dense in fused(model, 1).items():
-        assert torch.equal(reference._layers[1].matrices()[part].dequantize(), dense)
-    assert relative(whole(reference, ids), logits_by_transformers(model, ids)) < REFERENCE
+    save_file(tensors, folder / WEIGHTS)
+    configure(folder, compressed("float-quantized", activations=inputs, **FP8))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("inputs", "note"),
+    [
+        (FP8_INPUTS, ""),
+        ({**FP8_INPUTS, "strategy": "tensor", "dynamic": False}, "activations scaled per token as they come"),
+        (None, "activations rounded to fp8 too, in steps of more than 16 tokens"),
+    ],
+)
+def test_fp8_keeps_codes_and_scales(inputs: dict[str, Any] | None, note: str, tmp_path: Path) -> None:
+    model = write_fp8(tmp_path, inputs)
+    ids = random_ids(16)
+    expected = logits_by_transformers(model, ids)
+    reference, fast = built(tmp_path, "torch"), built(tmp_path, "auto", "fp8")
+    for layer in range(2):
+        for part, dense in fused(model, layer).items():
+            for decoder in (reference, fast):
+                assert torch.equal(decoder._layers[layer].matrices()[part].dequantize(), dense)
+    assert relative(whole(reference, ids), expected) < REFERENCE
+    assert relative(whole(fast, ids), expected) < BF16
+    assert fast.weight_bytes() == fast.spec.weight_bytes("bf16", 128)
     with Engine(EngineConfig(model=str(tmp_path), device="cpu", memory_limit=64 << 20)) as engine:
-        assert "8 matrices bf16" in engine.description and "fp8 weights dequantized to bf16" in engine.description
-    with pytest.raises(ConfigError, match=r"'int8'.*fp8"):
+        assert f"8 matrices fp8, lm_head bf16{f' ({note}' if note else ', KV'}" in engine.description
+        assert engine.generate(["abc"], SamplingParams(max_tokens=3))[0].finish_reason
+    with pytest.raises(ConfigError, match=r"'int8'.*runs as 'fp8'"):
         built(tmp_path, "auto", "int8")
+
+
+@pytest.mark.parametrize("form", ["w8a8", "fp8"])
+def test_long_texts_are_computed_with_rounded_activations(form: str, tmp_path: Path) -> None:
+    """The fast path strays no further from the dequantized model than the reference, which rounds the same way: where
+    bfloat16 moves an activation across the edge of a code, both err as much, but differently."""
+    model = write(tmp_path, CASES["w8a8"]) if form == "w8a8" else write_fp8(tmp_path, FP8_INPUTS)
+    ids = random_ids(40)
+    expected = logits_by_transformers(model, ids)
+    reference, fast = whole(built(tmp_path, "torch"), ids), whole(built(tmp_path, "auto"), ids)
+    cost = relative(reference, expected)
+    assert REFERENCE < cost < ROUNDED[form]
+    assert relative(fast, expected) < 1.2 * cost + FAST
 
 
 @pytest.mark.parametrize("name", ["awq", "int8"])
