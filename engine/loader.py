@@ -130,6 +130,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
     if config.model.startswith(SYNTHETIC):
         spec = synthetic_spec(config.model.removeprefix(SYNTHETIC))
         spec.check_weights(config.weights)
+        spec.kv_formats(config.kv, config.kv_repair)
         weights = None if simulated else SyntheticWeights(spec, config.seed)
         return LoadedModel(spec, ByteTokenizer(spec.vocab_size), weights, config.model)
     folder, source = _find(config.model)
