@@ -80,7 +80,7 @@ def report(runs: Sequence[Run]) -> str:
         f"{first.config.model}: {first.workload.num_requests} requests, {first.workload.arrivals_text}, "
         f"seed {first.workload.seed}; max batch {first.config.max_batch_size}; {first.description or 'no engine'}",
         "",
-        table([cells(run) for run in runs]),
+        text.table([cells(run) for run in runs]),
         "",
         "TTFT counts from the scheduled arrival. A p99 of fewer than "
         f"{ENOUGH_FOR_P99} requests is little more than their maximum.",
@@ -109,21 +109,6 @@ def cells(run: Run) -> dict[str, str]:
         "tokens/s": text.number(m.tokens_per_s if m else None),
         "perplexity": f"{quality.value:.3f}" if quality else text.ABSENT,
     }
-
-
-def table(rows: Sequence[Mapping[str, str]]) -> str:
-    """Aligned columns under their names: the first two to the left, figures to the right."""
-    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
-
-    def line(values: Mapping[str, str]) -> str:
-        padded = [
-            value.ljust(widths[name]) if i < 2 else value.rjust(widths[name])
-            for i, (name, value) in enumerate(values.items())
-        ]
-        return "  ".join(padded).rstrip()
-
-    head = line({name: name for name in rows[0]})
-    return "\n".join([head, "-" * len(head), *(line(row) for row in rows)])
 
 
 def _against_bf16(qualities: Mapping[str, Perplexity]) -> list[str]:

@@ -80,22 +80,9 @@ def perplexity(
     the one before. The engine must have nothing else to do. ConfigError for a model whose text means nothing, or a
     text that is too short; InterruptedError when `stopped` says so.
     """
-    if engine.config.runner == "simulated" or engine.model.is_synthetic:
-        raise ConfigError(
-            f"model {engine.config.model!r} has no perplexity here: its weights are random or nothing is computed; "
-            "use 'bundled', a local folder or a hub id with runner 'torch'"
-        )
-    if text is None:
-        from engine.bundled import heldout_text
-
-        text = heldout_text()
-    size = min(window, engine.session_len - 1)
-    if size < MIN_WINDOW or max_tokens < size:
-        raise ConfigError(
-            f"window is {window} and max_tokens {max_tokens}; window must be from {MIN_WINDOW} to max_tokens, and "
-            f"session_len ({engine.session_len}) must leave room for {MIN_WINDOW + 1} tokens"
-        )
-    windows = cut_windows(engine.tokenizer.encode(text), size, max_tokens)
+    check_meaning(engine)
+    windows = text_windows(engine, text, max_tokens=max_tokens, window=window)
+    size = len(windows[0])
     params = SamplingParams(prompt_logprobs=True, max_tokens=1, ignore_eos=True)
     logprobs: list[list[float]] = []
     batch = max(1, engine.config.max_batched_tokens // size)
@@ -109,6 +96,30 @@ def perplexity(
     return Perplexity.of(logprobs)
 
 
+def check_meaning(engine: Engine) -> None:
+    """ConfigError where the text of a model means nothing, so that no quality can be told."""
+    if engine.config.runner == "simulated" or engine.model.is_synthetic:
+        raise ConfigError(
+            f"model {engine.config.model!r} has no perplexity here: its weights are random or nothing is computed; "
+            "use 'bundled', a local folder or a hub id with runner 'torch'"
+        )
+
+
+def text_windows(engine: Engine, text: str | None, *, max_tokens: int, window: int) -> list[Sequence[int]]:
+    """Windows of `text`, or of the bundled model's held-out excerpt, that fit the engine's sessions."""
+    if text is None:
+        from engine.bundled import heldout_text
+
+        text = heldout_text()
+    size = min(window, engine.session_len - 1)
+    if size < MIN_WINDOW or max_tokens < size:
+        raise ConfigError(
+            f"window is {window} and max_tokens {max_tokens}; window must be from {MIN_WINDOW} to max_tokens, and "
+            f"session_len ({engine.session_len}) must leave room for {MIN_WINDOW + 1} tokens"
+        )
+    return cut_windows(engine.tokenizer.encode(text), size, max_tokens)
+
+
 def cut_windows(tokens: Sequence[int], size: int, max_tokens: int) -> list[Sequence[int]]:
     """Windows of `size` tokens without overlap, evenly spread; a text shorter than one window is one window."""
     if len(tokens) < MIN_WINDOW:
@@ -119,3 +130,11 @@ def cut_windows(tokens: Sequence[int], size: int, max_tokens: int) -> list[Seque
     gap = (len(tokens) - count * size) / max(1, count - 1)
     starts = [round(i * (size + gap)) for i in range(count)]
     return [tokens[start : start + size] for start in starts]
+
+
+if __name__ == "__main__":
+    import sys
+
+    from workbench.quality_formats import main
+
+    sys.exit(main())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 ABSENT = "–"
 
 
@@ -44,3 +46,18 @@ def number(value: float | None) -> str:
 def count(value: int, noun: str) -> str:
     """1 request, 2 requests."""
     return f"{value:,} {noun}" + ("" if value == 1 else "s")
+
+
+def table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Aligned columns under their names: the first two to the left, figures to the right."""
+    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
+
+    def line(values: Mapping[str, str]) -> str:
+        padded = [
+            value.ljust(widths[name]) if i < 2 else value.rjust(widths[name])
+            for i, (name, value) in enumerate(values.items())
+        ]
+        return "  ".join(padded).rstrip()
+
+    head = line({name: name for name in rows[0]})
+    return "\n".join([head, "-" * len(head), *(line(row) for row in rows)])
