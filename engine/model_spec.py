@@ -116,11 +116,7 @@ class ModelSpec:
     def weight_bytes(self, weights: Weights, group_size: int) -> dict[str, int]:
         """Bytes of the weights by part in format `weights`, scales and zeros counted."""
         self.check_weights(weights)
-        plan = WeightPlan.of(weights)
-        if self.stored is not None:
-            plan = WeightPlan.of({"default": self.stored.weights, LM_HEAD: "bf16"})
-            group_size = self.stored.group_size
-        per = self.matrix_bytes(plan, group_size)
+        per = self.matrix_bytes(self._computed(weights), self.stored.group_size if self.stored else group_size)
         part = {name: sum(per[f"layers.{i}.{name}"] for i in range(self.num_layers)) for name in self.linears()}
         bias = 2 * self.qkv_size if self.attention_bias else 0
         norms = 2 * (2 * self.hidden_size + (2 * self.head_dim if self.qk_norm else 0))
@@ -134,10 +130,25 @@ class ModelSpec:
 
     def matrix_bytes(self, weights: Weights, group_size: int) -> dict[str, int]:
         """Bytes of each matrix that a WeightPlan names, in the plan's format, scales and zeros counted."""
-        plan = WeightPlan.of(weights)
-        formats = {name: plan[name] for name in self.matrices()} | {LM_HEAD: self.head_format(plan)}
-        shapes = self.matrices().items()
+        formats, shapes = self._formats(WeightPlan.of(weights)), self.matrices().items()
         return {name: WEIGHT_FORMATS[formats[name]].nbytes(n, k, group_size) for name, (n, k) in shapes}
+
+    def operations_by_format(self, weights: Weights) -> dict[str, float]:
+        """Multiply-adds times two of one token in the matrices of each format."""
+        formats, found = self._formats(self._computed(weights)), dict[str, float]()
+        for name, (n, k) in self.matrices().items():
+            found[formats[name]] = found.get(formats[name], 0.0) + 2.0 * n * k
+        return found
+
+    def _computed(self, weights: Weights) -> WeightPlan:
+        """The plan that is computed: a checkpoint quantized elsewhere has its own."""
+        if self.stored is not None:
+            return WeightPlan.of({"default": self.stored.weights, LM_HEAD: "bf16"})
+        return WeightPlan.of(weights)
+
+    def _formats(self, plan: WeightPlan) -> dict[str, str]:
+        """The format of every matrix."""
+        return {name: plan[name] for name in self.matrices()} | {LM_HEAD: self.head_format(plan)}
 
     def kv_formats(self, kv: KV, repair: bool) -> tuple[str, ...]:
         """The KV format of each layer; with `repair` a finer one where the key bias is too large for the one asked for.

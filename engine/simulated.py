@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from engine.batch import ScheduledBatch, StepResult
 from engine.clock import VirtualClock
 from engine.config import EngineConfig
@@ -16,29 +18,43 @@ from engine.errors import ConfigError
 from engine.memory import MemoryPlan, plan_memory
 from engine.model_spec import ModelSpec
 from engine.runner import Done
+from kernels.activations import activation_codes
 
 MASK = (1 << 64) - 1
 
 
 @dataclass(frozen=True)
 class GPU:
-    """Data-sheet figures: bytes, bytes/s, dense bf16 operations/s. `source` says which sheet."""
+    """Data-sheet figures: bytes, bytes/s, dense operations/s in bf16, int8 and fp8 with float32 sums (None where the
+    tensor cores have no fp8: it is computed in bf16). `source` says which sheet."""
 
     name: str
     memory: int
     bandwidth: float
     bf16_flops: float
+    int8_ops: float
+    fp8_flops: float | None
     source: str
+
+    def rate(self, activations: torch.dtype | None) -> float:
+        """Operations/s of a product whose activations have these codes, or 16 bits."""
+        if activations is None:
+            return self.bf16_flops
+        return self.int8_ops if activations == torch.int8 else self.fp8_flops or self.bf16_flops
 
 
 GPUS: dict[str, GPU] = {
-    "h200": GPU("NVIDIA H200 SXM", 141 * 10**9, 4.8e12, 989e12, "NVIDIA H200 data sheet, 2024"),
-    "h100": GPU("NVIDIA H100 SXM", 80 * 10**9, 3.35e12, 989e12, "NVIDIA H100 data sheet, 2023"),
-    "a100-80g": GPU("NVIDIA A100 SXM 80 GB", 80 * 10**9, 2.039e12, 312e12, "NVIDIA A100 data sheet, 2021"),
-    "l40s": GPU("NVIDIA L40S", 48 * 10**9, 0.864e12, 362e12, "NVIDIA L40S data sheet, 2023"),
-    "l4": GPU("NVIDIA L4", 24 * 10**9, 0.3e12, 121e12, "NVIDIA L4 data sheet, 2023"),
-    "t4": GPU("NVIDIA T4", 16 * 10**9, 0.32e12, 65e12, "NVIDIA T4 data sheet, 2018 (fp16)"),
-    "rtx4090": GPU("NVIDIA GeForce RTX 4090", 24 * 10**9, 1.008e12, 165e12, "NVIDIA Ada white paper, 2022"),
+    "h200": GPU("NVIDIA H200 SXM", 141 * 10**9, 4.8e12, 989e12, 1979e12, 1979e12, "NVIDIA H200 data sheet, 2024"),
+    "h100": GPU("NVIDIA H100 SXM", 80 * 10**9, 3.35e12, 989e12, 1979e12, 1979e12, "NVIDIA H100 data sheet, 2023"),
+    "a100-80g": GPU(
+        "NVIDIA A100 SXM 80 GB", 80 * 10**9, 2.039e12, 312e12, 624e12, None, "NVIDIA A100 data sheet, 2021"
+    ),
+    "l40s": GPU("NVIDIA L40S", 48 * 10**9, 0.864e12, 362e12, 733e12, 733e12, "NVIDIA L40S data sheet, 2023"),
+    "l4": GPU("NVIDIA L4", 24 * 10**9, 0.3e12, 121e12, 242e12, 242e12, "NVIDIA L4 data sheet, 2023"),
+    "t4": GPU("NVIDIA T4", 16 * 10**9, 0.32e12, 65e12, 130e12, None, "NVIDIA T4 data sheet, 2018 (fp16)"),
+    "rtx4090": GPU(
+        "NVIDIA GeForce RTX 4090", 24 * 10**9, 1.008e12, 165e12, 660e12, 330e12, "NVIDIA Ada white paper, 2022"
+    ),
 }
 BANDWIDTH_EFFICIENCY = 0.85
 COMPUTE_EFFICIENCY = 0.70
@@ -68,6 +84,7 @@ class SimulatedRunner:
         looked_up = 0 if spec.tie_embeddings else self.memory.weights["embeddings"]
         self._weight_bytes = self.memory.weights_total - looked_up
         self._kv_bytes = spec.kv_bytes_per_token(config.kv, config.kv_repair)
+        self._operations = spec.operations_by_format(config.weights)
 
     @property
     def description(self) -> str:
@@ -79,14 +96,17 @@ class SimulatedRunner:
     def step_seconds(self, batch: ScheduledBatch) -> float:
         """Weights are read once per step; each token costs its operations, each sequence its keys and values."""
         items = batch.items
-        matmul = sum(item.num_new for item in items) * self.spec.flops_per_token(0)
+        tokens = sum(item.num_new for item in items)
         context = sum(item.stop for item in items)
         attended = sum(item.num_new * (item.start + (item.num_new + 1) / 2) for item in items)
         attention = attended * (self.spec.flops_per_token(1) - self.spec.flops_per_token(0))
         bandwidth = self.gpu.bandwidth * BANDWIDTH_EFFICIENCY
-        rate = self.gpu.bf16_flops * COMPUTE_EFFICIENCY
-        weights = max(self._weight_bytes / bandwidth, matmul / rate)
-        keys = max(context * self._kv_bytes / bandwidth, attention / rate)
+        matmul = sum(
+            tokens * operations / self.gpu.rate(activation_codes(name, tokens))
+            for name, operations in self._operations.items()
+        )
+        weights = max(self._weight_bytes / bandwidth, matmul / COMPUTE_EFFICIENCY)
+        keys = max(context * self._kv_bytes / bandwidth, attention / (self.gpu.bf16_flops * COMPUTE_EFFICIENCY))
         return weights + keys + STEP_OVERHEAD + self.spec.num_layers * LAYER_OVERHEAD
 
     @property
