@@ -18,7 +18,7 @@ from workbench.quality_agreement import Agreement, greedy_answers, prompts_from
 from workbench.quality_divergence import Baseline, Estimate, divergence
 from workbench.quality_formats import BASELINE, FormatQuality, candidates, compare
 
-SMALL = {"max_tokens": 256, "window": 64}
+SMALL = {"max_tokens": 480, "window": 160}  # longer than one chunk
 CONFIG = EngineConfig(device="cpu", memory_limit=200 * 10**6)
 
 
@@ -68,7 +68,7 @@ def test_an_engine_does_not_diverge_from_itself(model, baseline):
         assert (same.kl_mean, same.kl_p99) == (Estimate(0.0, 0.0, 0.0),) * 2 and same.top1 == Estimate(1.0, 1.0, 1.0)
         assert same.perplexity == baseline.perplexity
         own = perplexity(engine, **SMALL)
-        assert own.value == pytest.approx(same.perplexity.value, rel=1e-3) and own.tokens == same.tokens == 4 * 63
+        assert own.value == pytest.approx(same.perplexity.value, rel=1e-3) and own.tokens == same.tokens == 3 * 159
 
 
 def test_figures_are_those_of_plain_sums(model, baseline):
@@ -108,7 +108,7 @@ def test_large_vocabularies_bound_the_text_not_the_memory(model, monkeypatch):
     monkeypatch.setattr("workbench.quality_divergence.BASELINE_BYTES", 100 * 2 * model.spec.vocab_size)
     with opened(model) as engine:
         few = Baseline.record(engine, **SMALL)
-        assert few.nbytes <= 100 * 2 * model.spec.vocab_size and few.perplexity.tokens == 63
+        assert few.nbytes <= 100 * 2 * model.spec.vocab_size and few.perplexity.tokens == 99
 
 
 def test_random_weights_have_no_quality(model, baseline):
@@ -192,7 +192,7 @@ def test_formats_are_compared_and_recorded(comparison):
 
 
 def test_a_bar_can_be_missed(comparison):
-    worse = Perplexity.of([[-4.0] * 63] * 4)
+    worse = Perplexity.of([[-4.0] * 159] * 3)
     rows = [FormatQuality("KV int8", CONFIG, 1, 1, worse) if row.name == "KV int8" else row for row in comparison.rows]
     assert not quality_formats.Comparison(tuple(rows), 64).bars()["KV int8"]["met"]
 
