@@ -153,6 +153,7 @@ class Engine:
             arrival=now,
             seed=params.seed if params.seed is not None else (self.config.seed << 32) + number,
             max_tokens=min(params.max_tokens, self.session_len - len(tokens)),
+            ends=frozenset(params.stop_token_ids + (() if params.ignore_eos else tuple(self.spec.eos_token_ids))),
         )
         self._detokenizers[name] = Detokenizer(self.tokenizer, params.stop)
         self._num_exacting += params.needs_values
@@ -339,42 +340,39 @@ class Engine:
         self._events.append(self._event(step, result, start, known))
 
     def _complete(self, batch: ScheduledBatch, result: StepResult, now: float) -> None:
-        self.scheduler.complete(batch, result.token_ids, now)
-        for i, item in enumerate(batch.items):
-            request = item.request
-            if request.is_finished:  # it ended while the step ran
-                continue
-            if result.prompt_logprobs is not None and (known := result.prompt_logprobs[i]) is not None:
-                request.prompt_logprobs.extend(known)
-            token = result.token_ids[i]
-            if token is None:
-                continue
-            if result.logprobs is not None and (chosen := result.logprobs[i]) is not None:
-                request.logprobs.append(chosen)
+        told = self.scheduler.complete(batch, result.token_ids, now)
+        for item, known in zip(batch.items, result.prompt_logprobs or (), strict=False):
+            if known is not None:
+                item.request.prompt_logprobs.extend(known)
+        for item, chosen in zip(batch.items, result.logprobs or (), strict=False):
+            if chosen is not None:
+                item.request.logprobs.append(chosen)
+        for request in told:
             status = self._ending(request)
             if status is not None:
                 self.scheduler.finish(request, status, now)
-            self._deliver(request, [token])
+            self._deliver(request, num_new=1)
 
     def _ending(self, request: Request) -> RequestStatus | None:
         """Why the request ends with its newest token, or None."""
-        if not request.output_token_ids:
+        output = request.output_token_ids
+        if not output:
             return None
-        token, params = request.output_token_ids[-1], request.params
-        if token in params.stop_token_ids or (not params.ignore_eos and token in self.spec.eos_token_ids):
+        if output[-1] in request.ends:
             return RequestStatus.STOPPED
-        if params.stop:
-            self._detokenizers[request.request_id].update(request.output_token_ids)
+        if request.params.stop:
+            self._detokenizers[request.request_id].update(output)
             if self._detokenizers[request.request_id].stopped:
                 return RequestStatus.STOPPED
-        return RequestStatus.LENGTH if request.num_output >= request.max_tokens else None
+        return RequestStatus.LENGTH if len(output) >= request.max_tokens else None
 
-    def _deliver(self, request: Request, new: list[int]) -> None:
+    def _deliver(self, request: Request, num_new: int = 0) -> None:
         """Queue an output for the caller; it stays queued if the step breaks off before it is handed over."""
         name = request.request_id
-        output = RequestOutput(new, request.is_finished, request, self._detokenizers[name].update)
-        self._undelivered.append(output)
-        if request.is_finished:
+        finished = request.is_finished
+        stop = len(request.output_token_ids)
+        self._undelivered.append(RequestOutput(finished, request, self._detokenizers[name], stop - num_new, stop))
+        if finished:
             self._num_finished += 1
             self._num_exacting -= request.params.needs_values
             del self._requests[name], self._detokenizers[name]
@@ -387,7 +385,7 @@ class Engine:
         request = self._requests.get(name)
         if request is not None:
             self.scheduler.finish(request, RequestStatus.ABORTED, self.clock.now())
-            self._deliver(request, [])
+            self._deliver(request)
 
     def _fail(self, error: NonFiniteLogitsError) -> None:
         """End the requests the model had no answer for; the others of the batch are computed again without them."""
@@ -395,7 +393,7 @@ class Engine:
             request = self._requests[name]
             request.error = str(error)
             self.scheduler.finish(request, RequestStatus.FAILED, self.clock.now())
-            self._deliver(request, [])
+            self._deliver(request)
 
     def _abandon(self, names: Sequence[str]) -> None:
         """Abort requests whose caller has left; nobody waits for their outputs."""
@@ -414,7 +412,7 @@ class Engine:
             if status is not None and not request.is_finished:
                 self.scheduler.finish(request, status, self.clock.now())
             if request.is_finished:
-                self._deliver(request, [])
+                self._deliver(request)
 
     def _event(self, step: _Launched, result: StepResult, start: float, end: float) -> StepEvent:
         pool, batch = self.scheduler.cache.pool, step.batch

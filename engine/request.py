@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import Protocol
 
 from engine.sampling_params import SamplingParams
 
@@ -42,6 +43,7 @@ class Request:
     steps on their way are done) chases `num_tokens` (prompt plus output so far). Prefill, decode, chunked prefill and
     recomputation after preemption are all that rule. `num_pending` of those tokens are sampled on the device by a step
     that is still on its way: they count, the next step may already be built on them, but nobody knows their value.
+    `ends`: tokens that end the output.
     Times are seconds on the engine's clock. Latency counts from `scheduled_arrival`, the moment the load generator
     meant to send the request, so that a stalled engine cannot hide its own queue (coordinated omission).
     """
@@ -53,6 +55,7 @@ class Request:
     arrival: float
     seed: int = 0
     max_tokens: int = 0
+    ends: frozenset[int] = frozenset()
     status: RequestStatus = RequestStatus.WAITING
     output_token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
@@ -148,18 +151,31 @@ class RequestTiming:
         return self.finish - self.scheduled_arrival if self.finish is not None else None
 
 
-@dataclass(slots=True, eq=False)  # not frozen: one is made per token and request, and that costs three times as much
+class Decodes(Protocol):
+    """Text of a growing list of tokens; see `engine.detokenizer.Detokenizer`."""
+
+    def update(self, token_ids: Sequence[int]) -> str: ...
+
+
+@dataclass(slots=True, eq=False)
 class RequestOutput:
     """What a caller sees of a request after a step: `new_token_ids`, and a live view of everything so far.
 
-    `text` is decoded when it is read and `timing` built when it is asked for, so that a load test which never looks
-    pays nothing for them.
+    One is made per request and step, so it holds as little as can be: `text` is decoded when it is read and `timing`
+    built when it is asked for. (Frozen, it would take three times as long to make; with lists of its own, the garbage
+    collector would run three times as often.)
     """
 
-    new_token_ids: list[int]
     finished: bool
     _request: Request
-    _decode: Callable[[list[int]], str]
+    _detokenizer: Decodes
+    _first: int
+    _stop: int
+
+    @property
+    def new_token_ids(self) -> list[int]:
+        """The tokens that came with this step."""
+        return self._request.output_token_ids[self._first : self._stop]
 
     @property
     def request_id(self) -> str:
@@ -176,7 +192,7 @@ class RequestOutput:
     @property
     def text(self) -> str:
         """The output as text, without the stop string that ended it. Not escaped: whoever shows it must."""
-        return self._decode(self._request.output_token_ids)
+        return self._detokenizer.update(self._request.output_token_ids)
 
     @property
     def finish_reason(self) -> str | None:

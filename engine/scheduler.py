@@ -16,6 +16,10 @@ from engine.cache import KVCache, PrefixMatch
 from engine.request import Request, RequestStatus
 
 
+FINISHED = RequestStatus.STOPPED
+"""Statuses from this one on; the loops that touch every request at every step compare with it themselves."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SchedulerConfig:
     """The knobs of EngineConfig that the scheduler knows; see there for their meaning and range."""
@@ -66,21 +70,24 @@ class Scheduler:
             item.request.num_computed = item.stop
             item.request.num_pending += samples
 
-    def complete(self, batch: ScheduledBatch, tokens: Sequence[int | None], now: float) -> None:
+    def complete(self, batch: ScheduledBatch, tokens: Sequence[int | None], now: float) -> list[Request]:
         """The step is computed: its full blocks can be found, and pending tokens become known ones.
 
         A request may have ended meanwhile: then the token is nobody's. Or it has lost its blocks: the token stays.
+        Returns the requests that have a new token, in the order of the batch.
         """
-        size = self.cache.block_size
+        size, told = self.cache.block_size, []
         for (request, start, num_new), token in zip(batch.items, tokens, strict=True):
-            if request.is_finished:
+            if request.status >= FINISHED:
                 continue
             if token is not None:
                 request.num_pending -= 1
                 request.token_times.append(now)
                 request.output_token_ids.append(token)
+                told.append(request)
             if (start + num_new) // size > request.num_published:
                 self.cache.publish(request, start + num_new)
+        return told
 
     def finish(self, request: Request, status: RequestStatus, now: float) -> None:
         """Take a request out, wherever it stands, and give its blocks back."""
@@ -139,14 +146,14 @@ class Scheduler:
             request = running[index]
             index += 1
             start = request.num_computed
-            num_new = request.num_tokens - start
-            if num_new > budget:
-                num_new = self._chunk(num_new, budget, alone=not batch)
-            if num_new == 0 or request.awaits_last:
+            uncomputed = num_new = request.num_tokens - start
+            if uncomputed > budget:
+                num_new = self._chunk(uncomputed, budget, alone=not batch)
+            if num_new == 0 or (request.num_pending and request.awaits_last):
                 continue
             if start + num_new > len(request.block_ids) * size and not self._extend(request, start + num_new, batch):
                 break
-            if num_new == 1 and request.is_decoding:
+            if uncomputed == 1 and start >= len(request.prompt_token_ids):  # is_decoding, without its price
                 decodes.append(ScheduledRequest(request, start, 1))
             else:
                 batch.prefills.append(ScheduledRequest(request, start, num_new))

@@ -35,7 +35,7 @@ def finished(arrival, *token_times, status=RequestStatus.LENGTH):
     request.token_times = list(token_times)
     request.finish_time = token_times[-1] if token_times else arrival
     request.status = status
-    return RequestOutput([], True, request, lambda ids: "")
+    return RequestOutput(True, request, None, 0, 0)
 
 
 def test_a_run_of_two_requests_by_hand():
