@@ -88,9 +88,12 @@ def quantized_rms_norm(
 def quantized_add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, codes: torch.dtype, *, impl: str = "auto"
 ) -> tuple[Activations, Tensor]:
-    """`add_rms_norm` of x, residual [..., D] with its normed half as codes; the sum x + residual stays in x's dtype."""
+    """`add_rms_norm` of x, residual [T, D] with its normed half as codes; the sum x + residual is in residual's dtype.
+
+    x may also be `linear`'s partials [S, T, D].
+    """
     _check("quantized_add_rms_norm", codes)
-    if x.shape != residual.shape or weight.shape != x.shape[-1:]:
+    if x.shape[-residual.dim() :] != residual.shape or x.dim() > residual.dim() + 1 or weight.shape != x.shape[-1:]:
         raise ValueError(
             f"quantized_add_rms_norm: x {tuple(x.shape)}, residual {tuple(residual.shape)} and weight "
             f"{tuple(weight.shape)} do not fit"
@@ -99,7 +102,7 @@ def quantized_add_rms_norm(
 
 
 def quantized_silu_mul(gate_up: Tensor, codes: torch.dtype, *, impl: str = "auto") -> Activations:
-    """`silu_mul` of gate_up [..., 2I] as codes [..., I], quantized from the float32 result."""
+    """`silu_mul` of gate_up [T, 2I], or of `linear`'s partials [S, T, 2I], as codes [T, I] of the float32 result."""
     _check("quantized_silu_mul", codes)
     if gate_up.shape[-1] % 2:
         raise ValueError(f"quantized_silu_mul: the last dimension holds gate and up, {gate_up.shape[-1]} is odd")
@@ -141,12 +144,13 @@ def _rms_norm_torch(x: Tensor, weight: Tensor, eps: float, codes: torch.dtype) -
 def _add_rms_norm_torch(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, codes: torch.dtype
 ) -> tuple[Activations, Tensor]:
-    total = x + residual
+    total = ((x.sum(0) if x.dim() > residual.dim() else x) + residual).to(residual.dtype)
     return _rms_norm_torch(total, weight, eps, codes), total
 
 
 def _silu_mul_torch(gate_up: Tensor, codes: torch.dtype) -> Activations:
-    return _rounded(elementwise.silu_mul(_wide(gate_up), impl="torch"), codes, gate_up.dtype)
+    dtype = torch.bfloat16 if gate_up.dim() == 3 else gate_up.dtype
+    return _rounded(elementwise.silu_mul(_wide(gate_up), impl="torch"), codes, dtype)
 
 
 def _triton(name: str) -> Callable[..., Any]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from triton.language.extra import libdevice
 
 from .activations import LARGEST_CODE, SMALLEST_RANGE, Activations
+from .elementwise_triton import load_sum, split_sum
 from .triton_common import INTERP, await_previous, early_launch, next_power_of_2, to_bf16
 
 
@@ -65,14 +66,14 @@ def quantize_rows_kernel(
 
 @triton.jit
 def quantized_rms_norm_kernel(
-    x, residual, weight, codes, scales, total, D, eps, BLOCK: tl.constexpr, ADD: tl.constexpr, LARGEST: tl.constexpr,
-    SMALLEST: tl.constexpr, EARLY: tl.constexpr, INTERP: tl.constexpr,
+    x, residual, weight, codes, scales, total, D, size, eps, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    ADD: tl.constexpr, LARGEST: tl.constexpr, SMALLEST: tl.constexpr, EARLY: tl.constexpr, INTERP: tl.constexpr,
 ):
     await_previous(EARLY)
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
     inside = i < D
-    value = tl.load(x + row * D + i, mask=inside, other=0.0).to(tl.float32)
+    value = load_sum(x, row * D + i, inside, size, SPLITS, BLOCK)
     if ADD:
         value += tl.load(residual + row * D + i, mask=inside, other=0.0).to(tl.float32)
         rounded = to_bf16(value, INTERP)
@@ -85,15 +86,15 @@ def quantized_rms_norm_kernel(
 
 @triton.jit
 def quantized_silu_mul_kernel(
-    gate_up, codes, scales, I, BLOCK: tl.constexpr, LARGEST: tl.constexpr, SMALLEST: tl.constexpr,
-    EARLY: tl.constexpr, INTERP: tl.constexpr,
+    gate_up, codes, scales, I, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr, LARGEST: tl.constexpr,
+    SMALLEST: tl.constexpr, EARLY: tl.constexpr, INTERP: tl.constexpr,
 ):
     await_previous(EARLY)
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
     inside = i < I
-    gate = tl.load(gate_up + row * 2 * I + i, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + row * 2 * I + I + i, mask=inside, other=0.0).to(tl.float32)
+    gate = load_sum(gate_up, row * 2 * I + i, inside, size, SPLITS, BLOCK)
+    up = load_sum(gate_up, row * 2 * I + I + i, inside, size, SPLITS, BLOCK)
     store_codes(gate / (1 + tl.exp(-gate)) * up, codes, scales, row, I, BLOCK, LARGEST, SMALLEST, INTERP)
 
 
@@ -135,7 +136,7 @@ def quantized_rms_norm(x: Tensor, weight: Tensor, eps: float, codes: torch.dtype
     _checked("quantized_rms_norm", x, weight)
     found, width, x = _empty(tuple(x.shape), codes, x.device), x.shape[-1], x.contiguous()
     quantized_rms_norm_kernel[(found.scale.numel(),)](
-        x, x, weight, found.codes, found.scale, x, width, eps, ADD=False, **_options(width, codes)
+        x, x, weight, found.codes, found.scale, x, width, 0, eps, SPLITS=1, ADD=False, **_options(width, codes)
     )
     return found
 
@@ -143,23 +144,24 @@ def quantized_rms_norm(x: Tensor, weight: Tensor, eps: float, codes: torch.dtype
 def quantized_add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, codes: torch.dtype
 ) -> tuple[Activations, Tensor]:
-    """x, residual [..., D] bf16."""
-    _checked("quantized_add_rms_norm", x, residual, weight)
-    found, width, x = _empty(tuple(x.shape), codes, x.device), x.shape[-1], x.contiguous()
-    total = torch.empty_like(x)
+    """x [T, D] bf16 or partials [S, T, D] float32, residual [T, D] bf16."""
+    _checked("quantized_add_rms_norm", residual, weight)
+    found, width, residual = _empty(tuple(residual.shape), codes, x.device), x.shape[-1], residual.contiguous()
+    x, splits, size = split_sum("quantized_add_rms_norm", x, residual.dim())
+    total = torch.empty_like(residual)
     quantized_rms_norm_kernel[(found.scale.numel(),)](
-        x, residual.contiguous(), weight, found.codes, found.scale, total, width, eps, ADD=True,
+        x, residual, weight, found.codes, found.scale, total, width, size, eps, SPLITS=splits, ADD=True,
         **_options(width, codes),
     )
     return found, total
 
 
 def quantized_silu_mul(gate_up: Tensor, codes: torch.dtype) -> Activations:
-    """gate_up [..., 2I] bf16."""
-    _checked("quantized_silu_mul", gate_up)
+    """gate_up [T, 2I] bf16 or partials [S, T, 2I] float32."""
     width = gate_up.shape[-1] // 2
-    found = _empty((*gate_up.shape[:-1], width), codes, gate_up.device)
+    gate_up, splits, size = split_sum("quantized_silu_mul", gate_up, 2)
+    found = _empty((gate_up.shape[-2], width), codes, gate_up.device)
     quantized_silu_mul_kernel[(found.scale.numel(),)](
-        gate_up.contiguous(), found.codes, found.scale, width, **_options(width, codes)
+        gate_up, found.codes, found.scale, width, size, SPLITS=splits, **_options(width, codes)
     )
     return found

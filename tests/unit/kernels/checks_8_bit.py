@@ -143,3 +143,13 @@ def check_fused(rows: int, width: int, codes: torch.dtype, device: str, *, impl:
     got, total = activations.quantized_add_rms_norm(x, residual, weight, 1e-5, codes, impl=impl)
     assert torch.equal(total, x + residual)
     same_codes(got, quantized(norm(wide)), share=1e-3)
+    for splits in (2, 5):  # float32 partials, as a product whose K is split leaves them
+        parts = torch.randn(splits, rows, 2 * width, generator=generator(splits, device), device=device)
+        poison(device)
+        got = activations.quantized_silu_mul(parts, codes, impl=impl)
+        same_codes(got, quantized(elementwise.silu_mul(parts.double().sum(0), impl="torch")), share=2e-3)
+        got, total = activations.quantized_add_rms_norm(parts[..., :width].contiguous(), residual, weight, 1e-5, codes,
+                                                        impl=impl)  # fmt: skip
+        assert got.dtype == total.dtype == torch.bfloat16
+        assert relative_error(total, parts[..., :width].double().sum(0) + residual.double()) < 3e-3
+        same_codes(got, quantized(norm(total)), share=1e-3)

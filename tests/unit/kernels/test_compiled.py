@@ -133,8 +133,9 @@ def test_a8w8(
 def test_quantized_operations(name: str, width: int, warps: int, codes: str, largest: float) -> None:
     """A row stays in registers between its largest element and its codes."""
     kernel = getattr(activations_triton, f"quantized_{name}_kernel")
-    pointers = {"codes": f"*{codes}", "scales": "*fp32"}
+    pointers = {"codes": f"*{codes}", "scales": "*fp32", "size": "i32"}
     constants: dict[str, object] = {"BLOCK": 1 << (width - 1).bit_length(), "LARGEST": largest, "SMALLEST": 1e-30}
+    constants |= {"SPLITS": 1}
     if name == "rms_norm":
         pointers |= dict.fromkeys(("x", "residual", "weight", "total"), "*bf16") | {"D": "i32", "eps": "fp32"}
         constants |= {"ADD": True}
