@@ -25,7 +25,7 @@ from .dispatch import choose
 HEAD_DIMS = (64, 128)
 BLOCK_SIZES = (16, 32, 64, 128)
 E4M3_MAX = 448.0
-_BF16_MAX = torch.finfo(torch.bfloat16).max
+FP8_LARGEST = E4M3_MAX * 2.0**119  # what a vector in fp8 can hold; float32 ends below twice that
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ def encode(x: Tensor, codec: Codec) -> tuple[Tensor, Tensor | None]:
     x = x.float()
     if codec.name == "fp8":
         low = x.new_zeros(x.shape[:-1], dtype=torch.bfloat16)
-        scale = _scale_upwards(x.abs().amax(-1).clamp_(max=_BF16_MAX), E4M3_MAX, 23)
+        scale = _scale_upwards(x.abs().amax(-1).clamp_(max=FP8_LARGEST), E4M3_MAX, 23)
         codes = (x / scale[..., None]).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
         codes = codes.view(torch.uint8).to(torch.int16)
     else:

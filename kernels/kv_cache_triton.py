@@ -49,7 +49,8 @@ def encode_rows(x, CODE: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, INTE
         BITS: tl.constexpr = bits_of(CODE)
         PLANES: tl.constexpr = 16 // BITS
         if CODE == "fp8":
-            scale_bits = scale_upwards(tl.minimum(tl.max(tl.abs(x), 1), 3.3895314e38), 448.0, 23, ROWS)
+            LARGEST: tl.constexpr = 448.0 * 2.0**119  # kv_cache.FP8_LARGEST
+            scale_bits = scale_upwards(tl.minimum(tl.max(tl.abs(x), 1), LARGEST), 448.0, 23, ROWS)
             scale = scale_bits.to(tl.float32, bitcast=True)
             code = e4m3_code(tl.div_rn(x, tl.zeros((ROWS, D), tl.float32) + scale[:, None]))
             word = scale_bits

@@ -1,7 +1,7 @@
 """Keys on a large bias, as Qwen2 has them: plain int4 keys collapse, the repaired cache does not, and the user is told.
 
-The checkpoint is the bundled model with the tensors of Qwen2 added: biases of zero, and in some layers a key bias in the
-four channel pairs that turn slowest, where it adds about the same to every score of a query and so changes little.
+The checkpoint is the bundled model with the tensors of Qwen2 added: biases of zero, and in some layers a key bias in
+the four channel pairs that turn slowest, where it adds about the same to every score of a query and so changes little.
 """
 
 from __future__ import annotations

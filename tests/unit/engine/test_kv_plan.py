@@ -82,7 +82,8 @@ def test_a_layer_that_is_not_there_is_refused(model: LoadedModel) -> None:
 
 def test_bytes_are_the_sum_of_the_layers() -> None:
     spec = synthetic_spec("7b")
-    per_head = {"bf16": 512, "int8": 2 * (128 + 4), "fp8": 2 * (128 + 4), "int4": 2 * (64 + 4), "k8v4": 128 + 64 + 2 * 4}
+    eight, four = 128 + 4, 64 + 4
+    per_head = {"bf16": 512, "int8": 2 * eight, "fp8": 2 * eight, "int4": 2 * four, "k8v4": eight + four}
     for name in KV_FORMATS:
         assert spec.kv_bytes_per_token(name) == spec.num_layers * spec.num_kv_heads * per_head[name]
     chosen = KVPlan.of({"default": "int4", 0: "bf16", 5: "k8v4"})

@@ -15,7 +15,18 @@ import pytest
 if sys.platform != "linux":
     pytest.skip("Triton is published for Linux only", allow_module_level=True)
 
-from kernels import KV_FORMATS, a8w8, a16w4, activations_triton, decode_triton, prefill_triton, qkv_triton, skinny, wide
+from kernels import (
+    KV_FORMATS,
+    a8w8,
+    a16w4,
+    activations_triton,
+    decode_triton,
+    kv_cache_triton,
+    prefill_triton,
+    qkv_triton,
+    skinny,
+    wide,
+)
 from tests.unit.kernels.sass import Compiled, compile_sm90, mma, opcodes
 
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
@@ -190,6 +201,33 @@ def test_decode(format: str, tile: int, warps: int, stages: int, budget: float) 
         stages,
     )
     check(built, 2 * tile * 128, warps, budget)
+
+
+STORE = "k_row k_head v_row v_head key_block key_token key_head value_block value_token value_head"
+EXPAND = "table_row key_block key_token key_head value_block value_token value_head"
+SCALES = "scale_block scale_token scale_head"
+
+
+@pytest.mark.parametrize("format", KV_FORMATS)
+@pytest.mark.parametrize("op", ["write", "expand"])
+def test_kv(format: str, op: str) -> None:
+    """Writing and expanding: they compile, and spill nothing."""
+    chosen, data = KV_FORMATS[format], "*bf16" if format == "bf16" else "*i16"
+    signature = {"key": data, "value": data}
+    constants: dict[str, object] = {"BLOCK": 64, "D": 128, "KEY": chosen.key.name, "VALUE": chosen.value.name}
+    if op == "write":
+        signature |= {"k": "*bf16", "v": "*bf16", "slots": "*i64"}
+    else:
+        signature |= {"tables": "*i32", "lengths": "*i32", "key_out": "*bf16", "value_out": "*bf16"}
+    scales = dict.fromkeys(("key_scale", "value_scale"), "*i32")
+    if format == "bf16":
+        constants |= dict.fromkeys(scales)
+    else:
+        signature |= scales
+    signature |= dict.fromkeys(f"{STORE if op == 'write' else EXPAND} {SCALES}".split(), "i32")
+    kernel = kv_cache_triton.write_kv_kernel if op == "write" else kv_cache_triton.expand_kernel
+    built = compile_sm90(kernel, signature, constants | {"INTERP": False}, [], 1 if op == "write" else 2, 1)
+    assert built.spilled == 0, f"{built.spilled} spills"
 
 
 @pytest.mark.parametrize("format", KV_FORMATS)
