@@ -25,7 +25,7 @@ from . import activations, elementwise, problems
 from .activations import Activations, activation_codes, quantize_rows
 from .attention import attend
 from .decode_triton import decode_triton
-from .kv_cache import read_kv
+from .kv_cache import KV_FORMATS, read_kv
 from .matmul import linear
 from .matmul_triton import linear_8_bit, linear_fused, linear_partials, linear_triton
 from .packing import PackedWeight
@@ -114,7 +114,7 @@ def decode_rows() -> list[Row]:
     contiguous bf16."""
     found = []
     for batch, context in ((1, 8192), (16, 2048), (64, 2048)):
-        for format in ("bf16", "int8", "int4"):
+        for format in KV_FORMATS:
             problem = problems.decode(format, batch, context)
             got = decode_triton(problem.q, problem.layers[0], problem.tables, problem.lengths, problem.head_dim**-0.5)
             want = torch.stack(
@@ -150,7 +150,7 @@ def prefill_rows() -> list[Row]:
     from torch.nn.attention.bias import causal_lower_right
 
     found = []
-    for format in ("bf16", "int8", "int4"):
+    for format in KV_FORMATS:
         problem = problems.prefill(format, 512, 4608)
         call = (problem.q, problem.layers[0], problem.table, problem.query_starts, problem.lengths, problem.scale)
         k, v = read_kv(problem.layers[0], problem.table[0], 4608)

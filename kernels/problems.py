@@ -86,13 +86,14 @@ def random_layer(
     ):
         if scales is None:
             data.normal_(generator=generator)
-        else:
-            data.random_(-(1 << 15), 1 << 15, generator=generator)
-            levels = (1 << codec.bits) - 1
-            words = (
-                torch.tensor([-3.0, 6 / levels]).bfloat16().view(torch.int32)
-            )  # low in the lower half, scale in the upper
-            scales.fill_(int(words[0]))
+            continue
+        data.random_(-(1 << 15), 1 << 15, generator=generator)
+        low, scale = -3.0, 6 / ((1 << codec.bits) - 1)
+        if codec.name == "fp8":
+            data &= 0xFEFE - (1 << 16)  # without the last bit no byte is a NaN
+            low, scale = 0.0, 2.0**-6
+        words = torch.tensor([low, scale]).bfloat16().view(torch.int32)  # low in the lower half, scale in the upper
+        scales.fill_(int(words[0]))
     return layer
 
 

@@ -24,6 +24,7 @@ import triton
 from . import problems
 from .activations import quantize_rows
 from .decode_triton import decode_triton
+from .kv_cache import KV_FORMATS
 from .matmul_triton import linear_8_bit, linear_fused
 from .prefill_triton import prefill_triton
 from .timing import microseconds
@@ -171,14 +172,14 @@ def tasks(kinds: list[str], most: int) -> list[Task]:
     rows = {"planes": (1, 16, 64), "wide": (256, 2048), "bf16": (1, 16), "int8": (1, 16, 64), "a8w8": (64, 256, 2048)}
     for kind in kinds:
         if kind == "decode":
-            for format, (batch, context) in product(("bf16", "int8", "int4"), ((1, 8192), (16, 2048), (64, 2048))):
+            for format, (batch, context) in product(KV_FORMATS, ((1, 8192), (16, 2048), (64, 2048))):
                 found.append(
                     (kind, {"format": format, "batch": batch, "context": context}, decode_candidates(batch, 8))
                 )
         elif kind == "prefill":
             found += [
                 (kind, {"format": format, "chunk": 512, "context": 4608}, prefill_candidates())
-                for format in ("bf16", "int8", "int4")
+                for format in KV_FORMATS
             ]
         elif kind == "a8w8":
             found += [

@@ -25,7 +25,7 @@ def test_linear_integers_exact(m: int, n: int, k: int, format: str) -> None:
     checks.check_linear_exact(m, n, k, format, 128, "cuda", impl="triton")
 
 
-@pytest.mark.parametrize("format", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("format", list(kernels.KV_FORMATS))
 @pytest.mark.parametrize(
     "head_dim, group, block_size", [(64, 3, 16), (64, 7, 32), (128, 4, 16), (128, 4, 64), (128, 1, 128), (128, 20, 64)]
 )
@@ -34,7 +34,7 @@ def test_decode(format: str, head_dim: int, group: int, block_size: int) -> None
     checks.check_decode(format, [900] * 70, block_size, 8, group, head_dim, "cuda", impl="triton")
 
 
-@pytest.mark.parametrize("format", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("format", list(kernels.KV_FORMATS))
 @pytest.mark.parametrize("head_dim, group, block_size", [(64, 3, 16), (128, 4, 64), (128, 2, 128)])
 def test_prefill(format: str, head_dim: int, group: int, block_size: int) -> None:
     checks.check_prefill(
@@ -49,7 +49,7 @@ def test_prefill(format: str, head_dim: int, group: int, block_size: int) -> Non
     )
 
 
-@pytest.mark.parametrize("format", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("format", list(kernels.KV_FORMATS))
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_write(format: str, head_dim: int) -> None:
     checks.check_write(format, 16, 2, head_dim, "cuda", impl="triton")

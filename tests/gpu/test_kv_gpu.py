@@ -1,0 +1,84 @@
+"""The KV codecs on a CUDA device: the bits of the reference, all roundings of e4m3, exact answers, an engine per format.
+
+    python -m tests.gpu.test_kv_gpu          microseconds of decode and prefill attention by format, without pytest
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+
+import kernels
+from engine import Engine, EngineConfig
+from engine.kv_plan import KVPlan
+from engine.sampling_params import SamplingParams
+from kernels import decode_triton, kv_cache_triton, triton_common
+from kernels.timing import microseconds
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device, and PyTorch sees none here", allow_module_level=True)
+
+from tests.unit.kernels import checks, checks_kv
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("name", checks_kv.CODECS)
+@pytest.mark.parametrize("rows, head_dim", [(1, 64), (1, 128), (4, 128)])
+def test_encode(name: str, rows: int, head_dim: int) -> None:
+    checks_kv.check_encode(name, rows, head_dim, "cuda")
+
+
+def test_e4m3() -> None:
+    checks_kv.check_e4m3("cuda")
+
+
+@pytest.mark.parametrize("format", kernels.KV_FORMATS)
+@pytest.mark.parametrize("block_size, head_dim", [(16, 64), (64, 128)])
+def test_exact(format: str, block_size: int, head_dim: int) -> None:
+    checks_kv.check_exact(format, block_size, head_dim, "cuda", impl="triton", order="block")
+
+
+def test_e4m3_without_the_instruction(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path of GPUs that cannot convert e4m3: shifts, the same numbers."""
+    for module in (triton_common, decode_triton, kv_cache_triton):
+        monkeypatch.setattr(module, "reading", lambda codec: "fp8_shifted" if codec == "fp8" else codec, raising=False)
+    checks_kv.check_exact("fp8", 64, 128, "cuda", impl="triton", order="block")
+    checks.check_decode("fp8", [1, 130, 900], 64, 2, 4, 128, "cuda", impl="triton")
+
+
+@pytest.mark.parametrize("kv", [*kernels.KV_FORMATS, KVPlan.of({"default": "int4", 0: "bf16", 1: "fp8"})], ids=str)
+def test_engine(kv: str | KVPlan) -> None:
+    """Decode steps, as CUDA graphs, give tokens the chances that a prompt that holds them gives."""
+    prompts = [[5, 6, 7, *range(40)], [9, 10], list(range(100, 170))]
+    with Engine(EngineConfig(model="synthetic:tiny", device="cuda", memory_limit=1 << 30, kv=kv)) as engine:
+        assert engine.measured_memory()["kv"] == engine.memory.kv
+        outputs = engine.generate(prompts, SamplingParams(max_tokens=6, ignore_eos=True, logprobs=0))
+        whole = [[*prompt, *output.token_ids] for prompt, output in zip(prompts, outputs, strict=True)]
+        scored = engine.generate(whole, SamplingParams(max_tokens=1, ignore_eos=True, prompt_logprobs=True))
+        for output, score in zip(outputs, scored, strict=True):
+            drawn = torch.tensor([chosen.logprob for chosen in output.logprobs])
+            assert torch.allclose(drawn, torch.tensor(score.prompt_logprobs[-6:]), atol=0.08)
+
+
+def main() -> None:
+    from kernels import bench, problems
+    from kernels.tune import decode_candidates
+
+    bench.decode_rows()
+    bench.prefill_rows()
+    for format in ("fp8", "k8v4", "int8"):
+        problem = problems.decode(format, 64, 2048)
+        times = {
+            config: microseconds(problem.calls(partial(decode_triton.decode_triton, config=config)))
+            for config in decode_candidates(64, 8)
+            if config.tile <= 64 and config.warps <= 2 and config.stages >= 3
+        }
+        for config, us in sorted(times.items(), key=lambda item: item[1])[:4]:
+            print(f"{format} 64 x 2048: {us:.1f} us with {config}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
