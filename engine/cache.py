@@ -32,8 +32,9 @@ class KVCache:
     """Hands out blocks and remembers full ones by (parent, tokens).
 
     The index key is the exact tokens plus the identity of the block before, so a hit is an equality of the whole
-    prefix, not of a hash alone. A block is published only after the forward that filled it, so nobody can read keys
-    that were never computed. When the parent of a findable block is evicted the child can no longer be reached and
+    prefix, not of a hash alone. A block is published when its tokens are known and the step that fills it is
+    scheduled: steps run in order, and each writes the keys and values of all its tokens before it reads any, so even a
+    request of the same step may build on it. A step that breaks off takes the whole index with it. When the parent of a findable block is evicted the child can no longer be reached and
     leaves in its turn.
     """
 
@@ -92,12 +93,15 @@ class KVCache:
             request.block_ids.append(self.pool.take())
 
     def publish(self, request: Request, num_tokens: int) -> None:
-        """Make the full blocks among the first `num_tokens` findable: computed, and of known tokens. Blocks that the
-        request has lost meanwhile are not; of equal blocks the first one published stays."""
+        """Make the full blocks among the first `num_tokens` findable: of known tokens, that are computed or scheduled.
+
+        Blocks that the request has lost meanwhile are not; of equal blocks the first one published stays.
+        """
         if not self.prefix_caching:
             return
-        size, computed = self.block_size, min(num_tokens, request.num_computed)
-        while (request.num_published + 1) * size <= computed:
+        size = self.block_size
+        num_blocks = min(num_tokens // size, len(request.block_ids))
+        while request.num_published < num_blocks:
             start = request.num_published * size
             key = (request.prefix_uid, tuple(request.token_range(start, start + size)))
             block = self._by_content.get(key)

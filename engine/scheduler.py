@@ -15,7 +15,6 @@ from engine.batch import ScheduledBatch, ScheduledRequest
 from engine.cache import KVCache, PrefixMatch
 from engine.request import Request, RequestStatus
 
-
 FINISHED = RequestStatus.STOPPED
 """Statuses from this one on; the loops that touch every request at every step compare with it themselves."""
 
@@ -71,7 +70,7 @@ class Scheduler:
             item.request.num_pending += samples
 
     def complete(self, batch: ScheduledBatch, tokens: Sequence[int | None], now: float) -> list[Request]:
-        """The step is computed: its full blocks can be found, and pending tokens become known ones.
+        """The step is computed: pending tokens become known ones, and the blocks they fill can be found.
 
         A request may have ended meanwhile: then the token is nobody's. Or it has lost its blocks: the token stays.
         Returns the requests that have a new token, in the order of the batch.
@@ -156,7 +155,7 @@ class Scheduler:
             if uncomputed == 1 and start >= len(request.prompt_token_ids):  # is_decoding, without its price
                 decodes.append(ScheduledRequest(request, start, 1))
             else:
-                batch.prefills.append(ScheduledRequest(request, start, num_new))
+                self._place(request, num_new, batch)
             budget -= num_new
         return max(budget, 0)
 
@@ -201,9 +200,14 @@ class Scheduler:
         return num_uncomputed if alone else 0
 
     def _place(self, request: Request, num_new: int, batch: ScheduledBatch) -> None:
-        self.cache.extend(request, request.num_computed + num_new)
-        item = ScheduledRequest(request, request.num_computed, num_new)
+        """Into the batch, with its blocks. Those that prompt tokens fill can be found at once: whoever finds them is
+        computed in this step, which writes keys and values of all its tokens before it reads any, or later."""
+        start = request.num_computed
+        self.cache.extend(request, start + num_new)
+        item = ScheduledRequest(request, start, num_new)
         (batch.decodes if request.is_decoding else batch.prefills).append(item)
+        if not request.num_pending:
+            self.cache.publish(request, start + num_new)
 
     def _start(self, request: Request, match: PrefixMatch, batch: ScheduledBatch) -> None:
         self.running.append(request)  # listed before it is unlisted: an interrupt in between loses nobody

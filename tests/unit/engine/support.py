@@ -32,21 +32,23 @@ def make_scheduler(
 
 
 class SlotMemory:
-    """Executes a batch by writing tokens into slots, after checking that every slot it would read is right."""
+    """Executes a batch by writing tokens into slots, and checks that every slot it then reads is right."""
 
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
         self.slots: dict[tuple[int, int], int] = {}
 
     def execute(self, batch: ScheduledBatch) -> list[int | None]:
+        for item in batch.items:  # a step writes everything before it reads
+            tokens = item.request.token_range(0, item.stop)
+            for position in range(item.start, item.stop):
+                self.slots[self._slot(item.request, position)] = tokens[position]
         for item in batch.items:
             tokens = item.request.token_range(0, item.stop)
             for position in range(item.start):
                 assert self.slots[self._slot(item.request, position)] == tokens[position], (
                     f"{item.request.request_id} reads a wrong token at {position}"
                 )
-            for position in range(item.start, item.stop):
-                self.slots[self._slot(item.request, position)] = tokens[position]
         return [next_token(item.request) if item.samples else None for item in batch.items]
 
     def _slot(self, request: Request, position: int) -> tuple[int, int]:

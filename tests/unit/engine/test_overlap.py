@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from engine.batch import ScheduledBatch, StepEvent, StepResult
+from engine.batch import ScheduledBatch, ScheduledRequest, StepEvent, StepResult
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import NonFiniteLogitsError
@@ -72,24 +72,27 @@ class SlotDevice(SimulatedRunner):
     def launch(self, batch: ScheduledBatch) -> Pending:  # type: ignore[override]
         tokens: list[int | None] = []
         sampled: dict[Request, int] = {}
-        for item in batch.items:
-            request, size = item.request, self.memory.block_size
-            new = request.token_range(item.start, item.stop)
+        for item in batch.items:  # a step writes everything before it reads
+            new = item.request.token_range(item.start, item.stop)
             if len(new) < item.num_new:
-                new = [*new, self.sampled[request]]
-            assert len(new) == item.num_new
-            places = [(request.block_ids[t // size], t % size) for t in range(item.stop)]
-            self.slots.update(zip(places[item.start :], new, strict=True))
+                new = [*new, self.sampled[item.request]]
+            self.slots.update(zip(self._places(item)[item.start :], new, strict=True))
+        for item in batch.items:
             if not item.samples:
                 tokens.append(None)
                 continue
-            sampled[request] = next_token([self.slots[place] for place in places], request.seed)
-            tokens.append(sampled[request])
+            sequence = [self.slots[place] for place in self._places(item)]
+            sampled[item.request] = next_token(sequence, item.request.seed)
+            tokens.append(sampled[item.request])
         self.sampled = sampled
         self.clock.advance(self.step_seconds(batch))
         bad = [request.request_id for request in sampled if request.request_id == self.poisoned]
         self.launches += 1
         return Late(self, self.launches, NonFiniteLogitsError(bad) if bad else StepResult(tokens))
+
+    def _places(self, item: ScheduledRequest) -> list[tuple[int, int]]:
+        blocks, size = item.request.block_ids, self.memory.block_size
+        return [(blocks[t // size], t % size) for t in range(item.stop)]
 
 
 def build(**options: Any) -> Engine:

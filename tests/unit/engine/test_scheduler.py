@@ -160,3 +160,22 @@ def test_after_a_broken_step_nobody_is_lost() -> None:
     while scheduler.num_unfinished:
         run_step(scheduler, memory)
     assert all(len(request.output_token_ids) == 3 for request in requests)
+
+
+def test_equal_prefixes_in_one_step_are_computed_once() -> None:
+    scheduler, memory = make_scheduler(num_blocks=64, max_batched_tokens=64), SlotMemory(4)
+    for i in range(3):
+        scheduler.add(make_request(str(i), [*range(12), 50 + i, 60]))
+    batch = run_step(scheduler, memory)
+    assert [(item.start, item.num_new) for item in batch.items] == [(0, 14), (12, 2), (12, 2)]
+    assert scheduler.cache.pool.num_used == 3 + 3
+    scheduler.check_integrity()
+
+
+def test_a_prefix_that_is_half_computed_is_followed_at_once() -> None:
+    scheduler, memory = make_scheduler(num_blocks=64, max_batched_tokens=16), SlotMemory(4)
+    scheduler.add(make_request("a", range(24)))
+    run_step(scheduler, memory)
+    scheduler.add(make_request("b", [*range(24), 99]))
+    batch = run_step(scheduler, memory)
+    assert [(item.request.request_id, item.start, item.num_new) for item in batch.items] == [("a", 16, 8), ("b", 24, 1)]
