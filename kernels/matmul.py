@@ -97,10 +97,9 @@ def _e4m3(x: Tensor, weight: PackedWeight) -> Tensor:
 
 def widen_e4m3(codes: Tensor) -> Tensor:
     """Finite e4m3 as bf16, exactly, by moving bits: sign to sign, exponent and mantissa under an exponent bias that is
-    120 larger, which the product makes up for. Seven times as fast as ATen's conversion."""
-    byte = codes.view(torch.int8).to(torch.int16)  # the sign fills the upper byte
-    moved = (byte << 4).bitwise_and_(0x07F0).bitwise_or_(byte.bitwise_and_(-0x8000))
-    return moved.view(torch.bfloat16).mul_(2.0**120)
+    120 larger, which the product makes up for. Many times as fast as ATen's conversion."""
+    moved = codes.view(torch.int8).to(torch.int16).bitwise_left_shift_(4)  # the sign filled the upper byte
+    return moved.bitwise_and_(-0x7810).view(torch.bfloat16).mul_(2.0**120)  # 0x87F0: sign, 4 and 3 bits
 
 
 def _w8a8_aten(x: Activations, weight: PackedWeight) -> Tensor:
