@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Iterator, Sequence
-from itertools import compress
 
 import numpy as np
 import psutil
@@ -21,11 +20,12 @@ from engine.graphs import DecodeGraphs, padded_size
 from engine.loader import LoadedModel
 from engine.memory import MemoryPlan, plan_memory
 from engine.model_spec import ModelSpec
+from engine.preparation import Preparation, PreparedStep
 from engine.readback import Readback
-from engine.request import Request, TokenLogprobs
+from engine.request import TokenLogprobs
 from engine.rope import cos_sin_table
 from engine.sampler import SamplingPlan, known_logprobs, sample, token_logprobs
-from engine.step_inputs import Arrays, BlockTables, Staging, StepInputs, feed_rows, step_arrays
+from engine.step_inputs import Arrays, Staging, StepInputs, step_arrays
 from engine.torch_step import Scored, TorchStep, add_scored, by_item, scored_items
 from engine.weight_plan import WeightPlan
 from kernels import KVLayer, allocate_kv
@@ -63,10 +63,8 @@ class TorchRunner:
         self._decoder: Decoder | None = decoder
         self.asynchronous = self.device.type == "cuda"
         self._staging = Staging(self.device)
-        self._tables = BlockTables()
         self._readback = Readback(padded_size(config.max_batch_size), decoder.dtype, self.device)
-        self._sampled: Sequence[Request] = ()
-        self._sampling = SamplingPlan({})
+        self._prepare = self._preparation()
         self._graphs: DecodeGraphs | None = None
         if config.graphs and self.device.type == "cuda" and config.impl != "torch":
             longest = -(-length // self._memory.block_size)
@@ -93,6 +91,9 @@ class TorchRunner:
     @property
     def _block_size(self) -> int:
         return self.config.block_size or (64 if self.device.type == "cuda" else 16)
+
+    def _preparation(self) -> Preparation:
+        return Preparation(self._memory.block_size, self._spec.vocab_size, len(self._readback.ids))
 
     def _allocate(self) -> list[KVLayer]:
         spec, plan = self._spec, self._memory
@@ -138,33 +139,25 @@ class TorchRunner:
         if self._decoder is None:
             raise RuntimeError("the runner is closed")
         begun = time.perf_counter()
-        items, decodes = batch.items, batch.decodes
-        samples = [True] * len(decodes) + [item.samples for item in batch.prefills] if batch.prefills else None
-        sampled = [item[0] for item in (items if samples is None else compress(items, samples))]
-        arrays = step_arrays(items, len(decodes), self._memory.block_size, self._tables)
-        feed = feed_rows(decodes, len(arrays["tokens"]), self._sampled, len(self._readback.ids))
-        if feed is not None:
-            arrays["feed"] = feed
-        lengths = arrays["lengths"] if samples is None else arrays["lengths"][samples]
-        plan = self._sampling = self._sampling.next(sampled, lengths, self._spec.vocab_size)
-        scored = scored_items(items) if batch.prefills else []
+        step = self._prepare(batch)
+        plan, sampled = step.plan, step.sampled
+        scored = scored_items(batch.items) if batch.prefills else []
         prepared = time.perf_counter()
         slot = self._readback.take()
         slot.begin()
         logits: Tensor | None
         known: list[float] = []
         if self._graphs is not None and not batch.prefills:
-            logits = self._replayed(self._graphs, arrays, plan)
+            logits = self._replayed(self._graphs, step.arrays, plan)
         else:
-            logits, known = self._eager(arrays, len(decodes), plan, scored)
+            logits, known = self._eager(step, scored)
         slot.fetch(self._readback.buffer)
-        self._sampled = sampled
         chances: list[TokenLogprobs | None] = []
         if plan.logprobs and logits is not None:
             chances = token_logprobs(logits, self._readback.ids[: len(sampled)], sampled)
-        prompts = by_item(scored, known, len(items)) if scored else None
+        prompts = by_item(scored, known, len(batch.items)) if scored else None
         host = (time.perf_counter() if self.asynchronous else prepared) - begun
-        return TorchStep(slot, sampled, samples, chances, prompts, host)
+        return TorchStep(slot, sampled, step.samples, chances, prompts, host)
 
     def execute(self, batch: ScheduledBatch) -> StepResult:
         """One step, waited for."""
@@ -179,18 +172,16 @@ class TorchRunner:
             self._readback.store(*sample(logits, plan, self._staging(plan.arrays) if penalized else staged))
         return logits
 
-    def _eager(
-        self, arrays: Arrays, num_decodes: int, plan: SamplingPlan, scored: Sequence[Scored]
-    ) -> tuple[Tensor, list[float]]:
+    def _eager(self, prepared: PreparedStep, scored: Sequence[Scored]) -> tuple[Tensor, list[float]]:
         """Any step, operation by operation: logits of the rows that sample, and what `scored` asks for."""
         assert self._decoder is not None and self._cos_sin is not None
-        count = len(arrays["rows"])
+        arrays, plan, count = prepared.arrays, prepared.plan, len(prepared.sampled)
         if scored:
             add_scored(arrays, scored)
         staged = self._staging({**arrays, **plan.arrays})
         if "feed" in staged:
             staged["tokens"] = self._readback.feed(staged["tokens"], staged["feed"])
-        step = StepInputs(**{name: staged[name] for name in _STEP_FIELDS}, num_decodes=num_decodes)
+        step = StepInputs(**{name: staged[name] for name in _STEP_FIELDS}, num_decodes=prepared.num_decodes)
         hidden = self._decoder(step, self._kv, self._cos_sin)
         known = self._score(hidden[count:], staged["targets"]) if scored else []
         logits = self._decoder.logits(hidden[:count])
@@ -241,8 +232,7 @@ class TorchRunner:
             return
         self._decoder = self._cos_sin = self._graphs = None
         self._kv = []
-        self._staging, self._tables = Staging(self.device), BlockTables()
-        self._sampled, self._sampling = (), SamplingPlan({})
+        self._staging, self._prepare = Staging(self.device), self._preparation()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
