@@ -1,4 +1,4 @@
-"""The KV codecs on a CUDA device: the bits of the reference, all roundings of e4m3, exact answers, an engine per format.
+"""The KV codecs on a CUDA device: bits of the reference, all roundings of e4m3, exact answers, an engine per format.
 
     python -m tests.gpu.test_kv_gpu          microseconds of decode and prefill attention by format, without pytest
 """
