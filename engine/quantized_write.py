@@ -1,0 +1,177 @@
+"""Quantized matrices as other tools store them: the reverse of `engine.quantized`, exact to the last code.
+
+    layout               formats                              who reads it besides this engine
+    awq (gemm)           int4 in groups that are neighbours   AutoAWQ, transformers, vLLM, LMDeploy
+    compressed-tensors   int4, int8, w8a8, fp8, also mixed    transformers with that library, vLLM, LMDeploy (int4)
+    plain                bf16                                 everyone
+
+Each function gives the tensors of one module by leaf; `quantization_config` what config.json must say of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.errors import CheckpointError, ConfigError
+from engine.quantized import AWQ_ORDER
+from engine.weight_plan import WeightPlan
+from kernels import QuantizedWeight
+
+EIGHT_BITS = ("int8", "w8a8", "fp8")
+LAYOUTS: dict[str, tuple[str, ...]] = {
+    "awq": ("int4",),
+    "compressed-tensors": ("int4", "bf16", *EIGHT_BITS),
+    "plain": ("bf16",),
+}
+"""The weight formats that each layout holds."""
+
+
+def choose_layout(asked: str | None, plan: WeightPlan, *, with_order: bool = False) -> str:
+    """The layout asked for, or the first that holds the plan. with_order: columns are grouped in activation order.
+
+    ConfigError where that layout cannot hold it.
+    """
+    if asked is not None and asked not in LAYOUTS:
+        raise ConfigError(f"layout is {asked!r}; it must be one of {', '.join(LAYOUTS)}")
+    eight = [name for name in EIGHT_BITS if name in plan.formats]
+    if len(eight) > 1:
+        raise ConfigError(f"weights is '{plan}': a checkpoint holds one 8-bit format, not {' and '.join(eight)}")
+    fitting = [
+        name for name, formats in LAYOUTS.items() if plan.formats <= set(formats) and not (with_order and name == "awq")
+    ]
+    if asked is not None and asked not in fitting:
+        grouped = ", grouped in activation order" if with_order else ""
+        raise ConfigError(f"layout is {asked!r}, which does not hold weights '{plan}'{grouped}; {fitting[0]!r} does")
+    return asked or (fitting[-1] if plan == WeightPlan("bf16") else fitting[0])
+
+
+def pack(values: Tensor, bits: int, order: Sequence[int] | None = None) -> Tensor:
+    """uint8 [R, C], values of 4 or 8 bits -> int32 [R, ceil(C * bits / 32)]: the value of column order[i] of a word's
+    columns lies in its bits from i * bits on. The last word is filled with zeros."""
+    per_word = 32 // bits
+    values = torch.nn.functional.pad(values, (0, -values.shape[1] % per_word))
+    if order is not None:
+        values = values.unflatten(1, (-1, per_word))[:, :, torch.tensor(order)].flatten(1)
+    if bits == 4:
+        values = values[:, 0::2] | values[:, 1::2] << 4
+    return values.contiguous().view(torch.int32)
+
+
+def write_awq(weight: QuantizedWeight) -> dict[str, Tensor]:
+    """AutoAWQ's WQLinear_GEMM, see `read_awq`. Scales are float16 where that holds them, else bfloat16."""
+    assert weight.scale is not None and weight.zero is not None
+    if weight.shape[0] % len(AWQ_ORDER):
+        raise CheckpointError(f"{weight.shape[0]} out features cannot be packed by eight")
+    scale = weight.scale.t().contiguous()
+    half = scale.half()
+    return {
+        "qweight": pack(weight.codes.t(), 4, AWQ_ORDER),
+        "qzeros": pack(weight.zero.t(), 4, AWQ_ORDER),
+        "scales": half if torch.equal(half.float(), scale) else scale.bfloat16(),
+    }
+
+
+def write_packed4(weight: QuantizedWeight) -> dict[str, Tensor]:
+    """pack-quantized of the compressed-tensors library, 4 bits, asymmetric, see `read_packed`."""
+    assert weight.scale is not None and weight.zero is not None and weight.group_size is not None
+    n, k = weight.shape
+    leaves = {
+        "weight_scale": weight.scale.bfloat16(),
+        "weight_zero_point": pack(weight.zero.t(), 4).t().contiguous(),
+        "weight_shape": torch.tensor([n, k]),
+    }
+    codes = weight.codes
+    if weight.order is not None:  # columns return to their places and say to which group they belong
+        back = weight.order.argsort()
+        codes = codes[:, back]
+        leaves["weight_g_idx"] = (back // weight.group_size).to(torch.int32)
+    return {"weight_packed": pack(codes, 4), **leaves}
+
+
+def write_packed8(weight: QuantizedWeight) -> dict[str, Tensor]:
+    """pack-quantized, 8 bits, symmetric, one scale per channel; activations stay 16 bit."""
+    assert weight.scale is not None
+    codes = (weight.codes.to(torch.int16) + 128).to(torch.uint8)
+    return {
+        "weight_packed": pack(codes, 8),
+        "weight_scale": weight.scale[:, None].bfloat16(),
+        "weight_shape": torch.tensor(weight.shape),
+    }
+
+
+def write_plain8(weight: QuantizedWeight) -> dict[str, Tensor]:
+    """int-quantized and float-quantized: codes as they are, one scale per channel; float32 where bf16 is too short."""
+    assert weight.scale is not None
+    short = weight.scale.bfloat16()
+    scale = short if torch.equal(short.float(), weight.scale) else weight.scale
+    return {"weight": weight.codes.contiguous(), "weight_scale": scale[:, None].contiguous()}
+
+
+_PACKED: dict[str, Callable[[QuantizedWeight], dict[str, Tensor]]] = {
+    "int4": write_packed4,
+    "int8": write_packed8,
+    "w8a8": write_plain8,
+    "fp8": write_plain8,
+}
+
+
+def leaves_of(weight: QuantizedWeight, layout: str) -> dict[str, Tensor]:
+    """The tensors of one module in `layout`."""
+    return write_awq(weight) if layout == "awq" else _PACKED[weight.format](weight)
+
+
+# --- config.json ------------------------------------------------------------------------------------------------------
+
+
+def quantization_config(layout: str, modules: Mapping[str, str], group_size: int) -> dict[str, Any] | None:
+    """modules: format of each linear layer by its name in the checkpoint. None for the layout "plain"."""
+    if layout == "plain":
+        return None
+    if layout == "awq":
+        return {
+            "quant_method": "awq",
+            "bits": 4,
+            "group_size": group_size,
+            "zero_point": True,
+            "version": "gemm",
+            "modules_to_not_convert": ["lm_head"],
+        }
+    formats = [name for name in _PACKED if name in modules.values()]
+    unquantized = [module for module, name in modules.items() if name == "bf16"]
+    groups = {f"group_{i}": _config_group(name, modules, group_size) for i, name in enumerate(formats)}
+    forms = {group["format"] for group in groups.values()}
+    return {
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "format": forms.pop() if len(forms) == 1 else "mixed-precision",
+        "config_groups": groups,
+        "ignore": ["lm_head", *unquantized],
+    }
+
+
+def _config_group(name: str, modules: Mapping[str, str], group_size: int) -> dict[str, Any]:
+    """One group of the compressed-tensors library's QuantizationConfig: everything, or the modules by name."""
+    several = len(set(modules.values()) - {"bf16"}) > 1
+    targets = [module for module, held in modules.items() if held == name] if several else ["Linear"]
+    number = "float" if name == "fp8" else "int"
+    weights = {
+        "num_bits": 4 if name == "int4" else 8,
+        "type": number,
+        "symmetric": name != "int4",
+        "strategy": "group" if name == "int4" else "channel",
+        "group_size": group_size if name == "int4" else None,
+        "dynamic": False,
+    }
+    inputs = {"num_bits": 8, "type": number, "symmetric": True, "strategy": "token", "dynamic": True}
+    return {
+        "targets": targets,
+        "weights": weights,
+        "input_activations": inputs if name in ("w8a8", "fp8") else None,
+        "format": {"int4": "pack-quantized", "int8": "pack-quantized", "w8a8": "int-quantized"}.get(
+            name, "float-quantized"
+        ),
+    }
