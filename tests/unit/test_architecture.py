@@ -28,6 +28,7 @@ THIRD_PARTY = {
     "workbench": {
         "anywidget", "ipywidgets", "numpy", "pandas", "plotly", "psutil", "torch", "tqdm", "transformers",
         "IPython", "comm", "jupyter_client", "traitlets",  # ipywidgets and JupyterLab stand on these
+        "lm_eval",  # the extra of that name
     },
 }  # fmt: skip
 PERMITTED = {
