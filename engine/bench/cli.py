@@ -1,0 +1,178 @@
+"""The command line: what to measure, with which configurations, and where to write it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from engine.bench.host import run_host
+from engine.bench.kvfit import run_kvfit
+from engine.bench.measure import engine_candidate, measure, print_suite
+from engine.bench.peers import PARTS, PeerSizes, run_peers
+from engine.bench.reference import continuous_candidate, generate_candidate, load_network
+from engine.bench.roofline import Roofline, card, measured_bandwidth
+from engine.bench.soak import run_soak
+from engine.bench.switch import run_switch
+from engine.bench.work import WORKS
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.loader import load_model
+from engine.machine import describe_machine
+
+SUITE_HELP = (
+    "single: one request, 64 tokens in and out; mixed: 64 requests, lengths in and out uniform in [16, 128]; decodeN: "
+    "N prompts of 512 tokens, 129 tokens out; peers: the workloads other engines were measured with; host: the host's "
+    "cost per step at 16, 256 and 1,024 requests, no model; switch: constructor to first token, then one change of "
+    "configuration after another; kvfit: requests of 1,024 tokens in the same bytes per KV format; soak: mixed traffic "
+    "with random aborts for --minutes"
+)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m engine.bench",
+        description="Measure the engine. Prints a roofline card first; figures are medians with their range.",
+    )
+    parser.add_argument("--model", default="bundled")
+    parser.add_argument("--weights", nargs="+", default=["bf16"], help="one or more weight formats, measured in turn")
+    parser.add_argument("--kv", nargs="+", default=["bf16"], help="one or more KV formats, measured in turn")
+    parser.add_argument("--suite", nargs="+", default=["single"], choices=[*WORKS, *SUITES], help=SUITE_HELP)
+    parser.add_argument("--repeats", type=int, help="default 5; peers 3")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--max-batch-size", type=int, help="default 64; peers 256")
+    parser.add_argument("--max-batched-tokens", type=int, help="default 2048; peers 8192")
+    parser.add_argument(
+        "--memory-limit", type=float, metavar="GB", help="of each engine; needed to hold several on a GPU"
+    )
+    parser.add_argument("--runner", default="torch", choices=["torch", "simulated"], help="what the engine runs on")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    parser.add_argument("--no-graphs", action="store_true", help="every step eager")
+    parser.add_argument("--no-overlap", action="store_true", help="one step at a time")
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS, help="of the suite peers")
+    parser.add_argument("--divide", type=int, default=1, help="peers: every count and length divided by this")
+    parser.add_argument("--concurrent", type=int, default=16, help="kvfit: requests that fit in the first format")
+    parser.add_argument("--counts", type=int, nargs="+", default=[16, 256, 1024], help="host: running requests")
+    parser.add_argument("--minutes", type=float, default=20.0, help="of the suite soak")
+    parser.add_argument(
+        "--compare", choices=["transformers", "generate"],
+        help="generate: transformers' generate, padded batches of 16; transformers: its continuous batching too",
+    )  # fmt: skip
+    parser.add_argument("--json", type=Path, help="write everything with machine, versions, seed and command")
+    args = parser.parse_args(argv)
+    for name in ("repeats", "divide", "concurrent"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name} is {value}; it must be at least 1")
+    if args.minutes <= 0:
+        parser.error(f"--minutes is {args.minutes:g}; it must be greater than 0")
+    return args
+
+
+def options(args: argparse.Namespace, **defaults: int) -> dict[str, Any]:
+    """Of every engine; `defaults` are the suite's own where the command line says nothing."""
+    sizes = {"max_batch_size": 64, "max_batched_tokens": EngineConfig.max_batched_tokens, **defaults}
+    return {
+        "model": args.model,
+        "seed": args.seed,
+        "runner": args.runner,
+        "device": args.device,
+        "graphs": not args.no_graphs,
+        "overlap": not args.no_overlap,
+        "memory_limit": int(args.memory_limit * 1e9) if args.memory_limit else None,
+        **{name: getattr(args, name) or value for name, value in sizes.items()},
+    }
+
+
+def formats(args: argparse.Namespace) -> list[dict[str, Any]]:
+    return [{"weights": weights, "kv": kv} for weights in args.weights for kv in args.kv]
+
+
+def side_by_side(args: argparse.Namespace, suites: Sequence[str]) -> dict[str, Any]:
+    """Engines of all formats and transformers, interleaved on each workload."""
+    common = options(args)
+    report: dict[str, Any] = {}
+    with load_model(EngineConfig(**common)) as model, ExitStack() as stack:
+        candidates = {}
+        for form in formats(args):
+            engine = stack.enter_context(Engine(EngineConfig(**form, **common), model=model))
+            print(card(engine, Roofline.of(engine, measured_bandwidth(engine.config.device))))
+            candidates[f"weights {form['weights']}, kv {form['kv']}"] = engine_candidate(engine)
+        if args.compare:
+            network = load_network(model_folder(args.model))
+            candidates["transformers generate, bf16"] = generate_candidate(model, network)
+            if args.compare == "transformers":
+                candidates["transformers continuous, bf16"] = continuous_candidate(network)
+        for suite in suites:
+            results = measure(candidates, WORKS[suite](model.spec.vocab_size, args.seed), args.repeats or 5)
+            print_suite(suite, results)
+            report[suite] = [asdict(result) for result in results]
+    return report
+
+
+def peers(args: argparse.Namespace) -> Any:
+    common = options(args, max_batch_size=256, max_batched_tokens=8192)
+    sizes = PeerSizes().divided(args.divide) if args.divide > 1 else PeerSizes()
+    with load_model(EngineConfig(**common)) as model:
+        return [
+            run_peers(EngineConfig(**form, **common), model, sizes, args.parts, args.repeats or 3, args.seed)
+            for form in formats(args)
+        ]
+
+
+def host(args: argparse.Namespace) -> Any:
+    return run_host(args.counts, args.seed)
+
+
+def switch(args: argparse.Namespace) -> Any:
+    config = EngineConfig(**options(args), weights=args.weights[0], kv=args.kv[0])
+    return run_switch(config, args.weights[1:], args.kv[1:])
+
+
+def kvfit(args: argparse.Namespace) -> Any:
+    config = EngineConfig(**options(args), weights=args.weights[0])
+    with load_model(config) as model:
+        return run_kvfit(config, model, args.kv, args.concurrent, args.seed)
+
+
+def soak(args: argparse.Namespace) -> Any:
+    with Engine(EngineConfig(**formats(args)[0], **options(args))) as engine:
+        print(f"  {engine.description}")
+        return run_soak(engine, args.minutes, args.seed)
+
+
+SUITES: dict[str, Callable[[argparse.Namespace], Any]] = {
+    "peers": peers,
+    "host": host,
+    "switch": switch,
+    "kvfit": kvfit,
+    "soak": soak,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    report: dict[str, Any] = {"machine": describe_machine(argv), "model": args.model, "seed": args.seed}
+    works = [suite for suite in args.suite if suite in WORKS]
+    report["suites"] = side_by_side(args, works) if works else {}
+    for suite in args.suite:
+        if suite in SUITES:
+            print(f"{suite}:")
+            report["suites"][suite] = SUITES[suite](args)
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def model_folder(model: str) -> Path:
+    if model == "bundled":
+        from engine.bundled import MODEL_DIR
+
+        return MODEL_DIR
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        raise SystemExit(f"--compare needs a model on disk; --model is {model!r}, give 'bundled' or a local folder")
+    return folder

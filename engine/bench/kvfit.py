@@ -1,0 +1,59 @@
+"""How many requests of 1,024 tokens run at the same time in the same bytes, per KV format: counted while they run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from engine.batch import StepEvent
+from engine.bench.work import fixed_work
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.loader import LoadedModel
+
+LENGTH = 1024
+OUTPUT = 16
+
+
+def run_kvfit(
+    config: EngineConfig, model: LoadedModel, formats: Sequence[str], concurrent: int, seed: int
+) -> list[dict[str, Any]]:
+    """`concurrent`: how many fit in the first format; the others get the same bytes. None may be preempted."""
+    config = replace(config, prefix_caching=False, max_batch_size=8 * concurrent, cache_ratio=0.9)
+    config = replace(config, max_batched_tokens=max(config.max_batched_tokens, config.max_batch_size))
+    with Engine(replace(config, kv=formats[0], memory_limit=None), model=model) as engine:
+        plan = engine.memory
+    pool = concurrent * -(-LENGTH // plan.block_size) * plan.block_bytes
+    limit = plan.weights_total + plan.workspace + int((pool + plan.block_bytes / 2) / config.cache_ratio)
+    rows = [_row(replace(config, kv=name, memory_limit=limit), model, concurrent, seed) for name in formats]
+    for row in rows:
+        row["ratio"] = row["most_running"] / rows[0]["most_running"]
+        print(
+            f"  KV {row['kv']:<6} {row['most_running']:>5} requests of {LENGTH:,} tokens at once in "
+            f"{row['pool_bytes'] / 1e6:,.1f} MB, {row['ratio']:.2f}x {rows[0]['kv']}; {row['preempted']} preempted",
+            flush=True,
+        )
+    return rows
+
+
+def _row(config: EngineConfig, model: LoadedModel, concurrent: int, seed: int) -> dict[str, Any]:
+    with Engine(config, model=model) as engine:
+        events: list[StepEvent] = []
+        engine.observers.append(events.append)
+        fits = engine.memory.tokens_that_fit // LENGTH
+        work = fixed_work(engine.spec.vocab_size, fits + 2, LENGTH - OUTPUT, OUTPUT, seed)
+        outputs = engine.generate(work.prompts, work.params)
+        engine.check_integrity()
+        made = sum(len(output.token_ids) for output in outputs)
+        if made != work.output_tokens:
+            raise RuntimeError(f"KV {config.kv}: {made} tokens came out of {work.output_tokens}")
+        return {
+            "kv": config.kv,
+            "pool_bytes": engine.memory.kv,
+            "memory_limit": engine.memory.limit,
+            "most_running": max(event.num_running for event in events),
+            "preempted": sum(event.num_preempted for event in events),
+            "requests": len(outputs),
+            "config": asdict(config),
+        }

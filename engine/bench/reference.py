@@ -1,0 +1,78 @@
+"""transformers on the same model, in the same process: `generate` on padded batches, and its continuous batching."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.bench.measure import Candidate
+from engine.bench.work import Work
+from engine.loader import LoadedModel
+
+
+def load_network(folder: Path) -> Any:
+    """The model as transformers computes it, in bf16."""
+    from transformers import AutoModelForCausalLM
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, local_files_only=True)
+    return network.eval().to(device)
+
+
+def generate_candidate(model: LoadedModel, network: Any, batch_size: int = 16) -> Candidate:
+    """transformers' own `generate`, greedy, in left-padded batches that each run to their longest output."""
+    pad = model.spec.eos_token_ids[0] if model.spec.eos_token_ids else 0
+
+    def run(work: Work) -> tuple[float, None]:
+        start = time.perf_counter()
+        for first in range(0, len(work.prompts), batch_size):
+            prompts = work.prompts[first : first + batch_size]
+            longest = max(map(len, prompts))
+            ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=network.device)
+            mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=network.device)
+            new = max(work.num_outputs[first : first + batch_size])
+            with torch.inference_mode():
+                network.generate(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    do_sample=False,
+                    max_new_tokens=new,
+                    min_new_tokens=new,
+                    pad_token_id=pad,
+                )
+        return time.perf_counter() - start, None
+
+    return run
+
+
+def continuous_candidate(network: Any) -> Candidate:
+    """transformers' continuous batching, greedy, every request with its own number of tokens. Started per run."""
+    from transformers import GenerationConfig
+
+    def run(work: Work) -> tuple[float, None]:
+        settings = GenerationConfig(do_sample=False, max_new_tokens=max(work.num_outputs), eos_token_id=-1)
+        manager = network.init_continuous_batching(generation_config=settings)
+        manager.start()
+        try:
+            start = time.perf_counter()
+            for prompt, count in zip(work.prompts, work.num_outputs, strict=True):
+                manager.add_request(prompt, max_new_tokens=count, eos_token_id=-1)
+            left, made = len(work.prompts), 0
+            while left:
+                result = manager.get_result(timeout=60)
+                if result is None:
+                    raise RuntimeError("transformers' continuous batching gave no result within a minute")
+                if result.is_finished():
+                    left -= 1
+                    made += len(result.generated_tokens)
+            seconds = time.perf_counter() - start
+        finally:
+            manager.stop(block=True)
+        if made != work.output_tokens:
+            raise RuntimeError(f"transformers' continuous batching made {made} tokens, not {work.output_tokens}")
+        return seconds, None
+
+    return run
