@@ -123,7 +123,7 @@ def _write_tensors(spec: ModelSpec, weights: QuantizedWeights, folder: Path, lay
     for name, tensor in _stored_tensors(spec, weights, layout):
         if pending and sum(held.nbytes for held in pending.values()) + tensor.nbytes > SHARD_BYTES:
             flush()
-        pending[name] = tensor
+        pending[name] = tensor.contiguous()
         total += tensor.nbytes
     flush()
     if len(shards) == 1:
@@ -152,7 +152,8 @@ def _write_config(spec: ModelSpec, weights: QuantizedWeights, folder: Path, layo
         if layer is not None and name in spec.linears():
             kind = held.format if isinstance(held, QuantizedWeight) else "bf16"
             formats.update({full.removesuffix(".weight"): kind for full in full_names(name, layer)})
-    described = quantization_config(layout, formats, int(weights.recipe["group_size"]))
+    with_order = any(isinstance(held, QuantizedWeight) and held.order is not None for held in weights.tensors.values())
+    described = quantization_config(layout, formats, int(weights.recipe["group_size"]), with_order=with_order)
     if described is not None:
         config["quantization_config"] = described
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")

@@ -2,6 +2,7 @@
 
     layout               formats                              who reads it besides this engine
     awq (gemm)           int4 in groups that are neighbours   AutoAWQ, transformers, vLLM, LMDeploy
+    gptq (v2)            int4, also in activation order       GPTQModel, transformers, vLLM
     compressed-tensors   int4, int8, w8a8, fp8, also mixed    transformers with that library, vLLM, LMDeploy (int4)
     plain                bf16                                 everyone
 
@@ -24,6 +25,7 @@ from kernels import QuantizedWeight
 EIGHT_BITS = ("int8", "w8a8", "fp8")
 LAYOUTS: dict[str, tuple[str, ...]] = {
     "awq": ("int4",),
+    "gptq": ("int4",),
     "compressed-tensors": ("int4", "bf16", *EIGHT_BITS),
     "plain": ("bf16",),
 }
@@ -41,8 +43,10 @@ def choose_layout(asked: str | None, plan: WeightPlan, *, with_order: bool = Fal
     if len(eight) > 1:
         raise ConfigError(f"weights is '{plan}': a checkpoint holds one 8-bit format, not {' and '.join(eight)}")
     fitting = [
-        name for name, formats in LAYOUTS.items() if plan.formats <= set(formats) and not (with_order and name == "awq")
+        name for name, formats in LAYOUTS.items() if plan.formats <= set(formats) and (name == "gptq" or not with_order)
     ]
+    if not fitting:
+        raise ConfigError(f"weights is '{plan}': only a checkpoint of int4 alone can group columns in activation order")
     if asked is not None and asked not in fitting:
         grouped = ", grouped in activation order" if with_order else ""
         raise ConfigError(f"layout is {asked!r}, which does not hold weights '{plan}'{grouped}; {fitting[0]!r} does")
@@ -62,34 +66,48 @@ def pack(values: Tensor, bits: int, order: Sequence[int] | None = None) -> Tenso
 
 
 def write_awq(weight: QuantizedWeight) -> dict[str, Tensor]:
-    """AutoAWQ's WQLinear_GEMM, see `read_awq`. Scales are float16 where that holds them, else bfloat16."""
+    """AutoAWQ's WQLinear_GEMM, see `read_awq`."""
     assert weight.scale is not None and weight.zero is not None
     if weight.shape[0] % len(AWQ_ORDER):
         raise CheckpointError(f"{weight.shape[0]} out features cannot be packed by eight")
-    scale = weight.scale.t().contiguous()
-    half = scale.half()
     return {
         "qweight": pack(weight.codes.t(), 4, AWQ_ORDER),
         "qzeros": pack(weight.zero.t(), 4, AWQ_ORDER),
-        "scales": half if torch.equal(half.float(), scale) else scale.bfloat16(),
+        "scales": _half(weight.scale.t()),
     }
+
+
+def write_gptq(weight: QuantizedWeight) -> dict[str, Tensor]:
+    """GPTQModel's layout "gptq_v2", see `read_gptq`: columns in their places, g_idx says to which group each belongs.
+
+    Not the older "gptq", which stores the zero less one: its readers differ on what a zero of 0 becomes.
+    """
+    assert weight.scale is not None and weight.zero is not None and weight.group_size is not None
+    k = weight.shape[1]
+    back = torch.arange(k) if weight.order is None else weight.order.argsort()
+    return {
+        "qweight": pack(weight.codes[:, back], 4).t(),
+        "qzeros": pack(weight.zero.t(), 4),
+        "scales": _half(weight.scale.t()),
+        "g_idx": (back // weight.group_size).to(torch.int32),
+    }
+
+
+def _half(scale: Tensor) -> Tensor:
+    """float16, as these layouts expect it, where that holds the scales, else bfloat16."""
+    half = scale.half()
+    return half if torch.equal(half.float(), scale) else scale.bfloat16()
 
 
 def write_packed4(weight: QuantizedWeight) -> dict[str, Tensor]:
     """pack-quantized of the compressed-tensors library, 4 bits, asymmetric, see `read_packed`."""
-    assert weight.scale is not None and weight.zero is not None and weight.group_size is not None
-    n, k = weight.shape
-    leaves = {
+    assert weight.scale is not None and weight.zero is not None
+    return {
+        "weight_packed": pack(weight.codes, 4),
         "weight_scale": weight.scale.bfloat16(),
-        "weight_zero_point": pack(weight.zero.t(), 4).t().contiguous(),
-        "weight_shape": torch.tensor([n, k]),
+        "weight_zero_point": pack(weight.zero.t(), 4).t(),
+        "weight_shape": torch.tensor(weight.shape),
     }
-    codes = weight.codes
-    if weight.order is not None:  # columns return to their places and say to which group they belong
-        back = weight.order.argsort()
-        codes = codes[:, back]
-        leaves["weight_g_idx"] = (back // weight.group_size).to(torch.int32)
-    return {"weight_packed": pack(codes, 4), **leaves}
 
 
 def write_packed8(weight: QuantizedWeight) -> dict[str, Tensor]:
@@ -108,7 +126,7 @@ def write_plain8(weight: QuantizedWeight) -> dict[str, Tensor]:
     assert weight.scale is not None
     short = weight.scale.bfloat16()
     scale = short if torch.equal(short.float(), weight.scale) else weight.scale
-    return {"weight": weight.codes.contiguous(), "weight_scale": scale[:, None].contiguous()}
+    return {"weight": weight.codes, "weight_scale": scale[:, None]}
 
 
 _PACKED: dict[str, Callable[[QuantizedWeight], dict[str, Tensor]]] = {
@@ -121,13 +139,16 @@ _PACKED: dict[str, Callable[[QuantizedWeight], dict[str, Tensor]]] = {
 
 def leaves_of(weight: QuantizedWeight, layout: str) -> dict[str, Tensor]:
     """The tensors of one module in `layout`."""
-    return write_awq(weight) if layout == "awq" else _PACKED[weight.format](weight)
+    write = {"awq": write_awq, "gptq": write_gptq}.get(layout) or _PACKED[weight.format]
+    return {leaf: tensor.contiguous() for leaf, tensor in write(weight).items()}
 
 
 # --- config.json ------------------------------------------------------------------------------------------------------
 
 
-def quantization_config(layout: str, modules: Mapping[str, str], group_size: int) -> dict[str, Any] | None:
+def quantization_config(
+    layout: str, modules: Mapping[str, str], group_size: int, *, with_order: bool = False
+) -> dict[str, Any] | None:
     """modules: format of each linear layer by its name in the checkpoint. None for the layout "plain"."""
     if layout == "plain":
         return None
@@ -139,6 +160,16 @@ def quantization_config(layout: str, modules: Mapping[str, str], group_size: int
             "zero_point": True,
             "version": "gemm",
             "modules_to_not_convert": ["lm_head"],
+        }
+    if layout == "gptq":
+        return {
+            "quant_method": "gptq",
+            "bits": 4,
+            "group_size": group_size,
+            "sym": False,
+            "desc_act": with_order,
+            "checkpoint_format": "gptq_v2",
+            "lm_head": False,
         }
     formats = [name for name in _PACKED if name in modules.values()]
     unquantized = [module for module, name in modules.items() if name == "bf16"]

@@ -65,7 +65,11 @@ def gptq(weight: Tensor, moments: Tensor, group_size: int = 128, *, order: str =
             "int4", codes[:, back].contiguous(), spans.scale[..., 0], spans.zero[..., 0].to(torch.uint8), group_size
         )
     scale, zero = torch.cat(scales, 1), torch.cat(zeros, 1).to(torch.uint8)
-    return QuantizedWeight("int4", codes, scale, zero, group_size, None if order == "none" else columns)
+    if order == "none":
+        return QuantizedWeight("int4", codes, scale, zero, group_size)
+    places, within = columns.view(-1, group_size).sort(1)  # a group's columns in their order: one form for one weight
+    within += torch.arange(0, k, group_size, device=w.device)[:, None]
+    return QuantizedWeight("int4", codes[:, within.flatten()], scale, zero, group_size, places.flatten())
 
 
 def _fit(w: Tensor, moments: Tensor, group_size: int, search: bool) -> Grid:
