@@ -1,0 +1,114 @@
+"""The command line of the benchmarks: every suite runs on small sizes, and its JSON holds what it printed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.bench.cli import main, parse
+from engine.bench.host import run_host
+from engine.bench.peers import PeerSizes
+from engine.bench.roofline import Roofline
+from engine.bench.soak import Soak
+from engine.bench.work import shared_work, uniform_work
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.loader import load_model
+from tests.unit.engine.test_overlap import SlotDevice
+
+TINY = ["--model", "synthetic:tiny", "--device", "cpu", "--memory-limit", "0.1"]
+
+
+def run(tmp_path: Path, *argv: str) -> dict[str, Any]:
+    target = tmp_path / "figures.json"
+    main([*TINY, *argv, "--json", str(target)])
+    report: dict[str, Any] = json.loads(target.read_text())
+    assert report["machine"]["versions"]["torch"] and report["seed"] == 0 and "--suite" in report["machine"]["command"]
+    return report["suites"]
+
+
+def test_works_are_what_their_names_say() -> None:
+    work = shared_work(100, 5, 16, 4, 3, seed=1)
+    assert len({tuple(prompt[:16]) for prompt in work.prompts}) == 1 and len({tuple(p) for p in work.prompts}) == 5
+    assert {len(prompt) for prompt in work.prompts} == {20} and work.output_tokens == 15
+    offline = uniform_work(1000, 256, 100, 1024, 0)
+    assert len(offline.prompts) == 256 and 100 <= min(map(len, offline.prompts)) < max(offline.num_outputs) <= 1024
+
+
+def test_floor_is_bytes_over_bandwidth() -> None:
+    roofline = Roofline(1000, 2.0, 100.0, "by hand")
+    assert roofline.floor(3, 50.0) == pytest.approx((1000 + 3 * 50 * 2) / 100)
+
+
+def test_peers_in_small(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["--divide", "32", "--repeats", "1", "--max-batched-tokens", "256"]
+    [report] = run(tmp_path, "--suite", "peers", *small)["peers"]
+    assert [row["batch"] for row in report["tpot"]] == [1, 2]
+    assert all(row["floor_ms"] > 0 and row["tpot_ms"] > 0 and row["steps"] == 3 for row in report["tpot"])
+    assert report["ttft"]["prompt"] == 16 and report["offline"]["output_tokens"] > 0
+    assert report["shared"]["hit_tokens"] == 3 * 32, "the prefix is computed once for all four"
+    assert report["config"]["prefix_caching"] and "roofline" in report
+    printed = capsys.readouterr().out
+    assert printed.index("floor per step") < printed.index("tpot_bs1") < printed.index("offline")
+
+
+def test_the_workloads_of_the_peers() -> None:
+    sizes = PeerSizes()
+    assert (sizes.prompt, sizes.output, tuple(sizes.batches)) == (512, 129, (1, 8, 64))
+    assert sizes.shared == (128, 1024, 64, 64) and sizes.offline == (256, 100, 1024)
+
+
+def test_kvfit_counts_requests_that_run(tmp_path: Path) -> None:
+    rows = run(tmp_path, "--suite", "kvfit", "--kv", "bf16", "int8", "--concurrent", "3")["kvfit"]
+    assert [row["kv"] for row in rows] == ["bf16", "int8"]
+    assert rows[0]["most_running"] == 3 and rows[1]["most_running"] >= 5
+    assert all(row["preempted"] == 0 for row in rows)
+    assert rows[1]["pool_bytes"] == pytest.approx(rows[0]["pool_bytes"], rel=0.02)
+
+
+def test_switch_reuses_what_does_not_change(tmp_path: Path) -> None:
+    report = run(tmp_path, "--suite", "switch", "--weights", "bf16", "int8", "--kv", "bf16", "int8")["switch"]
+    assert report["start"]["seconds"] > 0
+    turned = [row["change"] for row in report["changes"]]
+    assert turned[:3] == [{"weights": "int8"}, {"kv": "int8"}, {"cache_ratio": 0.5}]
+    assert all(row["seconds"] >= row["build_s"] + row["first_token_s"] for row in report["changes"])
+
+
+def test_host_cost_is_measured_on_the_real_loop() -> None:
+    rows = run_host([3], seed=0)
+    assert [row["sampling"] for row in rows] == ["greedy", "drawn"]
+    assert all(0 < row["prepare_ms"] < row["host_ms"] for row in rows)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_soak_on_a_device_that_remembers(overlap: bool) -> None:
+    small = {"memory_limit": 24 << 20, "block_size": 16, "max_batch_size": 6}
+    config = EngineConfig(model="synthetic:tiny", runner="simulated", overlap=overlap, **small)  # type: ignore[arg-type]
+    with load_model(config) as model, Engine(config, model=model) as engine:
+        engine.runner = SlotDevice(engine.runner)  # type: ignore[arg-type]
+        report = Soak(engine, seed=0).run(0.7)
+    assert report["requests"] > 5 and report["steps"] > 100 and set(report["ends"]) <= {"length", "stop", "abort"}
+
+
+def test_soak_on_the_model(tmp_path: Path) -> None:
+    report = run(tmp_path, "--suite", "soak", "--minutes", "0.015", "--max-batch-size", "4")["soak"]
+    assert report["requests"] > 0 and report["integrity_checks"] >= 1 and report["output_tokens"] > 0
+
+
+def test_soak_sees_a_lost_token() -> None:
+    config = EngineConfig(model="synthetic:tiny", runner="simulated", max_batch_size=4)
+    with load_model(config) as model, Engine(config, model=model) as engine:
+        deliver, calls = engine._deliver, iter(range(1 << 20))
+        engine._deliver = lambda request, num_new=0: deliver(request, 0 if next(calls) == 50 else num_new)  # type: ignore[method-assign]
+        with pytest.raises(AssertionError, match="tokens were lost on the way"):
+            Soak(engine, seed=0).run(2.0)
+
+
+@pytest.mark.parametrize("argv", [["--repeats", "0"], ["--minutes", "0"], ["--divide", "0"]])
+def test_numbers_that_make_no_sense(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(argv)
+    assert f"{argv[0]} is 0; it must be" in capsys.readouterr().err
