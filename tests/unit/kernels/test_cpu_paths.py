@@ -26,7 +26,7 @@ def test_linear_integers_exact(format: str, m: int) -> None:
 
 
 @pytest.mark.parametrize("impl", ["aten", "torch"])
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", kernels.KV_FORMATS)
 @pytest.mark.parametrize("head_dim, group, block_size", [(64, 3, 16), (128, 4, 64), (64, 1, 128)])
 @pytest.mark.parametrize("lengths", [[130], [64, 64], [1, 0, 64, 130], [0, 0], [7, 300, 16, 32, 33]])
 def test_decode(format: str, head_dim: int, group: int, block_size: int, lengths: list[int], impl: str) -> None:
@@ -38,14 +38,14 @@ def test_decode_splits_a_wasteful_batch() -> None:
 
 
 @pytest.mark.parametrize("impl", ["aten", "torch"])
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", kernels.KV_FORMATS)
 @pytest.mark.parametrize("head_dim, group, block_size", [(64, 3, 16), (128, 2, 128)])
 def test_prefill(format: str, head_dim: int, group: int, block_size: int, impl: str) -> None:
     chunks = [(1, 40), (0, 20), (70, 90), (33, 33), (1, 1), (300, 300), (2, 41), (68, 100)]
     checks.check_prefill(format, chunks, block_size, 2, group, head_dim, "cpu", impl=impl)
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", kernels.KV_FORMATS)
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_write(format: str, head_dim: int) -> None:
     checks.check_write(format, 16, 2, head_dim, "cpu", impl="aten")

@@ -31,7 +31,9 @@ def test_layouts_hold_the_same_weights(format: str, layout: str | None) -> None:
         assert got is None or want is None or torch.equal(got, want)
 
 
-@pytest.mark.parametrize("format, factor", [("bf16", 1.0), ("int8", 1.94), ("int4", 3.76)])
+@pytest.mark.parametrize(
+    "format, factor", [("bf16", 1.0), ("int8", 1.94), ("int4", 3.76), ("fp8", 1.94), ("k8v4", 2.56)]
+)
 def test_kv_bytes(format: str, factor: float) -> None:
     layer = kernels.allocate_kv(format, 4, 16, 8, 128, "cpu")
     per_token = kernels.KV_FORMATS[format].bytes_per_token(8, 128)
