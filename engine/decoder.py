@@ -21,18 +21,20 @@ from engine.weight_plan import LM_HEAD, WeightPlan, Weights
 from kernels import (
     AttentionPlan,
     KVLayer,
+    Operand,
     PackedWeight,
     QuantizedWeight,
+    add_normed,
     add_rms_norm,
     decode_attention,
+    gated,
     linear,
+    normed,
     pack_weight,
     plan_attention,
     prefill_attention,
-    rms_norm,
     rope_write,
     rotation,
-    silu_mul,
 )
 
 ReadWeight = Callable[[str, int | None, tuple[int, ...], torch.device], Tensor | QuantizedWeight]
@@ -106,7 +108,7 @@ class DecoderLayer(nn.Module):
     def nbytes(self, *names: str) -> int:
         return sum(held.nbytes for name in names if (held := getattr(self, name)) is not None)
 
-    def forward(self, x: Tensor, step: StepInputs, kv: KVLayer, turn: Tensor, plan: AttentionPlan | None) -> Tensor:
+    def forward(self, x: Operand, step: StepInputs, kv: KVLayer, turn: Tensor, plan: AttentionPlan | None) -> Tensor:
         """Normed hidden states [T, hidden] -> the attention's output before it joins the residual, maybe as partials."""
         qkv = linear(x, self.qkv, self.qkv_bias, partial=True, impl=self.impl)
         q = rope_write(qkv, kv, step.slots, turn, self.head_norms, impl=self.impl)
@@ -124,9 +126,10 @@ class DecoderLayer(nn.Module):
         prefilled = prefill_attention(q[n:], kv, tables[n:], starts, lengths[n:], scale, plan, impl=impl)
         return torch.cat((decoded, prefilled))
 
-    def mlp(self, x: Tensor) -> Tensor:
+    def mlp(self, x: Operand) -> Tensor:
+        """Normed hidden states [T, hidden] -> what joins the residual, maybe as partials."""
         gate_up = linear(x, self.gate_up, self.gate_up_bias, partial=True, impl=self.impl)
-        return linear(silu_mul(gate_up, impl=self.impl), self.down, self.down_bias, partial=True, impl=self.impl)
+        return linear(gated(gate_up, self.down, impl=self.impl), self.down, self.down_bias, partial=True, impl=self.impl)
 
 
 class Decoder(nn.Module):
@@ -176,17 +179,17 @@ class Decoder(nn.Module):
         tables, lengths, starts = step.block_tables, step.lengths, step.query_starts
         plan = plan_attention(kv[0], self.spec.num_heads, tables, starts, lengths, step.num_decodes, impl=impl)
         residual = self.embed(step.tokens)
-        x = rms_norm(residual, self._layers[0].input_norm, eps, impl=impl)
-        last = len(self._layers) - 1
+        x = normed(residual, self._layers[0].input_norm, eps, self._layers[0].qkv, impl=impl)
         for i, layer in enumerate(self._layers):
-            x = layer(x, step, kv[i], turn, plan)
-            if i == last and step.num_decodes < len(residual):  # of prompts only some rows are read, in their order
-                x, residual = x[..., step.rows, :], residual[step.rows]
-            x, residual = add_rms_norm(x, residual, layer.post_norm, eps, impl=impl)
-            x = layer.mlp(x)
-            following = self.final_norm if i == last else self._layers[i + 1].input_norm
-            x, residual = add_rms_norm(x, residual, following, eps, impl=impl)
-        return x
+            following = self._layers[i + 1] if i + 1 < len(self._layers) else None
+            y = layer(x, step, kv[i], turn, plan)
+            if following is None and step.num_decodes < len(residual):  # of prompts only some rows are read
+                y, residual = y[..., step.rows, :], residual[step.rows]
+            x, residual = add_normed(y, residual, layer.post_norm, eps, layer.gate_up, impl=impl)
+            y = layer.mlp(x)
+            if following is not None:
+                x, residual = add_normed(y, residual, following.input_norm, eps, following.qkv, impl=impl)
+        return add_rms_norm(y, residual, self.final_norm, eps, impl=impl)[0]
 
     def embed(self, tokens: Tensor) -> Tensor:
         """int64 [T] -> [T, hidden]."""

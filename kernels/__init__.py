@@ -3,10 +3,12 @@
 Every operation takes `impl`: "torch" (readable oracle), "aten" (CPU), "triton" (CUDA) or "auto". See `dispatch`.
 """
 
+from .activations import Operand
 from .attention import AttentionPlan, decode_attention, plan_attention, prefill_attention
 from .elementwise import add_rms_norm, rms_norm, rope, rotation, silu_mul
 from .kv_cache import KV_FORMATS, KVFormat, KVLayer, allocate_kv, read_kv, write_kv
 from .matmul import linear
+from .operands import add_normed, gated, normed
 from .packing import PackedWeight, pack_weight, random_weight
 from .qkv import rope_write
 from .weights import WEIGHT_FORMATS, QuantizedWeight, WeightFormat, quantize_weight
@@ -16,14 +18,18 @@ __all__ = [
     "KV_FORMATS",
     "KVFormat",
     "KVLayer",
+    "Operand",
     "PackedWeight",
     "QuantizedWeight",
     "WEIGHT_FORMATS",
     "WeightFormat",
+    "add_normed",
     "add_rms_norm",
     "allocate_kv",
     "decode_attention",
+    "gated",
     "linear",
+    "normed",
     "pack_weight",
     "plan_attention",
     "prefill_attention",

@@ -1,15 +1,17 @@
-"""A16W4 matmul from planes: y[M, N] = x[M, K] @ w[N, K].T for small M, and the dequantizer for large M.
+"""A16W4 matmul from planes: y[M, N] = x[M, K] @ w[N, K].T for M up to a few hundred, and the dequantizer for more.
 
 Why planes: at 4 bits per weight a GPU of 4.3 TB/s has under four instructions for each weight. A tile of int16 words
 [BN, G/4] has the width of a bf16 operand, so it reaches the tensor core's left operand by the ordinary 16-byte path,
 and a shift and one logic-and-or turn two words into two bf16 numbers 128 + code (`triton_common.nibbles_bf16`): nothing
-is converted, subtracted or scaled per weight. What was left out is made good once per group, with xsum[m] = sum of x
-over the group:
+is converted or scaled per weight. The scale is applied to the accumulator, once per group. The zero point leaves in one
+of two ways:
 
-    y[n, m] += scale[n] * ( (128 + code) . x  -  (128 + zero[n]) * xsum[m] )
+    sums given      y[n, m] += scale[n] * ( (128 + code) . x  -  (128 + zero[n]) * sums[g, m] )
+    no sums         y[n, m] += scale[n] * ( ((128 + code) - (128 + zero[n])) . x )
 
-xsum comes from a dot with ones, which leaves it in the accumulator's own layout and costs a tensor-core instruction in
-an idle pipe.
+The first costs nothing per weight but needs sums[g, m], the sum of x over each group, from whoever made x; the second
+costs half an instruction. Both are exact before the scale. (Sums by a dot with ones, in the kernel itself, doubled the
+tensor core's work: 57 us instead of 37 at M = 64, N = 28672, K = 4096 on an H200.)
 
     w tile      words [BN, G/4]  --shift, lop3-->  4 planes [BN, G/4] bf16        (left operand)
     x tile      [G/4, BM] for each plane, K contiguous                            (right operand)
@@ -25,16 +27,25 @@ import triton.language as tl
 from torch import Tensor
 
 from .packing import PLANE_ROWS, PackedWeight
-from .triton_common import INTERP, await_previous, dot, early_launch, nibbles_bf16, prefetch, prefetch_steps, to_bf16
+from .triton_common import INTERP, await_previous, dot, early_launch, minus_bf16, nibbles_bf16, to_bf16
 from .tuning import SkinnyConfig
+
+
+@triton.jit
+def plane(words, zero, SHIFT: tl.constexpr, SUBTRACT: tl.constexpr, INTERP: tl.constexpr):
+    """bf16 128 + code of one plane, or the code less its zero point; zero [rows, 1] is bf16 128 + zero."""
+    code = nibbles_bf16(words, SHIFT, INTERP)
+    return minus_bf16(code, tl.broadcast_to(zero, code.shape), INTERP) if SUBTRACT else code
 
 
 @triton.jit(do_not_specialize=["M", "groups_per_split"])
 def a16w4_kernel(
-    x, words, scales, out, M, N, N_PADDED, K, groups_per_split, ROWS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    G: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, EARLY: tl.constexpr, INTERP: tl.constexpr,
+    x, words, scales, sums, out, M, N, N_PADDED, K, groups_per_split, ROWS: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, G: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr, INTERP: tl.constexpr,
 ):
+    await_previous(EARLY)
     W: tl.constexpr = G // 4
+    SUBTRACT: tl.constexpr = sums is None
     tile_n, tile_m, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     groups = K // G
     m, n, i = tile_m * BM + tl.arange(0, BM), tile_n * BN + tl.arange(0, BN), tl.arange(0, W)
@@ -43,34 +54,27 @@ def a16w4_kernel(
     row = (n // ROWS).to(tl.int64) * groups * ROWS + n % ROWS + first * ROWS  # in units of W words
     words_at = words + row[:, None] * W + i[None, :]
     scale_at = scales + first * N_PADDED + n
-    if AHEAD:  # a tile's rows lie side by side, so its lines of 64 words do too
-        line = words + (tl.min(row, 0) * W + tl.arange(0, BN * W // 64) * 64)
-        for step in tl.static_range(AHEAD):
-            prefetch(line + step * ROWS * W)
-    await_previous(EARLY)
     x_at = x + m[None, :].to(tl.int64) * K + i[:, None] + first * G
     live = (m < M)[None, :]
-    ones = to_bf16(tl.full((BN, W), 1.0, tl.float32), INTERP)
     acc = tl.zeros((BN, BM), tl.float32)
     zeros = tl.zeros((BN, BM), tl.float32)
-    for _ in tl.range(first, last, num_stages=STAGES):
+    for group in tl.range(first, last, num_stages=STAGES):
         w = tl.load(words_at)
         word = tl.load(scale_at)
-        scale = (word & -256).to(tl.float32, bitcast=True)
-        zero = (((word & 127) << 16) | 0x43000000).to(tl.float32, bitcast=True)  # 128 + zero
+        zero_bits = (word & 127) | 0x4300  # bf16 128 + zero
+        zero = zero_bits.to(tl.int16).to(tl.bfloat16, bitcast=True)[:, None]
         x0 = tl.load(x_at, mask=live, other=0.0)
         x1 = tl.load(x_at + W, mask=live, other=0.0)
         x2 = tl.load(x_at + 2 * W, mask=live, other=0.0)
         x3 = tl.load(x_at + 3 * W, mask=live, other=0.0)
-        d = dot(nibbles_bf16(w, 0, INTERP), x0, zeros, INTERP)
-        d = dot(nibbles_bf16(w, 4, INTERP), x1, d, INTERP)
-        d = dot(nibbles_bf16(w, 8, INTERP), x2, d, INTERP)
-        d = dot(nibbles_bf16(w, 12, INTERP), x3, d, INTERP)
-        xsum = dot(ones, x0, zeros, INTERP)
-        xsum = dot(ones, x1, xsum, INTERP)
-        xsum = dot(ones, x2, xsum, INTERP)
-        xsum = dot(ones, x3, xsum, INTERP)
-        acc += scale[:, None] * (d - zero[:, None] * xsum)
+        d = dot(plane(w, zero, 0, SUBTRACT, INTERP), x0, zeros, INTERP)
+        d = dot(plane(w, zero, 4, SUBTRACT, INTERP), x1, d, INTERP)
+        d = dot(plane(w, zero, 8, SUBTRACT, INTERP), x2, d, INTERP)
+        d = dot(plane(w, zero, 12, SUBTRACT, INTERP), x3, d, INTERP)
+        if not SUBTRACT:
+            total = tl.load(sums + group * M + m, mask=m < M, other=0.0)
+            d -= (zero_bits << 16).to(tl.float32, bitcast=True)[:, None] * total[None, :]
+        acc += (word & -256).to(tl.float32, bitcast=True)[:, None] * d
         words_at += ROWS * W
         scale_at += N_PADDED
         x_at += G
@@ -130,20 +134,20 @@ def reduce_splits(partial: Tensor, bias: Tensor | None = None) -> Tensor:
     return out
 
 
-def a16w4_partials(x: Tensor, weight: PackedWeight, config: SkinnyConfig) -> Tensor:
+def a16w4_partials(x: Tensor, weight: PackedWeight, config: SkinnyConfig, sums: Tensor | None = None) -> Tensor:
     """x [M, K] bf16 times a planes weight [N, K] -> float32 partials [SPLITS, M, N] (bf16 [1, M, N] where config has
-    one split)."""
+    one split). sums: float32 [K/G, M], of x over each group."""
     assert weight.scale is not None and weight.group_size is not None
     (m, k), n, g = x.shape, weight.shape[0], weight.group_size
     per_split = triton.cdiv(k // g, config.splits)
     splits = triton.cdiv(k // g, per_split)  # none is empty, so every partial is written
     out = torch.empty(splits, m, n, dtype=torch.float32 if splits > 1 else torch.bfloat16, device=x.device)
-    n_padded = weight.scale.shape[1]
+    n_padded, early = weight.scale.shape[1], early_launch()
     grid = (triton.cdiv(n_padded, config.block_n), triton.cdiv(m, config.block_m), splits)
     a16w4_kernel[grid](
-        x, weight.data, weight.scale, out, m, n, n_padded, k, per_split, PLANE_ROWS, config.block_m, config.block_n, g,
-        config.stages, prefetch_steps(grid[0] * grid[1] * splits, config.block_n * g // 2, per_split), early_launch(),
-        INTERP, num_warps=config.warps, num_stages=config.stages, launch_pdl=early_launch(),
+        x, weight.data, weight.scale, sums, out, m, n, n_padded, k, per_split, PLANE_ROWS, config.block_m,
+        config.block_n, g, config.stages, early, INTERP, num_warps=config.warps, num_stages=config.stages,
+        launch_pdl=early,
     )
     return out
 

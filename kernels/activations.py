@@ -66,6 +66,31 @@ class Activations:
         return replace(self, codes=self.codes.reshape(-1, self.shape[-1]), scale=self.scale.reshape(-1))
 
 
+@dataclass(frozen=True)
+class SummedRows:
+    """x [T, K] bf16 with the sums of its groups, float32 [K/G, T]: a product with 4-bit codes takes the zero points off
+    by them instead of off every code (see `a16w4`). Only kernels that multiply planes profit, so only they get it."""
+
+    x: Tensor
+    sums: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.x.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.x.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.x.dtype
+
+
+Operand = Tensor | Activations | SummedRows
+"""What `linear` multiplies with a weight."""
+
+
 def quantize_rows(x: Tensor, codes: torch.dtype, *, impl: str = "auto") -> Activations:
     """x [..., K] rounded to `codes` (int8 or float8_e4m3fn), symmetric per row.
 

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .activations import SummedRows
 from .triton_common import INTERP, await_previous, early_launch, next_power_of_2, to_bf16
 
 
@@ -21,9 +22,21 @@ def load_sum(x, at, inside, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def store_row(y, out, sums, at, i, inside, row, rows, BLOCK: tl.constexpr, G: tl.constexpr, INTERP: tl.constexpr):
+    """y [BLOCK] float32, elements i of a row, as bf16 at out + at + i; where G, also the sum of each group of G as it
+    was rounded, at sums [groups, rows]. What is not inside is zero, so it adds nothing."""
+    rounded = to_bf16(y, INTERP)
+    tl.store(out + at + i, rounded, mask=inside)
+    if G:
+        total = tl.sum(tl.reshape(rounded.to(tl.float32), (BLOCK // G, G)), 1)
+        group = tl.min(i, 0) // G + tl.arange(0, BLOCK // G)
+        tl.store(sums + group * rows + row, total, mask=group * G < tl.max(tl.where(inside, i, -1), 0) + 1)
+
+
+@triton.jit
 def rms_norm_kernel(
-    x, residual, weight, out, total, stride_outer, stride_inner, INNER, size, D, eps, SPLITS: tl.constexpr,
-    BLOCK: tl.constexpr, ADD: tl.constexpr, EARLY: tl.constexpr, INTERP: tl.constexpr,
+    x, residual, weight, out, total, sums, stride_outer, stride_inner, INNER, size, D, eps, SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr, ADD: tl.constexpr, G: tl.constexpr, EARLY: tl.constexpr, INTERP: tl.constexpr,
 ):
     await_previous(EARLY)
     row = tl.program_id(0).to(tl.int64)
@@ -37,12 +50,13 @@ def rms_norm_kernel(
         value = rounded.to(tl.float32)
     rms = tl.rsqrt(tl.sum(value * value, 0) / D + eps)
     y = value * rms * tl.load(weight + i, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row * D + i, to_bf16(y, INTERP), mask=inside)
+    store_row(y, out, sums, row * D, i, inside, row, tl.num_programs(0), BLOCK, G, INTERP)
 
 
 @triton.jit
 def silu_mul_kernel(
-    gate_up, out, I, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr, INTERP: tl.constexpr
+    gate_up, out, sums, I, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr, G: tl.constexpr, EARLY: tl.constexpr,
+    INTERP: tl.constexpr,
 ):
     await_previous(EARLY)
     row = tl.program_id(0).to(tl.int64)
@@ -50,7 +64,8 @@ def silu_mul_kernel(
     inside = i < I
     gate = load_sum(gate_up, row * 2 * I + i, inside, size, SPLITS, BLOCK)
     up = load_sum(gate_up, row * 2 * I + I + i, inside, size, SPLITS, BLOCK)
-    tl.store(out + row * I + i, to_bf16(gate / (1 + tl.exp(-gate)) * up, INTERP), mask=inside)
+    y = gate / (1 + tl.exp(-gate)) * up
+    store_row(y, out, sums, row * I, i, inside, row, tl.num_programs(0), BLOCK, G, INTERP)
 
 
 @triton.jit
@@ -95,6 +110,10 @@ def _warps(block: int) -> int:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [..., D] bf16; views of up to two leading dimensions are read in place."""
+    return _rms_norm(x, weight, eps, 0)[0]
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float, group: int) -> tuple[Tensor, Tensor]:
     _check("rms_norm", x, weight)
     d = x.shape[-1]
     if x.dim() > 3:
@@ -102,39 +121,75 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     inner = x.shape[1] if x.dim() == 3 else 1
     outer_stride, inner_stride = (x.stride(0), x.stride(1)) if x.dim() == 3 else (x.stride(0) if x.dim() == 2 else d, 0)
-    block, early = next_power_of_2(d), early_launch()
-    rms_norm_kernel[(max(1, x.numel() // d),)](
-        x, x, weight, out, out, outer_stride, inner_stride, inner, 0, d, eps, 1, block, False, early, INTERP,
-        num_warps=_warps(block), launch_pdl=early,
+    block, early, rows = next_power_of_2(d), early_launch(), max(1, x.numel() // d)
+    sums = _sums(d, rows, group, x.device)
+    rms_norm_kernel[(rows,)](
+        x, x, weight, out, out, sums, outer_stride, inner_stride, inner, 0, d, eps, 1, block, False, group, early,
+        INTERP, num_warps=_warps(block), launch_pdl=early,
     )
-    return out
+    return out, sums
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x [T, D] bf16 or partials [S, T, D] float32, residual [T, D] bf16."""
+    out, total, _ = _add_rms_norm(x, residual, weight, eps, 0)
+    return out, total
+
+
+def _add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, group: int
+) -> tuple[Tensor, Tensor, Tensor]:
     _check("add_rms_norm", residual, weight)
     residual = residual.contiguous()
     x, splits, size = split_sum("add_rms_norm", x, residual.dim())
     d = residual.shape[-1]
     out, total = torch.empty_like(residual), torch.empty_like(residual)
-    block, early = next_power_of_2(d), early_launch()
-    rms_norm_kernel[(residual.numel() // d,)](
-        x, residual, weight, out, total, d, 0, 1, size, d, eps, splits, block, True, early, INTERP,
+    block, early, rows = next_power_of_2(d), early_launch(), residual.numel() // d
+    sums = _sums(d, rows, group, x.device)
+    rms_norm_kernel[(rows,)](
+        x, residual, weight, out, total, sums, d, 0, 1, size, d, eps, splits, block, True, group, early, INTERP,
         num_warps=_warps(block), launch_pdl=early,
     )
-    return out, total
+    return out, total, sums
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
     """gate_up [T, 2I] bf16 or partials [S, T, 2I] float32."""
+    return _silu_mul(gate_up, 0)[0]
+
+
+def _silu_mul(gate_up: Tensor, group: int) -> tuple[Tensor, Tensor]:
     rows, width = gate_up.shape[-2], gate_up.shape[-1] // 2
     gate_up, splits, size = split_sum("silu_mul", gate_up, 2)
     out = torch.empty(rows, width, dtype=torch.bfloat16, device=gate_up.device)
     block, early = 256 if rows <= 16 else 1024, early_launch()
+    sums = _sums(width, rows, group, gate_up.device)
     silu_mul_kernel[(rows, triton.cdiv(width, block))](
-        gate_up, out, width, size, splits, block, early, INTERP, num_warps=block // 256, launch_pdl=early
+        gate_up, out, sums, width, size, splits, block, group, early, INTERP, num_warps=block // 256, launch_pdl=early
     )
-    return out
+    return out, sums
+
+
+def _sums(width: int, rows: int, group: int, device: torch.device) -> Tensor:
+    return torch.empty(width // group if group else 0, rows, dtype=torch.float32, device=device)
+
+
+def summed_rms_norm(x: Tensor, weight: Tensor, eps: float, group: int) -> SummedRows:
+    """As `rms_norm` of x [T, D], with the sums of its groups."""
+    return SummedRows(*_rms_norm(x, weight, eps, group))
+
+
+def summed_add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, group: int
+) -> tuple[SummedRows, Tensor]:
+    """As `add_rms_norm`, with the sums of the groups of its normed half."""
+    out, total, sums = _add_rms_norm(x, residual, weight, eps, group)
+    return SummedRows(out, sums), total
+
+
+def summed_silu_mul(gate_up: Tensor, group: int) -> SummedRows:
+    """As `silu_mul`, with the sums of its groups."""
+    return SummedRows(*_silu_mul(gate_up, group))
 
 
 def rope(q: Tensor, k: Tensor, turn: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .activations import Activations, activation_codes, quantize_rows
+from .activations import Activations, Operand, SummedRows, activation_codes, quantize_rows
 from .dispatch import choose
 from .packing import PackedWeight, nibble_rows
 from .weights import weight_format
@@ -22,8 +22,7 @@ CPU_BLOCK_ELEMENTS = 1 << 21  # weights dequantized at a time: 4 MB of bf16, whi
 
 
 def linear(
-    x: Tensor | Activations, weight: PackedWeight, bias: Tensor | None = None, *, partial: bool = False,
-    impl: str = "auto",
+    x: Operand, weight: PackedWeight, bias: Tensor | None = None, *, partial: bool = False, impl: str = "auto"
 ) -> Tensor:
     """x [..., K] times weight [N, K] plus bias [N] -> [..., N] in x's dtype.
 
@@ -31,7 +30,8 @@ def linear(
     (`add_rms_norm`, `silu_mul`, `rope_write`), which saves a pass and a launch; elsewhere it changes nothing.
 
     impl "torch": any floating x; "aten" and "triton": bfloat16 x. For w8a8 and fp8 weights x may come in 8 bits; if
-    not, `activation_codes` says by the number of rows whether it is rounded here. ValueError for shapes, dtypes or
+    not, `activation_codes` says by the number of rows whether it is rounded here. For int4 x may come with the sums of
+    its groups. `operands` makes x in the form that is best for a weight. ValueError for shapes, dtypes or
     devices that do not fit.
     """
     n, k = weight.shape
@@ -46,8 +46,14 @@ def linear(
     return y if y.dim() == 3 else y.view(*x.shape[:-1], n)
 
 
-def _rows(x: Tensor | Activations, weight: PackedWeight, impl: str, *, reference: bool) -> Tensor | Activations:
+def _rows(x: Operand, weight: PackedWeight, impl: str, *, reference: bool) -> Operand:
     """x as [M, K], in the codes that the weight's format wants for M rows."""
+    if isinstance(x, SummedRows):
+        if weight.group_size is None or x.sums.shape != (x.shape[1] // weight.group_size, x.shape[0]):
+            raise ValueError(f"linear: sums {tuple(x.sums.shape)} are not those of groups of {weight.group_size}")
+        if weight.layout == "planes" and weight.order is None and not reference:
+            return x
+        x = x.x
     if isinstance(x, Activations):
         if x.codes.dtype != weight_format(weight.format).activations:
             raise ValueError(f"linear: activations of {x.codes.dtype} do not go with weights of {weight.format}")
@@ -59,13 +65,12 @@ def _rows(x: Tensor | Activations, weight: PackedWeight, impl: str, *, reference
     return rows if codes is None else quantize_rows(rows, codes, impl=impl)
 
 
-def _torch(x: Tensor | Activations, weight: PackedWeight, bias: Tensor | None, partial: bool) -> Tensor:
-    if isinstance(x, Activations):
-        x = x.dequantize()
+def _torch(x: Operand, weight: PackedWeight, bias: Tensor | None, partial: bool) -> Tensor:
+    x = x.dequantize() if isinstance(x, Activations) else x.x if isinstance(x, SummedRows) else x
     return F.linear(x, weight.dequantize(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
-def _aten(x: Tensor | Activations, weight: PackedWeight, bias: Tensor | None, partial: bool) -> Tensor:
+def _aten(x: Operand, weight: PackedWeight, bias: Tensor | None, partial: bool) -> Tensor:
     operators, key = (_ATEN_8_BIT, weight.format) if isinstance(x, Activations) else (_ATEN, weight.layout)
     run = operators.get(key)
     if run is None:
@@ -178,7 +183,7 @@ _ATEN: dict[str, Callable[..., Tensor]] = {
 _ATEN_8_BIT: dict[str, Callable[..., Tensor]] = {"w8a8": _w8a8_aten, "fp8": _fp8_aten}
 
 
-def _triton(x: Tensor | Activations, weight: PackedWeight, bias: Tensor | None, partial: bool) -> Tensor:
+def _triton(x: Operand, weight: PackedWeight, bias: Tensor | None, partial: bool) -> Tensor:
     from .matmul_triton import linear_triton
 
     return linear_triton(x, weight, bias, partial)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .a8w8 import a8w8_partials
 from .a16w4 import a16w4_partials, dequantize_rows, reduce_splits
-from .activations import SIXTEEN_BIT_ROWS, Activations
+from .activations import SIXTEEN_BIT_ROWS, Activations, Operand, SummedRows
 from .packing import PLANE_ROWS, PackedWeight
 from .skinny import skinny_partials
 from .triton_common import INTERP
@@ -24,18 +24,18 @@ SKINNY_ROWS = (
 DEQUANTIZED_ELEMENTS = 1 << 24  # 32 MB of bf16 workspace at a time, which stays in the L2 cache
 
 
-def linear_triton(
-    x: Tensor | Activations, weight: PackedWeight, bias: Tensor | None, partial: bool = False
-) -> Tensor:
+def linear_triton(x: Operand, weight: PackedWeight, bias: Tensor | None, partial: bool = False) -> Tensor:
     """x [M, K] bf16 or in 8 bits, weight in its CUDA layout -> bf16 [M, N], or float32 partials [S, M, N] where
     `partial` allows it and K is split."""
     if weight.layout != ("planes" if weight.format == "int4" else "plain"):
         raise ValueError(f"linear: impl 'triton' cannot read the layout {weight.layout!r} of {weight.format}")
     if isinstance(x, Activations):
         return linear_8_bit(x, weight, bias, partial=partial)
-    x = x.contiguous()
     if x.shape[0] == 0:
-        return x.new_empty(0, weight.shape[0])
+        return torch.empty(0, weight.shape[0], dtype=x.dtype, device=x.device)
+    if isinstance(x, SummedRows):
+        return _summed(linear_partials(x, weight), bias, partial)
+    x = x.contiguous()
     if x.shape[0] > FUSED_ROWS[weight.format]:
         return F.linear(x, weight.data, bias) if weight.format == "bf16" else _dequantize_once(x, weight, bias)
     return _summed(linear_partials(x, weight), bias, partial)
@@ -57,21 +57,24 @@ def linear_8_bit(
     return _summed(a8w8_partials(x, weight, config), bias, partial)
 
 
-def linear_partials(x: Tensor, weight: PackedWeight, config: SkinnyConfig | WideConfig | None = None) -> Tensor:
+def linear_partials(
+    x: Tensor | SummedRows, weight: PackedWeight, config: SkinnyConfig | WideConfig | None = None
+) -> Tensor:
     """The split-K partials [SPLITS, M, N] of x @ weight.T, for a consumer that sums them (float32; bf16 where there is
     one split)."""
     (m, k), n = x.shape, weight.shape[0]
+    x, sums = (x.x, x.sums) if isinstance(x, SummedRows) else (x, None)
     if weight.layout != "planes":
         return skinny_partials(x, weight, config or plain_config(m, n, k, weight.data.element_size()))
     assert weight.group_size is not None
     config = config or (planes_config if m <= SKINNY_ROWS else wide_config)(m, n, k, weight.group_size)
     if isinstance(config, SkinnyConfig):
-        return a16w4_partials(x, weight, config)
+        return a16w4_partials(x, weight, config, sums)
     return wide_partials(x, weight, config)
 
 
 def linear_fused(
-    x: Tensor, weight: PackedWeight, bias: Tensor | None = None, config: SkinnyConfig | WideConfig | None = None
+    x: Tensor | SummedRows, weight: PackedWeight, bias: Tensor | None = None, config: SkinnyConfig | WideConfig | None = None
 ) -> Tensor:
     """x [M, K] times the weight as it is stored, the splits of K summed -> bf16 [M, N]."""
     return _summed(linear_partials(x, weight, config), bias)

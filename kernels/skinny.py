@@ -18,15 +18,16 @@ import triton.language as tl
 from torch import Tensor
 
 from .packing import PackedWeight
-from .triton_common import INTERP, await_previous, dot, early_launch, prefetch, prefetch_steps, to_bf16
+from .triton_common import INTERP, await_previous, dot, early_launch, to_bf16
 from .tuning import SkinnyConfig, WideConfig
 
 
 @triton.jit(do_not_specialize=["M"])
 def skinny_kernel(
     x, w, scale, out, M, N, K, k_per_split, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
-    STAGES: tl.constexpr, AHEAD: tl.constexpr, EARLY: tl.constexpr, INTERP: tl.constexpr,
+    STAGES: tl.constexpr, EARLY: tl.constexpr, INTERP: tl.constexpr,
 ):
+    await_previous(EARLY)
     tile_n, tile_m, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     m, n, i = tile_m * BM + tl.arange(0, BM), tile_n * BN + tl.arange(0, BN), tl.arange(0, BK)
     first = split * k_per_split
@@ -34,12 +35,6 @@ def skinny_kernel(
     x_at = x + m[:, None].to(tl.int64) * K + i[None, :]
     w_at = w + n[:, None].to(tl.int64) * K + i[None, :]
     live_m, live_n = (m < M)[:, None], (n < N)[:, None]
-    if AHEAD:  # the first AHEAD tiles, a cache line of each row at a time; the row past the end repeats the last
-        LINE: tl.constexpr = 128 // (w.dtype.element_ty.primitive_bitwidth // 8)
-        line = w + tl.minimum(n, N - 1)[:, None].to(tl.int64) * K + first + tl.arange(0, BK // LINE)[None, :] * LINE
-        for step in tl.static_range(AHEAD):
-            prefetch(line + step * BK)
-    await_previous(EARLY)
     acc = tl.zeros((BM, BN), tl.float32)
     for k in tl.range(first, last, BK, num_stages=STAGES):
         if EVEN:
@@ -69,14 +64,14 @@ def skinny_partials(x: Tensor, weight: PackedWeight, config: SkinnyConfig | Wide
     """x [M, K] bf16 times a plain bf16, int8 or fp8 weight -> float32 partials [SPLITS, M, N] (bf16 [1, M, N] where
     config has one split)."""
     (m, k), n = x.shape, weight.shape[0]
-    bk, size = config.block_k, weight.data.element_size()
+    bk = config.block_k
     per_split = triton.cdiv(triton.cdiv(k, bk), config.splits) * bk
     splits = triton.cdiv(k, per_split)
     out = torch.empty(splits, m, n, dtype=torch.float32 if splits > 1 else torch.bfloat16, device=x.device)
     grid = (triton.cdiv(n, config.block_n), triton.cdiv(m, config.block_m), splits)
     skinny_kernel[grid](
         x, weight.data, weight.scale, out, m, n, k, per_split, config.block_m, config.block_n, bk, k % bk == 0,
-        config.stages, prefetch_steps(grid[0] * grid[1] * splits, config.block_n * bk * size, k // bk // splits),
-        early_launch(), INTERP, num_warps=config.warps, num_stages=config.stages, launch_pdl=early_launch(),
+        config.stages, early_launch(), INTERP, num_warps=config.warps, num_stages=config.stages,
+        launch_pdl=early_launch(),
     )
     return out

@@ -60,7 +60,9 @@ def test_elementwise(rows: int, width: int) -> None:
     checks.check_elementwise(rows, width, 28, 4, 128, "cuda", impl="triton")
 
 
-@pytest.mark.parametrize("rows, width, splits", [(1, 4096, 8), (3, 896, 3), (64, 4096, 2), (5, 14336, 4), (300, 4096, 1)])
+@pytest.mark.parametrize(
+    "rows, width, splits", [(1, 4096, 8), (3, 896, 3), (64, 4096, 2), (5, 14336, 4), (300, 4096, 1)]
+)
 def test_consumers_of_partials(rows: int, width: int, splits: int) -> None:
     checks_fused.check_consumers(rows, width, splits, "cuda", impl="triton")
 
@@ -72,3 +74,10 @@ def test_rope_write(
     format: str, rows: int, splits: int, norm: bool, heads: int, kv_heads: int, head_dim: int
 ) -> None:
     checks_fused.check_rope_write(format, rows, heads, kv_heads, head_dim, splits, norm, "cuda", impl="triton")
+
+
+@pytest.mark.parametrize("format, group_size", [("bf16", 128), ("int8", 128), ("int4", 128), ("int4", 64)])
+@pytest.mark.parametrize("rows, splits", [(1, 8), (5, 3), (16, 2), (40, 1)])
+def test_operands(format: str, group_size: int, rows: int, splits: int) -> None:
+    layout = "planes" if format == "int4" else "plain"
+    checks_fused.check_operands(format, group_size, rows, splits, "cuda", impl="triton", layout=layout)

@@ -68,3 +68,31 @@ def check_rope_write(
     ):
         assert torch.equal((side == 0).all(-1), (reference == 0).all(-1)), "written elsewhere than the reference"
         assert relative_error(side, reference) < bound
+
+
+def check_operands(
+    format: str, group_size: int, rows: int, splits: int, device: str, *, impl: str, layout: str
+) -> None:
+    """What `normed`, `add_normed` and `gated` make for a weight gives the product that plain rows give it."""
+    width, n = 256, 96
+    weight = kernels.pack_weight(
+        normal((n, width), 1, device).float() * 0.05 + 0.01, format, group_size=group_size, device=device, layout=layout
+    )
+    x, residual, norm = (
+        partials(rows, width, splits, 2, device), normal((rows, width), 3, device), normal((width,), 4, device),
+    )
+    gate_up = partials(rows, 2 * width, splits, 5, device)
+    poison(device)
+    added, total = kernels.add_normed(x, residual, norm, 1e-5, weight, impl=impl)
+    plain, plain_total = kernels.add_rms_norm(x, residual, norm, 1e-5, impl=impl)
+    assert torch.equal(total, plain_total)
+    pairs = (
+        (kernels.normed(residual, norm, 1e-5, weight, impl=impl), kernels.rms_norm(residual, norm, 1e-5, impl=impl)),
+        (added, plain),
+        (kernels.gated(gate_up, weight, impl=impl), kernels.silu_mul(gate_up, impl=impl)),
+    )
+    dense = weight.dequantize(torch.float64).t()
+    bound = {"w8a8": 2e-2, "fp8": 5e-2}.get(format, 4e-3)  # activations of 8 bits
+    for operand, rows16 in pairs:
+        got = kernels.linear(operand, weight, impl=impl)
+        assert got.shape == (rows, n) and relative_error(got, rows16.double() @ dense) < bound

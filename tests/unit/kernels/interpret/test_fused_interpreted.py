@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 import kernels
 from tests.unit.kernels import checks_fused
@@ -21,3 +22,21 @@ def test_rope_write(format: str, splits: int, rows: int, norm: bool) -> None:
 
 def test_rope_write_wide_heads() -> None:
     checks_fused.check_rope_write("int8", 3, 8, 4, 128, 2, False, "cpu", impl="triton", order="block")
+
+
+@pytest.mark.parametrize(
+    "format, group_size, layout",
+    [("bf16", 128, "plain"), ("int8", 128, "plain"), ("int4", 128, "planes"), ("int4", 64, "planes"),
+     ("w8a8", 128, "plain"), ("fp8", 128, "plain")],
+)  # fmt: skip
+@pytest.mark.parametrize("rows, splits", [(3, 2), (20, 1)])
+def test_operands(format: str, group_size: int, layout: str, rows: int, splits: int) -> None:
+    checks_fused.check_operands(format, group_size, rows, splits, "cpu", impl="triton", layout=layout)
+
+
+def test_sums_of_other_groups_are_refused() -> None:
+    dense = torch.randn(64, 256)
+    weights = [kernels.pack_weight(dense, "int4", group_size=g, device="cpu", layout="planes") for g in (64, 128)]
+    x = kernels.normed(torch.randn(2, 256).bfloat16(), torch.ones(256).bfloat16(), 1e-5, weights[0], impl="triton")
+    with pytest.raises(ValueError, match=r"sums \(4, 2\) are not those of groups of 128"):
+        kernels.linear(x, weights[1], impl="triton")
