@@ -176,19 +176,22 @@ def _operand(
     if scales is None:
         return x, None, None
     scale, low = scale_and_low(_gather(scales, table, batch)[:, :, : x.shape[2]])
-    codes = x.contiguous().view(torch.uint8)
     if codec.name == "fp8":
-        return _e4m3_numbers().index_select(0, codes.flatten().int()).view(codes.shape), scale, low
+        numbers = _e4m3_pairs().index_select(0, x.flatten().int().add_(1 << 15))
+        return numbers.view(torch.bfloat16).view(*x.shape[:-1], -1), scale, low
     middle = 1 << (codec.bits - 1)
+    codes = x.contiguous().view(torch.uint8)
     if codec.bits == 4:
         codes = torch.cat((codes & 15, codes >> 4), -1)
     return codes.to(torch.bfloat16).sub_(middle), scale, low + middle * scale
 
 
 @lru_cache(maxsize=1)
-def _e4m3_numbers() -> Tensor:
-    """Every e4m3 number by its code, bf16 [256]: looking them up is five times as fast as ATen's conversion."""
-    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.bfloat16)
+def _e4m3_pairs() -> Tensor:
+    """The two e4m3 numbers of each word from -2^15 on, as two bf16 in an int32 [2^16]: looking them up is seven times
+    as fast as ATen's conversion."""
+    words = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16)
+    return words.view(torch.float8_e4m3fn).to(torch.bfloat16).view(torch.int32)
 
 
 @lru_cache(maxsize=16)
