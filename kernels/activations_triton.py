@@ -42,8 +42,9 @@ def store_codes(value, codes, scales, row, D, BLOCK: tl.constexpr, LARGEST: tl.c
     which order as the numbers do and put NaN above all of them."""
     magnitude = tl.max(tl.abs(value).to(tl.int32, bitcast=True), 0).to(tl.float32, bitcast=True)
     largest = tl.where(magnitude < SMALLEST, SMALLEST, magnitude)
-    tl.store(scales + row, tl.div_rn(largest, LARGEST))
-    scaled = value * tl.div_rn(LARGEST + largest * 0.0, largest)
+    span = tl.full((), LARGEST, tl.float32)
+    tl.store(scales + row, tl.div_rn(largest, span))
+    scaled = value * tl.div_rn(span, largest)
     i = tl.arange(0, BLOCK)
     at = codes + row * D + i
     if codes.dtype.element_ty == tl.int8:
