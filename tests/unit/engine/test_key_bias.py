@@ -20,12 +20,14 @@ from safetensors.torch import load_file, save_file
 from engine import Engine, EngineConfig
 from engine.bundled import MODEL_DIR, heldout_text
 from engine.checkpoint import read_spec
-from engine.key_bias import key_bias, key_biases
+from engine.key_bias import POSITIONS, key_bias, key_biases
 from engine.kv_plan import KEY_NOISE, KeyBias, KVPlan
 from engine.loader import LoadedModel, load_model
+from engine.rope import cos_sin_table
 from engine.sampling_params import SamplingParams
 from kernels.kv_cache import KV_FORMATS, decode, encode
 from tests.unit.engine.checkpoints import random_model, save, tiny_config
+from tests.unit.engine.quantized_checkpoints import CASES, rewrite, write
 from workbench.forecast import predicted_plan
 
 BIASED = (0, 1, 3, 4)
@@ -171,3 +173,20 @@ def test_the_estimate_is_what_keys_err(format: str, size: float) -> None:
     codec = KV_FORMATS[format].key
     error = (decode(*encode(turned, codec), codec) - turned).square().mean((0, 2)).sqrt() / spread
     assert float(error.max()) == pytest.approx(estimate.noise(format), rel=0.25)
+
+
+@pytest.mark.parametrize("name", ["awq", "gptq, activation order", "packed", "w8a8"])
+def test_checkpoints_quantized_elsewhere_are_looked_at_too(name: str, tmp_path: Path) -> None:
+    """The spread of their keys is that of the dequantized weights."""
+    dense = write(tmp_path, CASES[name], attention_bias=True)
+    with torch.no_grad():
+        dense.model.layers[1].self_attn.k_proj.bias[5] = 80.0
+    rewrite(tmp_path, lambda tensors: tensors["model.layers.1.self_attn.k_proj.bias"].__setitem__(5, 80.0))
+    spec = read_spec(tmp_path)
+    rotation = cos_sin_table(spec, spec.max_positions, "cpu")[:: spec.max_positions // POSITIONS]
+    found = key_biases(tmp_path, spec)
+    for layer, got in zip(dense.model.layers, found, strict=True):
+        keys = layer.self_attn.k_proj
+        want = key_bias(keys.bias, keys.weight, layer.input_layernorm.weight, rotation)
+        assert got.span == pytest.approx(want.span, rel=1e-3) and got.rms == pytest.approx(want.rms, rel=1e-3)
+    assert found[1].repaired("int4") == "k8v4" and found[0].repaired("int4") == "int4"
