@@ -248,6 +248,14 @@ class Engine:
         finally:
             self._abandon([name])
 
+    def warm_up(self, num_tokens: int = 1024) -> None:
+        """Compile kernels and capture CUDA graphs for every batch size and sequences of up to `num_tokens` tokens.
+
+        Without it each is made when it is first needed, and the requests of that step wait: seconds where a kernel is
+        compiled for the first time on a machine, tens of milliseconds after that.
+        """
+        self.runner.warm_up(num_tokens)
+
     def reset_prefix_cache(self) -> None:
         """Forget every cached prefix that no running request holds."""
         self.scheduler.cache.reset()

@@ -88,6 +88,14 @@ class DecodeGraphs:
     def captured(self) -> list[GraphKey]:
         return sorted(self._graphs)
 
+    def warm_up(self, max_batch: int, max_blocks: int) -> None:
+        """Capture every padded batch size up to `max_batch`, largest first, for tables of up to `max_blocks`."""
+        sizes = sorted({padded_size(batch) for batch in range(1, max_batch + 1)}, reverse=True)
+        widths = sorted({padded_width(blocks) for blocks in range(1, max_blocks + 1)})
+        for key in (GraphKey(size, width, False) for width in widths for size in sizes):
+            if key not in self._graphs:
+                self.capture(key)
+
     def __call__(
         self, arrays: Arrays, extra: Arrays, *, logits: bool
     ) -> tuple[Tensor | None, Mapping[str, Tensor]]:
@@ -110,6 +118,7 @@ class DecodeGraphs:
         for name, to in graph.arrays.items():
             if name == "block_tables":
                 to[:batch, :blocks] = arrays[name]
+                to[:batch, blocks:] = 0
             elif name in arrays:
                 to[:batch] = arrays[name]
             else:  # no feed: every token is the host's own
@@ -140,6 +149,7 @@ class DecodeGraphs:
         self._compute(graph, key)
         self._readback.buffer.copy_(kept)
         torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # capturing does so too, and what it gives back is not the graph's
         before = torch.cuda.memory_reserved()
         with torch.cuda.graph(graph.graph, pool=self._pool):
             self._compute(graph, key)

@@ -63,6 +63,10 @@ class Runner(Protocol):
 
     def launch(self, batch: ScheduledBatch) -> Pending: ...
 
+    def warm_up(self, num_tokens: int) -> None:
+        """Make ready what decode steps of any batch size and sequences of so many tokens will need."""
+        ...
+
     def measured_memory(self) -> dict[str, int]:
         """Bytes in use now by part ("weights", "kv", ...); a part that cannot be measured is left out."""
         ...

@@ -120,6 +120,9 @@ class SimulatedRunner:
         tokens = [self._token(item.request.seed, item.stop) if item.samples else None for item in batch.items]
         return Done(StepResult(tokens, device_seconds=seconds))
 
+    def warm_up(self, num_tokens: int) -> None:
+        """A cost model is always warm."""
+
     def measured_memory(self) -> dict[str, int]:
         return {}
 

@@ -163,6 +163,12 @@ class TorchRunner:
         """One step, waited for."""
         return self.launch(batch).result()
 
+    @torch.inference_mode()
+    def warm_up(self, num_tokens: int) -> None:
+        if self._graphs is not None:
+            blocks = -(-min(num_tokens, self._memory.tokens_that_fit) // self._memory.block_size)
+            self._graphs.warm_up(self.config.max_batch_size, blocks)
+
     def _replayed(self, graphs: DecodeGraphs, arrays: Arrays, plan: SamplingPlan) -> Tensor | None:
         """A step of decodes as a graph; the logits where somebody needs them."""
         penalized = "penalized" in plan.arrays

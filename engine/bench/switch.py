@@ -32,6 +32,10 @@ def run_switch(config: EngineConfig, weights: Sequence[str], kv: Sequence[str]) 
         start = {"load_s": loaded, **row, "seconds": loaded + row["seconds"]}
         print(f"  {engine.description}")
         _say("constructor to first token", start)
+        begun = time.perf_counter()
+        engine.warm_up()
+        warm = time.perf_counter() - begun
+        print(f"  every batch size made ready: {warm:.2f} s more", flush=True)
         rows = []
         try:
             for change in changes(weights, kv):
@@ -45,7 +49,7 @@ def run_switch(config: EngineConfig, weights: Sequence[str], kv: Sequence[str]) 
                 _say(", ".join(f"{name} to {value}" for name, value in change.items()), row)
         finally:
             engine.close()
-    return {"config": asdict(config), "start": start, "changes": rows}
+    return {"config": asdict(config), "start": start, "warm_up_s": warm, "changes": rows}
 
 
 def _open(config: EngineConfig, model: LoadedModel) -> tuple[dict[str, Any], Engine]:

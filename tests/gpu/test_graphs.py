@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.graphs import padded_size, padded_width
+from engine.graphs import GraphKey, padded_size, padded_width
 from engine.sampling_params import SamplingParams
 from engine.step_inputs import StepInputs
 
@@ -20,7 +21,8 @@ FIELDS = ("tokens", "positions", "slots", "block_tables", "lengths", "query_star
 
 
 class Checked:
-    """Stands in for the runner's graphs: replays, runs the same step eagerly, and keeps both sets of logits."""
+    """Stands in for the runner's graphs: replays, runs the same step eagerly from the same pending tokens, and compares
+    both sets of logits. What the replay sampled is what the next step builds on."""
 
     def __init__(self, engine: Engine) -> None:
         self.runner: Any = engine.runner
@@ -28,15 +30,30 @@ class Checked:
         self.sizes: list[int] = []
         self.errors: list[float] = []
 
-    def __call__(self, arrays: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        replayed, tokens = (result.clone() for result in self.graphs(arrays))
-        staged = self.runner._staging(arrays)
-        step = StepInputs(**{name: staged[name] for name in FIELDS}, num_decodes=len(arrays["tokens"]))
-        eager, _ = self.graphs._compute(step)
-        self.sizes.append(len(arrays["tokens"]))
+    def __call__(
+        self, arrays: dict[str, Any], extra: dict[str, Any], *, logits: bool
+    ) -> tuple[Tensor | None, Mapping[str, Tensor]]:
+        board, batch = self.runner._readback, len(arrays["tokens"])
+        before = board.buffer.clone()
+        kept, staged = self.graphs(arrays, extra, logits=True)
+        replayed, after = kept.clone(), board.buffer.clone()
+        board.buffer.copy_(before)
+        inputs = self.runner._staging(arrays)
+        if "feed" in inputs:
+            inputs["tokens"] = board.feed(inputs["tokens"], inputs["feed"])
+        step = StepInputs(**{name: inputs[name] for name in FIELDS}, num_decodes=batch)
+        decoder = self.runner._decoder
+        eager = decoder.logits(decoder(step, self.runner._kv, self.runner._cos_sin))
+        board.buffer.copy_(after)
+        self.sizes.append(batch)
         self.errors.append(float((replayed.float() - eager.float()).norm() / eager.float().norm()))
-        assert torch.equal(tokens, replayed.argmax(-1))
-        return replayed, tokens
+        assert torch.equal(board.ids[:batch], replayed.argmax(-1))
+        assert torch.equal(board.highest[:batch], replayed.amax(-1))
+        return kept, staged
+
+    @property
+    def nbytes(self) -> int:
+        return self.graphs.nbytes
 
 
 @pytest.mark.parametrize("kv", ["bf16", "int8", "int4"])
@@ -62,6 +79,26 @@ def test_graphs_off_gives_the_same_answers_and_says_so() -> None:
             assert ("CUDA graphs" in engine.description) and ("eager" in engine.description) is not graphs
             texts.append([output.token_ids for output in engine.generate(prompts, SamplingParams(max_tokens=8))])
     assert texts[0] == texts[1]
+
+
+def test_warm_up_captures_every_size_and_serving_captures_no_more() -> None:
+    with Engine(EngineConfig(memory_limit=1 << 30, max_batch_size=20)) as engine:
+        graphs: Any = engine.runner._graphs  # type: ignore[attr-defined]
+        engine.add_request([1, 2, 3], SamplingParams(max_tokens=6, ignore_eos=True))
+        engine.step()
+        engine.warm_up(1500)  # in the middle of a request, whose pending token must survive
+        widths = {padded_width(blocks) for blocks in range(1, -(-1500 // engine.block_size) + 1)}
+        sizes = (1, 2, 4, 8, 16, 24)
+        assert graphs.captured == sorted(GraphKey(size, width, False) for size in sizes for width in widths)
+        outputs = []
+        while engine.has_unfinished():
+            outputs += engine.step()
+        engine.generate([[i] * 40 for i in range(20)], SamplingParams(max_tokens=5, ignore_eos=True))
+        assert len(graphs.captured) == 6 * len(widths)
+        measured = engine.measured_memory()
+        assert 0 <= measured["workspace.graphs"] <= engine.memory.workspace
+        again = engine.generate([[1, 2, 3]], SamplingParams(max_tokens=6, ignore_eos=True))[0]
+        assert outputs[-1].token_ids == again.token_ids
 
 
 def test_opening_and_closing_leaves_no_memory_behind() -> None:
