@@ -264,10 +264,15 @@ def pack_weight(
     """Quantize (a floating [N, K] tensor) and lay out a weight for `linear` on `device`.
 
     layout: one of the names above instead of the device's own (tests pack planes on the CPU for the interpreter).
-    ValueError: as `quantize_weight`; a QuantizedWeight of another format.
+    ValueError: as `quantize_weight`; a QuantizedWeight of another format; fp8 for a GPU that has no fp8.
     """
     device = torch.device(device)
     weight_format(format)
+    if format == "fp8" and device.type == "cuda" and (found := torch.cuda.get_device_capability(device)) < (8, 9):
+        raise ValueError(
+            f"fp8 needs a GPU of compute capability 8.9 or later, this one has {found[0]}.{found[1]}; w8a8 takes the "
+            "same bytes"
+        )
     if isinstance(weight, Tensor):
         weight = quantize_weight(weight.to(device), format, group_size)
     elif weight.format != format:

@@ -94,6 +94,12 @@ def test_float64_stays_float64() -> None:
     assert torch.allclose(kernels.linear(x, weight, impl="torch"), want, rtol=0, atol=1e-12)
 
 
+def test_a_gpu_without_fp8_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    with pytest.raises(ValueError, match=r"fp8 needs.* this one has 8\.0; w8a8"):
+        kernels.pack_weight(torch.randn(16, 16), "fp8", device="cuda")
+
+
 def eight(codes: torch.dtype = torch.int8) -> Activations:
     return quantize_rows(torch.randn(2, 64).bfloat16(), codes)
 
