@@ -1,6 +1,6 @@
 """The KV codecs on a CUDA device: bits of the reference, all roundings of e4m3, exact answers, an engine per format.
 
-    python -m tests.gpu.test_kv_gpu          microseconds of decode and prefill attention by format, without pytest
+    python -m tests.gpu.test_kv_gpu          microseconds of decode attention by format and configuration
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import kernels
 from engine import Engine, EngineConfig
 from engine.kv_plan import KVPlan
 from engine.sampling_params import SamplingParams
-from kernels import decode_triton, kv_cache_triton, triton_common
+from kernels import decode_triton, kv_cache_triton, problems, triton_common
 from kernels.timing import microseconds
+from kernels.tuning import DecodeConfig, decode_config
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device, and PyTorch sees none here", allow_module_level=True)
@@ -64,20 +65,20 @@ def test_engine(kv: str | KVPlan) -> None:
 
 
 def main() -> None:
-    from kernels import bench, problems
-    from kernels.tune import decode_candidates
-
-    bench.decode_rows()
-    bench.prefill_rows()
-    for format in ("fp8", "k8v4", "int8"):
+    """64 sequences of 2048 tokens: each format as configured, then 8-bit ones with other tiles and splits."""
+    tiles = {(32, 1, 4), (32, 1, 3), (32, 2, 3), (64, 2, 3)}
+    for format in kernels.KV_FORMATS:
         problem = problems.decode(format, 64, 2048)
-        times = {
-            config: microseconds(problem.calls(partial(decode_triton.decode_triton, config=config)))
-            for config in decode_candidates(64, 8)
-            if config.tile <= 64 and config.warps <= 2 and config.stages >= 3
-        }
-        for config, us in sorted(times.items(), key=lambda item: item[1])[:4]:
-            print(f"{format} 64 x 2048: {us:.1f} us with {config}", flush=True)
+        default = decode_config(format, 64, 8, 2048)
+        others = {DecodeConfig(tile, splits, 128, w, st) for tile, w, st in tiles for splits in (2, 3)}
+        for config in [default, *sorted(others - {default}, key=str)] if format in ("fp8", "k8v4") else [default]:
+            call = partial(decode_triton.decode_triton, config=config)
+            got = call(problem.q, problem.layers[0], problem.tables, problem.lengths, 128**-0.5)
+            held = (side.double() for side in kernels.read_kv(problem.layers[0], problem.tables[0], 2048))
+            error = checks.relative_error(got[:1], checks.attention64(problem.q[:1], *held, 128**-0.5))
+            us = microseconds(problem.calls(call))
+            rate = problem.nbytes / us / 1e6
+            print(f"{format} 64 x 2048: {us:.1f} us, {rate:.2f} TB/s, error {error:.1e}, {config}", flush=True)
 
 
 if __name__ == "__main__":
