@@ -110,7 +110,7 @@ def sample(logits: Tensor, plan: SamplingPlan, staged: Mapping[str, Tensor]) -> 
     staged: `plan.arrays` on the logits' device. Where the largest logit is not finite (a row with NaN has NaN), the
     token means nothing, but is one of the vocabulary.
     """
-    highest, tokens = logits.max(-1)
+    highest, tokens = _highest(logits)
     if "penalized" in staged:
         rows, logits = staged["penalized"], logits.float()
         logits = logits.index_copy(0, rows, _penalize(logits[rows], staged))
@@ -118,6 +118,19 @@ def sample(logits: Tensor, plan: SamplingPlan, staged: Mapping[str, Tensor]) -> 
     if "drawn" in staged:
         tokens = tokens.index_copy(0, staged["drawn"], _draw(logits[staged["drawn"]].float(), plan, staged))
     return tokens, highest
+
+
+def _highest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """`logits.max(-1)`; on a GPU in two stages, since a row reduced at once occupies one multiprocessor: 27 us for 92,544
+    logits on an H200, more than a small layer."""
+    vocab = logits.shape[-1]
+    parts = next((p for p in (64, 32, 16, 8) if vocab % p == 0), 1) if logits.device.type == "cuda" else 1
+    if parts == 1:
+        highest, tokens = logits.max(-1)
+        return highest, tokens
+    values, index = logits.view(-1, parts, vocab // parts).max(-1)
+    highest, part = values.max(-1)
+    return highest, part * (vocab // parts) + index.gather(1, part[:, None])[:, 0]
 
 
 def _penalize(logits: Tensor, staged: Mapping[str, Tensor]) -> Tensor:

@@ -17,7 +17,7 @@ from .wide import wide_partials
 
 # Up to these rows a kernel of ours streams the weight; above, it is dequantized once (in slices) and multiplied by
 # cuBLAS. bf16 goes to cuBLAS directly; w8a8 and fp8 activations have 8 bits there.
-FUSED_ROWS = {"bf16": 16, "int8": 64, "int4": 256, "w8a8": SIXTEEN_BIT_ROWS, "fp8": SIXTEEN_BIT_ROWS}
+FUSED_ROWS = {"bf16": 64, "int8": 64, "int4": 256, "w8a8": SIXTEEN_BIT_ROWS, "fp8": SIXTEEN_BIT_ROWS}
 SKINNY_ROWS = (
     64  # int4: up to here scales are applied per group to the accumulator (`a16w4`), above to the weight (`wide`)
 )
@@ -74,7 +74,8 @@ def linear_partials(
 
 
 def linear_fused(
-    x: Tensor | SummedRows, weight: PackedWeight, bias: Tensor | None = None, config: SkinnyConfig | WideConfig | None = None
+    x: Tensor | SummedRows, weight: PackedWeight, bias: Tensor | None = None,
+    config: SkinnyConfig | WideConfig | None = None,
 ) -> Tensor:
     """x [M, K] times the weight as it is stored, the splits of K summed -> bf16 [M, N]."""
     return _summed(linear_partials(x, weight, config), bias)

@@ -22,6 +22,9 @@ Calls = list[Callable[[], object]]
 SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
 
 
+HEAD = (92544, 4096)  # the lm_head of InternLM2.5 7B
+
+
 @dataclass(frozen=True)
 class Matmul:
     """x [m, k] times several copies of a packed weight [n, k], enough to miss the L2 cache."""

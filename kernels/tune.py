@@ -20,12 +20,17 @@ from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 
 from . import problems
-from .activations import quantize_rows
+from .a8w8 import a8w8_partials
+from .a16w4 import reduce_splits
+from .activations import SummedRows, quantize_rows
 from .decode_triton import decode_triton
+from .elementwise_triton import add_rms_norm, silu_mul
 from .kv_cache import KV_FORMATS
-from .matmul_triton import linear_8_bit, linear_fused
+from .matmul_triton import linear_8_bit, linear_partials
+from .operands import SUMMED_ROWS
 from .prefill_triton import prefill_triton
 from .timing import microseconds
 from .tuning import TUNED, DecodeConfig, PrefillConfig, SkinnyConfig, WideConfig
@@ -57,18 +62,24 @@ def wide_candidates(m: int) -> list[Any]:
 
 
 def plain_candidates(m: int, element_bytes: int) -> list[Any]:
-    bm = 16 if m <= 16 else 32 if m <= 32 else 64
-    if element_bytes == 2:
+    bm = 8 if m <= 8 else 16 if m <= 16 else 32 if m <= 32 else 64
+    if m > 16:
+        shapes = [
+            (bn, bk, w, st)
+            for bn, bk, w, st in product((64, 128, 256), (64, 128), (4, 8), (3, 4, 5, 6))
+            if 40960 <= (bm * 2 + bn * element_bytes) * bk * st <= 212992 and bn // w >= 16
+        ]
+    elif element_bytes == 2:
         shapes = [
             (bn, bk, w, st)
             for bn, bk, w, st in product((16, 32, 64), (128, 256), (1, 2, 4), (2, 3, 4, 5, 6))
-            if 8192 <= bn * bk * st <= 49152
+            if 8192 <= bn * bk * st <= 49152 and bn // w >= 16
         ]
     else:
         shapes = [
             (bn, bk, w, st)
             for bn, bk, w, st in product((32, 64, 128), (128, 256), (2, 4), (2, 3, 4))
-            if 12288 <= bn * bk * st <= 98304
+            if 12288 <= bn * bk * st <= 98304 and bn // w >= 16
         ]
     return [SkinnyConfig(bm, bn, s, w, st, bk) for (bn, bk, w, st), s in product(shapes, (1, 2, 4, 6))]
 
@@ -113,15 +124,39 @@ def _runner(op: str, arguments: dict[str, Any]) -> Callable[[Any], problems.Call
     if op == "prefill":
         prefill = problems.prefill(**arguments)
         return lambda config: prefill.calls(partial(prefill_triton, config=config))
-    if op == "a8w8" and min(arguments.values()) == 8192:
+    arguments = dict(arguments)
+    if op == "a8w8" and arguments["m"] == 8192:
         int8 = problems.int8_matmul(**arguments)
         return lambda config: [partial(linear_8_bit, *int8, None, config)]
     if op == "a8w8":
-        eight = problems.matmul("w8a8", **arguments)
-        x = quantize_rows(eight.x, torch.int8)
-        return lambda config: [partial(linear_8_bit, x, weight, None, config) for weight in eight.weights]
+        eight = problems.matmul(arguments.pop("format", "w8a8"), **arguments)
+        rows = quantize_rows(eight.x, eight.weights[0].data.dtype)
+        consume = _consumer(eight)
+        return lambda config: [partial(_both, a8w8_partials, rows, weight, config, consume) for weight in eight.weights]
     problem = problems.matmul(**arguments)
-    return lambda config: problem.calls(partial(linear_fused, bias=None, config=config))
+    x: Tensor | SummedRows = problem.x
+    if op == "planes" and problem.m <= SUMMED_ROWS:
+        x = SummedRows(problem.x, problem.x.float().unflatten(1, (-1, problem.group_size)).sum(-1).t().contiguous())
+    consume = _consumer(problem)
+    return lambda config: [partial(_both, linear_partials, x, weight, config, consume) for weight in problem.weights]
+
+
+def _both(
+    product: Callable[..., Tensor], x: Any, weight: Any, config: Any, consume: Callable[[Tensor], object]
+) -> None:
+    consume(product(x, weight, config))
+
+
+def _consumer(problem: problems.Matmul) -> Callable[[Tensor], object]:
+    """What reads the product in a decoder, since it pays for every split: the next norm behind o and down, an
+    elementwise kernel behind qkv and gate_up, the sum alone behind the lm_head."""
+    n, k = problem.n, problem.k
+    if (n, k) == problems.HEAD:
+        return lambda y: reduce_splits(y) if y.shape[0] > 1 else y
+    if n > k:
+        return lambda y: silu_mul(y if y.shape[0] > 1 else y[0])
+    residual, weight = (torch.randn(*shape, device="cuda").bfloat16() for shape in ((problem.m, n), (n,)))
+    return lambda y: add_rms_norm(y if y.shape[0] > 1 else y[0], residual, weight, 1e-5)
 
 
 def _compile(job: tuple[str, dict[str, Any], list[Any]]) -> None:
@@ -169,7 +204,10 @@ def tasks(kinds: list[str], most: int) -> list[Task]:
     """What is tuned: the shapes of `problems.SHAPES` at the M where a configuration changes, and attention; at most
     `most` candidates of each problem, drawn with a fixed seed."""
     found: list[Task] = []
-    rows = {"planes": (1, 16, 64), "wide": (256, 2048), "bf16": (1, 16), "int8": (1, 16, 64), "a8w8": (64, 256, 2048)}
+    rows = {
+        "planes": (1, 16, 32, 64), "wide": (128, 256), "bf16": (1, 16, 32, 64), "int8": (1, 16, 64),
+        "a8w8": (64, 128, 256, 2048),
+    }  # fmt: skip
     for kind in kinds:
         if kind == "decode":
             for format, (batch, context) in product(KV_FORMATS, ((1, 8192), (16, 2048), (64, 2048))):
@@ -189,7 +227,8 @@ def tasks(kinds: list[str], most: int) -> list[Task]:
             found.append((kind, {"m": 8192, "n": 8192, "k": 8192}, a8w8_candidates(8192)))
         else:
             format = "int4" if kind in ("planes", "wide") else kind
-            for m, (n, k) in product(rows[kind], problems.SHAPES.values()):
+            shapes = [*problems.SHAPES.values(), *([problems.HEAD] if kind in ("bf16", "int8") else [])]
+            for m, (n, k) in product(rows[kind], shapes):
                 candidates = (
                     {"planes": planes_candidates, "wide": wide_candidates}[kind](m)
                     if format == "int4"
@@ -212,17 +251,18 @@ def entries(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
         found.append(
             {"kind": record["op"], "problem": list(problem), "config": record["config"], "us": round(record["us"], 2)}
         )
-    return fastest(found)
+    return found
 
 
-def fastest(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One entry per problem."""
+def merged(known: list[dict[str, Any]], found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`known` with the fastest of `found` in the place of every problem that was tuned again; times of different runs
+    are not compared, since the kernels may have changed in between."""
     best: dict[tuple[Any, ...], dict[str, Any]] = {}
     for entry in found:
         key = (entry["kind"], *entry["problem"])
         if key not in best or entry["us"] < best[key]["us"]:
             best[key] = entry
-    return list(best.values())
+    return [entry for entry in known if (entry["kind"], *entry["problem"]) not in best] + list(best.values())
 
 
 def file_text(about: dict[str, str], found: list[dict[str, Any]]) -> str:
@@ -251,11 +291,11 @@ def main() -> None:
             "gpu": gpu,
             "torch": torch.__version__,
             "triton": triton.__version__,
-            "command": "python -m kernels.tune --write (fastest of several runs)",
+            "command": "python -m kernels.tune --write; us: a product and the operation that reads it (prefill: alone)",
         }
         path = TUNED / f"{gpu.replace(' ', '_')}.json"
         known = json.loads(path.read_text())["entries"] if path.exists() else []
-        path.write_text(file_text(about, fastest(known + entries(records))))
+        path.write_text(file_text(about, merged(known, entries(records))))
 
 
 if __name__ == "__main__":

@@ -73,9 +73,14 @@ def _table() -> dict[tuple[Any, ...], dict[str, int]]:
     return {(entry["kind"], *entry["problem"]): entry["config"] for entry in json.loads(path.read_text())["entries"]}
 
 
-def rows_bucket(m: int) -> int:
-    """The M that was tuned for rows like m."""
-    return next((rows for rows in (1, 16, 64, 256) if m <= max(8, rows)), 2048)
+TUNED_ROWS = (1, 16, 32, 64, 128, 256, 2048)
+"""The M that are tuned; the first serves up to 8 rows, each other one down to the one before."""
+
+
+def _tuned(kind: str, m: int, n: int, k: int) -> dict[str, int] | None:
+    """The entry for m rows of a problem, or where there is none, that of the next larger M, whose tiles fit too."""
+    fitting = [rows for rows in TUNED_ROWS if m <= max(8, rows)] or TUNED_ROWS[-1:]
+    return next((found for rows in fitting if (found := _table().get((kind, rows, n, k))) is not None), None)
 
 
 def _splits(n: int, k: int, block_n: int, step: int, programs: int, least_steps: int) -> int:
@@ -85,7 +90,7 @@ def _splits(n: int, k: int, block_n: int, step: int, programs: int, least_steps:
 
 def planes_config(m: int, n: int, k: int, group_size: int) -> SkinnyConfig:
     """A16W4, M <= 64: the configuration for x [m, k] and a planes weight [n, k]."""
-    found = _table().get(("planes", rows_bucket(m), n, k))
+    found = _tuned("planes", m, n, k)
     if found is not None and group_size == 128:
         return SkinnyConfig(**found)
     if m <= 16:
@@ -98,7 +103,7 @@ def planes_config(m: int, n: int, k: int, group_size: int) -> SkinnyConfig:
 
 def wide_config(m: int, n: int, k: int, group_size: int) -> WideConfig:
     """A16W4, M > 64: the configuration for x [m, k] and a planes weight [n, k]."""
-    found = _table().get(("wide", rows_bucket(m), n, k))
+    found = _tuned("wide", m, n, k)
     if found is not None and group_size == 128:
         return WideConfig(**found)
     return WideConfig(256 if m > 128 else 128, 128, 1, 8, 3)
@@ -106,7 +111,7 @@ def wide_config(m: int, n: int, k: int, group_size: int) -> WideConfig:
 
 def plain_config(m: int, n: int, k: int, element_bytes: int) -> SkinnyConfig:
     """bf16 and A16W8 (int8, fp8): the configuration for x [m, k] and a plain weight [n, k]."""
-    found = _table().get(("bf16" if element_bytes == 2 else "int8", rows_bucket(m), n, k))
+    found = _tuned("bf16" if element_bytes == 2 else "int8", m, n, k)
     if found is not None:
         return SkinnyConfig(**found)
     block_m = 16 if m <= 16 else 32 if m <= 32 else 64
@@ -117,7 +122,7 @@ def plain_config(m: int, n: int, k: int, element_bytes: int) -> SkinnyConfig:
 
 def a8w8_config(m: int, n: int, k: int) -> WideConfig:
     """A8W8: the configuration for x [m, k] and w [n, k] in 8 bits."""
-    found = _table().get(("a8w8", rows_bucket(m), n, k))
+    found = _tuned("a8w8", m, n, k)
     if found is not None:
         return WideConfig(**found)
     if m <= 64:
