@@ -76,7 +76,7 @@ def a8w8_partials(x: Activations, weight: PackedWeight, config: WideConfig | Non
             f"a8w8: x and the weight must hold the same codes over equal in features, not {x.codes.dtype} "
             f"{tuple(x.shape)} and {weight.data.dtype} {weight.shape}"
         )
-    config = config or a8w8_config(m, n, k)
+    config = config or a8w8_config(m, n, k, x.codes.dtype == torch.int8)
     bk = config.block_k
     per_split = triton.cdiv(triton.cdiv(k, bk), config.splits) * bk
     splits = triton.cdiv(k, per_split)

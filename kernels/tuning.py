@@ -120,14 +120,14 @@ def plain_config(m: int, n: int, k: int, element_bytes: int) -> SkinnyConfig:
     return SkinnyConfig(block_m, 64, _splits(n, k, 64, 128, 512, 4), 4, 3, 128)
 
 
-def a8w8_config(m: int, n: int, k: int) -> WideConfig:
-    """A8W8: the configuration for x [m, k] and w [n, k] in 8 bits."""
+def a8w8_config(m: int, n: int, k: int, integer: bool = True) -> WideConfig:
+    """A8W8: the configuration for x [m, k] and w [n, k] in int8, or e4m3, whose second set of sums takes registers."""
     found = _tuned("a8w8", m, n, k)
-    if found is not None:
+    if found is not None and integer:
         return WideConfig(**found)
     if m <= 64:
         return WideConfig(64, 64, _splits(n, k, 64, 128, 264, 8), 4, 4)
-    return WideConfig(128, 256, 1, 8, 4) if m * n >= 1 << 22 else WideConfig(128, 128, 1, 8, 4)
+    return WideConfig(128, 256 if integer and m * n >= 1 << 22 else 128, 1, 8, 4)
 
 
 def decode_config(format: str, batch: int, kv_heads: int, max_tokens: int, multiprocessors: int = 132) -> DecodeConfig:
