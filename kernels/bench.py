@@ -31,6 +31,7 @@ from .matmul_triton import linear_8_bit, linear_fused, linear_partials, linear_t
 from .packing import PackedWeight
 from .prefill_triton import prefill_triton
 from .timing import matmul_rate, microseconds, read_bandwidth
+from .tuning import a8w8_config
 
 
 @dataclass
@@ -215,6 +216,9 @@ def eight_bit_rows(format: str, rows: tuple[int, ...]) -> list[Row]:
             error = checked(relative_error(got, held @ weight.t()), 5e-3, f"{format} {name} M={m}")
             us = microseconds(problem.calls(run))
             others = {"8-bit product": microseconds([partial(linear_8_bit, eight, w) for w in problem.weights])}
+            if format == "fp8":  # which is cuBLAS's
+                ours = a8w8_config(m, n, k, integer=False)
+                others["ours"] = microseconds([partial(linear_8_bit, eight, w, None, ours) for w in problem.weights])
             if m <= 64:
                 others["A16W8"] = microseconds(problem.calls(linear_fused))
             dense = [weight.bfloat16() for _ in range(max(2, min(6, (512 << 20) // (2 * n * k))))]

@@ -1,0 +1,55 @@
+"""From timings to the configuration that a product is launched with."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+if sys.platform != "linux":
+    pytest.skip("Triton is published for Linux only", allow_module_level=True)
+
+from kernels import tune, tuning
+from kernels.problems import SHAPES
+from kernels.tuning import WideConfig
+
+SHARED = 227 << 10  # bytes of shared memory that a program may have on compute capability 9.0
+
+
+@pytest.mark.parametrize("m", [64, 256, 2048, 8192])
+def test_candidates_of_a8w8(m: int) -> None:
+    found = tune.a8w8_candidates(m)
+    assert len(found) >= 24 and len(set(found)) == len(found)
+    for config in found:
+        assert (config.block_m + config.block_n) * config.block_k * config.stages <= SHARED
+        assert config.block_m <= max(m, 16)
+    assert m > 256 or {config.splits for config in found} > {1}
+
+
+def test_every_shape_of_a_7b_is_tuned() -> None:
+    problems = {(a["m"], a["n"], a["k"]) for _, a, _ in tune.tasks(["a8w8"], 150)}
+    assert {(m, n, k) for m in (64, 256, 2048) for n, k in SHAPES.values()} <= problems
+
+
+def test_the_fastest_is_looked_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fast, slow = WideConfig(64, 32, 4, 4, 3, 256), WideConfig(64, 64, 1, 4, 3, 128)
+    records = [
+        {"op": "a8w8", "m": m, "n": 4096, "k": 4096, "us": us, "config": asdict(config)}
+        for m, us, config in ((64, 9.0, slow), (64, 5.0, fast), (8192, 1.0, slow))
+    ]
+    text = tune.file_text({"gpu": "NVIDIA Test"}, tune.merged([], tune.entries(records)))
+    assert len(json.loads(text)["entries"]) == 1  # 8192 cubed is a benchmark
+    (tmp_path / "NVIDIA_Test.json").write_text(text)
+    monkeypatch.setattr(tuning, "TUNED", tmp_path)
+    monkeypatch.setattr(tuning.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(tuning.torch.cuda, "get_device_name", lambda: "NVIDIA Test")
+    tuning._table.cache_clear()
+    try:
+        assert tuning.a8w8_config(50, 4096, 4096) == fast
+        for other in ((50, 4096, 4096, False), (65, 4096, 4096), (50, 4096, 14336)):
+            assert tuning.a8w8_config(*other) != fast
+    finally:
+        tuning._table.cache_clear()
