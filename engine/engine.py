@@ -407,6 +407,8 @@ class Engine:
         """Abort requests whose caller has left; nobody waits for their outputs."""
         for name in names:
             self._finish_aborted(name)
+        if not self._requests:
+            self._launched.clear()
         gone = set(names)
         self._undelivered = [output for output in self._undelivered if output.request_id not in gone]
 

@@ -77,8 +77,9 @@ class TorchRunner:
         config, spec = self.config, self._spec
         weights = decoder.weight_bytes()
         workspace = workspace_bytes(spec, config, decoder.dtype.itemsize)
-        if self.device.type == "cuda":  # graphs keep logits in a place of their own
-            workspace += CUDA_SCRATCH + padded_size(config.max_batch_size) * spec.vocab_size * decoder.dtype.itemsize
+        if self.device.type == "cuda":  # graphs have logits of their own, and keep them in a second place
+            logits = padded_size(config.max_batch_size) * spec.vocab_size * decoder.dtype.itemsize
+            workspace += CUDA_SCRATCH + 2 * logits
         return plan_memory(
             limit=config.memory_limit or default_limit(self.device, sum(weights.values()), workspace),
             weights=weights,
@@ -236,6 +237,8 @@ class TorchRunner:
     def close(self) -> None:
         if self._decoder is None:
             return
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # a step nobody waits for may still run on what is given back
         self._decoder = self._cos_sin = self._graphs = None
         self._kv = []
         self._staging, self._prepare = Staging(self.device), self._preparation()
