@@ -187,6 +187,16 @@ def test_the_next_step_is_launched_before_the_last_one_is_read() -> None:
         assert device.launches == 4, "how many tokens there will be is known beforehand: no step too many"
 
 
+@pytest.mark.parametrize("overlap", [True, False])
+def test_an_answer_is_a_prefix_that_the_next_turn_finds(overlap: bool) -> None:
+    with build(overlap=overlap) as engine:
+        first = engine.generate([[1] * 20], SamplingParams(max_tokens=45, seed=1))[0]
+        turn = [*first.prompt_token_ids, *first.token_ids, 2, 2]
+        second = engine.generate([turn], SamplingParams(max_tokens=5, seed=1))[0]
+        assert second.num_cached == (20 + 44) // BLOCK * BLOCK, "all but the last token of the answer were computed"
+        assert second.token_ids == expected(turn, 1, SamplingParams(max_tokens=5), 1000)
+
+
 def test_a_stop_costs_one_step_whose_token_is_dropped() -> None:
     with build() as engine:
         device: Any = engine.runner
