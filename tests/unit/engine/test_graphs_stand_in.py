@@ -1,0 +1,136 @@
+"""Decode graphs without a GPU: a stand-in for CUDA records what a step computes and computes it again at each replay.
+
+What a graph's inputs are, which graph serves which batch, where sampled tokens stand and what is kept of the logits is
+then the real code; tests/gpu has the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+from engine.batch import StepEvent
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.graphs import DecodeGraphs, GraphKey
+from engine.loader import LoadedModel, load_model
+from engine.sampling_params import SamplingParams
+
+OPTIONS: dict[str, Any] = {"model": "synthetic:tiny", "device": "cpu", "impl": "torch", "memory_limit": 64 << 20}
+
+
+class Recorded:
+    """A graph that holds the computation itself; while it is recorded, nothing is computed."""
+
+    def __init__(self) -> None:
+        self.compute: Any = None
+        self.replays = 0
+        self.recording = False
+
+    def replay(self) -> None:
+        self.replays += 1
+        self.compute()
+
+
+class Instant:
+    def record(self) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def record(graph: Recorded, pool: object) -> Iterator[None]:
+        graph.recording = True
+        yield
+        graph.recording = False
+
+    for name, value in {
+        "graph_pool_handle": lambda: 0,
+        "Event": Instant,
+        "CUDAGraph": Recorded,
+        "graph": record,
+        "synchronize": lambda: None,
+        "empty_cache": lambda: None,
+        "memory_reserved": lambda: 0,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *shape, pin_memory=False, **options: zeros(*shape, **options))
+    compute = DecodeGraphs._compute
+
+    def kept(self: DecodeGraphs, graph: Any, key: GraphKey) -> None:
+        graph.graph.compute = lambda: compute(self, graph, key)
+        if not graph.graph.recording:
+            compute(self, graph, key)
+
+    monkeypatch.setattr(DecodeGraphs, "_compute", kept)
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[LoadedModel]:
+    with load_model(EngineConfig(model="synthetic:tiny")) as model:
+        yield model
+
+
+def with_graphs(engine: Engine) -> DecodeGraphs:
+    runner: Any = engine.runner
+    blocks = -(-engine.session_len // engine.block_size)
+    with torch.inference_mode():
+        runner._graphs = DecodeGraphs(runner._decoder, runner._kv, runner._cos_sin, runner._readback, blocks)
+    runner.asynchronous = True
+    graphs: DecodeGraphs = runner._graphs
+    return graphs
+
+
+PARAMS = {
+    "greedy": [SamplingParams(max_tokens=2 + i, ignore_eos=True) for i in range(11)],
+    "drawn": [SamplingParams(max_tokens=2 + i, temperature=0.9, top_p=0.9, seed=i, ignore_eos=True) for i in range(11)],
+    "exacting": [SamplingParams(max_tokens=2 + i, temperature=0.5 * (i % 2), seed=i, logprobs=i % 3) for i in range(5)]
+    + [SamplingParams(max_tokens=7, repetition_penalty=1.2) for _ in range(2)]
+    + [SamplingParams(max_tokens=9, ignore_eos=True) for _ in range(4)],
+}
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("kind", PARAMS)
+def test_replayed_steps_give_the_tokens_of_eager_ones(
+    stand_in: None, model: LoadedModel, kind: str, overlap: bool
+) -> None:
+    prompts = [[(13 * i + j) % 500 for j in range(3 + 30 * (i % 4))] for i in range(11)]
+    prompts[0] = [5] * 300  # a wider block table than the others need
+    with Engine(EngineConfig(**OPTIONS, overlap=False), model=model) as engine:
+        plain = engine.generate(prompts, PARAMS[kind])
+    with Engine(EngineConfig(**OPTIONS, overlap=overlap, max_batch_size=11), model=model) as engine:
+        graphs = with_graphs(engine)
+        events: list[StepEvent] = []
+        engine.observers.append(events.append)
+        replayed = engine.generate(prompts, PARAMS[kind])
+        assert [output.token_ids for output in replayed] == [output.token_ids for output in plain]
+        assert [output.logprobs for output in replayed] == [output.logprobs for output in plain]
+        decodes = sum(event.num_prefills == 0 for event in events)
+        assert sum(graph.graph.replays for graph in graphs._graphs.values()) == decodes > 5  # type: ignore[attr-defined]
+        assert any(event.overlapped for event in events) is overlap
+        kinds = {key.logits for key in graphs.captured}
+        assert kinds == {False} if kind == "greedy" else True in kinds, "logits are kept where they are drawn from"
+        assert {key.width for key in graphs.captured} == {16, 32}
+
+
+def test_warm_up_makes_every_size_and_disturbs_nobody(stand_in: None, model: LoadedModel) -> None:
+    params = SamplingParams(max_tokens=9, ignore_eos=True)
+    with Engine(EngineConfig(**OPTIONS, max_batch_size=20), model=model) as engine:
+        want = engine.generate([[4, 5, 6]], params)[0].token_ids
+        graphs = with_graphs(engine)
+        engine.add_request([4, 5, 6], params)
+        engine.step()
+        engine.step()
+        engine.warm_up(300)
+        assert graphs.captured == [GraphKey(s, w, False) for s in (1, 2, 4, 8, 16, 24) for w in (16, 32)]
+        last = [output for _ in range(20) for output in engine.step()][-1]
+        assert last.token_ids == want
+        assert len(graphs.captured) == 12
