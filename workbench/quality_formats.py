@@ -22,7 +22,7 @@ from engine.weight_plan import WeightPlan
 from kernels import KV_FORMATS, WEIGHT_FORMATS
 from workbench import figure as figures
 from workbench import text as words
-from workbench.quality import Perplexity
+from workbench.quality import Perplexity, small_pool
 from workbench.quality_agreement import Agreement, greedy_answers, prompts_from
 from workbench.quality_divergence import Baseline, Divergence, Estimate
 
@@ -163,7 +163,7 @@ def candidates(
 ) -> dict[str, EngineConfig]:
     """Configurations by name: the baseline, the same in float32 arithmetic (what bf16 itself loses), then every weight
     format with bf16 KV, in each group size it can have, and every KV format with bf16 weights."""
-    base = replace(config, weights="bf16", kv="bf16")
+    base = small_pool(replace(config, weights="bf16", kv="bf16"))
     found = {BASELINE: base}
     if config.impl != "torch":
         found["bf16, float32 arithmetic"] = replace(base, impl="torch")
