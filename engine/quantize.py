@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from engine.calibration import BUDGET, calibration_windows
+from engine.calibration import BUDGET, WINDOW, calibration_windows
 from engine.checkpoint import CheckpointWeights
 from engine.config import GROUP_SIZES, EngineConfig
 from engine.errors import CheckpointError, ConfigError
@@ -70,7 +70,10 @@ def quantize(
         origin = source.folder if isinstance(source, CheckpointWeights | QuantizedWeights) else None
         _check_model(loaded, options, saved=folder is not None)
         target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-        windows = calibration_windows(loaded.tokenizer.encode(calibration or ""), budget) if chosen.calibrated else None
+        windows = None
+        if chosen.calibrated:
+            length = min(WINDOW, loaded.spec.max_positions)
+            windows = calibration_windows(loaded.tokenizer.encode(calibration or ""), budget, length)
         tensors: dict[tuple[str, int | None], Matrix] = {}
         with _bar(bar, loaded.spec.num_layers * len(MODULES), method) as progress, torch.inference_mode():
             for key, tensor in quantized_tensors(loaded, chosen, options, windows, target, progress.update):

@@ -84,6 +84,9 @@ def quantized_tensors(
     cos_sin = cos_sin_table(spec, 1 if windows is None else windows.shape[1], device)
     for index in range(spec.num_layers):
         layer = FloatLayer.read(spec, read, index, cos_sin, device)
+        for name, tensor in layer.tensors.items():
+            if not torch.isfinite(tensor).all():
+                raise CheckpointError(f"{spec.name}: {name} of layer {index} holds NaN or infinity")
         if method.prepare is not None:
             assert x is not None
             method.prepare(layer, x, options.group_size)

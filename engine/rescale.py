@@ -13,7 +13,7 @@ from engine.calibration import FloatLayer
 from kernels.quantize import grouped, on_grid, span
 from kernels.smoothing import awq_scales, fold_norm, search, smooth
 
-SEARCH_SEQUENCES = 8
+SEARCH_SEQUENCES = 4
 _NORM = {"qkv": "input_norm", "gate_up": "post_norm"}
 
 
