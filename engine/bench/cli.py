@@ -23,6 +23,7 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.loader import load_model
 from engine.machine import describe_machine
+from engine.torch_runner import resolve_device
 
 SUITE_HELP = (
     "single: one request, 64 tokens in and out; mixed: 64 requests, lengths in and out uniform in [16, 128]; decodeN: "
@@ -98,12 +99,13 @@ def side_by_side(args: argparse.Namespace, suites: Sequence[str]) -> dict[str, A
     report: dict[str, Any] = {}
     with load_model(EngineConfig(**common)) as model, ExitStack() as stack:
         candidates = {}
+        bandwidth = measured_bandwidth(args.device)
         for form in formats(args):
             engine = stack.enter_context(Engine(EngineConfig(**form, **common), model=model))
-            print(card(engine, Roofline.of(engine, measured_bandwidth(engine.config.device))))
+            print(card(engine, Roofline.of(engine, bandwidth)))
             candidates[f"weights {form['weights']}, kv {form['kv']}"] = engine_candidate(engine)
         if args.compare:
-            network = load_network(model_folder(args.model))
+            network = load_network(model, resolve_device(args.device))
             candidates["transformers generate, bf16"] = generate_candidate(model, network)
             if args.compare == "transformers":
                 candidates["transformers continuous, bf16"] = continuous_candidate(network)
@@ -165,14 +167,3 @@ def main(argv: Sequence[str] | None = None) -> None:
             report["suites"][suite] = SUITES[suite](args)
     if args.json:
         args.json.write_text(json.dumps(report, indent=1) + "\n")
-
-
-def model_folder(model: str) -> Path:
-    if model == "bundled":
-        from engine.bundled import MODEL_DIR
-
-        return MODEL_DIR
-    folder = Path(model).expanduser()
-    if not folder.is_dir():
-        raise SystemExit(f"--compare needs a model on disk; --model is {model!r}, give 'bundled' or a local folder")
-    return folder

@@ -10,16 +10,45 @@ import torch
 
 from engine.bench.measure import Candidate
 from engine.bench.work import Work
+from engine.errors import ConfigError
 from engine.loader import LoadedModel
 
 
-def load_network(folder: Path) -> Any:
-    """The model as transformers computes it, in bf16."""
-    from transformers import AutoModelForCausalLM
+def load_network(model: LoadedModel, device: torch.device) -> Any:
+    """The model as transformers computes it, in bf16; of a synthetic one the dimensions, with random weights."""
+    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, local_files_only=True)
-    return network.eval().to(device)
+    if not model.is_synthetic:
+        folder = _folder(model.source)
+        network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, local_files_only=True)
+        return network.eval().to(device)
+    spec = model.spec
+    kinds = {"LlamaForCausalLM": LlamaConfig, "Qwen2ForCausalLM": Qwen2Config}
+    config = kinds[spec.architecture](
+        vocab_size=spec.vocab_size,
+        hidden_size=spec.hidden_size,
+        intermediate_size=spec.intermediate_size,
+        num_hidden_layers=spec.num_layers,
+        num_attention_heads=spec.num_heads,
+        num_key_value_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        max_position_embeddings=spec.max_positions,
+        rms_norm_eps=spec.rms_norm_eps,
+        rope_parameters=dict(spec.rope),
+        tie_word_embeddings=spec.tie_embeddings,
+    )
+    with device:
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+
+
+def _folder(source: str) -> Path:
+    if source == "bundled":
+        from engine.bundled import MODEL_DIR
+
+        return MODEL_DIR
+    if not Path(source).is_dir():
+        raise ConfigError(f"--compare needs a model on this disk; --model is {source!r}: give the folder it lies in")
+    return Path(source)
 
 
 def generate_candidate(model: LoadedModel, network: Any, batch_size: int = 16) -> Candidate:

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from engine.bench.cli import main, parse
 from engine.bench.host import run_host
 from engine.bench.peers import PeerSizes
+from engine.bench.reference import generate_candidate, load_network
 from engine.bench.roofline import Roofline
 from engine.bench.soak import Soak
 from engine.bench.work import shared_work, uniform_work
@@ -112,3 +114,12 @@ def test_numbers_that_make_no_sense(argv: list[str], capsys: pytest.CaptureFixtu
     with pytest.raises(SystemExit):
         parse(argv)
     assert f"{argv[0]} is 0; it must be" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("model", ["synthetic:tiny", "bundled"])
+def test_transformers_computes_the_same_dimensions(model: str) -> None:
+    with load_model(EngineConfig(model=model)) as loaded:
+        network = load_network(loaded, torch.device("cpu"))
+        assert sum(p.numel() for p in network.parameters()) == loaded.spec.num_parameters
+        seconds, outputs = generate_candidate(loaded, network)(uniform_work(loaded.spec.vocab_size, 3, 2, 5, 0))
+        assert seconds > 0 and outputs is None
