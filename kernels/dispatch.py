@@ -22,15 +22,11 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-def resolve(impl: str, device: torch.device) -> str:
-    """The implementation that "auto" means on a device; any other name as it is."""
-    return ("triton" if device.type == "cuda" else "aten") if impl == "auto" else impl
-
-
 def choose(op: str, impls: Implementations, impl: str, device: torch.device) -> Callable[..., Any]:
     """The function registered for `impl` ("auto": triton on CUDA, aten on CPU); ValueError for a name that is not in
     `impls`."""
-    impl = resolve(impl, device)
+    if impl == "auto":
+        impl = "triton" if device.type == "cuda" else "aten"
     if impl not in impls:
         raise ValueError(f"{op}: impl must be 'auto' or one of {sorted(impls)}, not {impl!r}")
     if impl == "triton" and device.type != "cuda" and not interpreted():

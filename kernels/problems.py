@@ -50,12 +50,15 @@ class Matmul:
         return [partial(run, self.x, weight) for weight in self.weights]
 
 
-def matmul(format: str, m: int, n: int, k: int, group_size: int = 128, seed: int = 0) -> Matmul:
-    """A random problem; the copies of the weight hold the same numbers in different memory."""
+def matmul(
+    format: str, m: int, n: int, k: int, group_size: int = 128, seed: int = 0, copies: int | None = None
+) -> Matmul:
+    """A random problem; the copies of the weight hold the same numbers in different memory, by default as many as it
+    takes to miss the L2 cache."""
     generator = torch.Generator("cuda").manual_seed(seed)
     x = torch.randn(m, k, generator=generator, device="cuda").bfloat16()
     first = pack_weight(random_weight(n, k, 0.02, generator, "cuda"), format, group_size=group_size, device="cuda")
-    copies = copies_for(WEIGHT_FORMATS[format].nbytes(n, k, group_size))
+    copies = copies or copies_for(WEIGHT_FORMATS[format].nbytes(n, k, group_size))
     scale = first.scale
     weights = [
         PackedWeight(

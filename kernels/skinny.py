@@ -32,28 +32,28 @@ def skinny_kernel(
     m, n, i = tile_m * BM + tl.arange(0, BM), tile_n * BN + tl.arange(0, BN), tl.arange(0, BK)
     first = split * k_per_split
     last = tl.minimum(first + k_per_split, K)
-    x_at = x + m[:, None].to(tl.int64) * K + i[None, :]
+    x_at = x + m[None, :].to(tl.int64) * K + i[:, None]
     w_at = w + n[:, None].to(tl.int64) * K + i[None, :]
-    live_m, live_n = (m < M)[:, None], (n < N)[:, None]
-    acc = tl.zeros((BM, BN), tl.float32)
+    live_m, live_n = (m < M)[None, :], (n < N)[:, None]
+    acc = tl.zeros((BN, BM), tl.float32)
     for k in tl.range(first, last, BK, num_stages=STAGES):
         if EVEN:
-            a = tl.load(x_at + k, mask=live_m, other=0.0)
-            b = tl.load(w_at + k, mask=live_n, other=0.0)
+            a = tl.load(w_at + k, mask=live_n, other=0.0)
+            b = tl.load(x_at + k, mask=live_m, other=0.0)
         else:
-            a = tl.load(x_at + k, mask=live_m & (k + i < last)[None, :], other=0.0)
-            b = tl.load(w_at + k, mask=live_n & (k + i < last)[None, :], other=0.0)
+            a = tl.load(w_at + k, mask=live_n & (k + i < last)[None, :], other=0.0)
+            b = tl.load(x_at + k, mask=live_m & (k + i < last)[:, None], other=0.0)
         if INTERP:
-            b = b.to(tl.float32)
+            a = a.to(tl.float32)
         elif w.dtype.element_ty == tl.float8e4nv:
-            b = b.to(tl.float16).to(tl.bfloat16)
+            a = a.to(tl.float16).to(tl.bfloat16)
         else:
-            b = b.to(tl.bfloat16)
-        acc = dot(a, tl.trans(b), acc, INTERP)
+            a = a.to(tl.bfloat16)
+        acc = dot(a, b, acc, INTERP)
     if scale is not None:
-        acc *= tl.load(scale + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    at = out + (split * M + m[:, None]).to(tl.int64) * N + n[None, :]
-    inside = live_m & (n < N)[None, :]
+        acc *= tl.load(scale + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+    at = out + (split * M + m[None, :]).to(tl.int64) * N + n[:, None]
+    inside = live_m & (n < N)[:, None]
     if out.dtype.element_ty == tl.bfloat16:
         tl.store(at, to_bf16(acc, INTERP), mask=inside)
     else:

@@ -25,12 +25,11 @@ from torch import Tensor
 from . import problems
 from .a8w8 import a8w8_partials
 from .a16w4 import reduce_splits
-from .activations import SummedRows, quantize_rows
+from .activations import quantize_rows
 from .decode_triton import decode_triton
 from .elementwise_triton import add_rms_norm, silu_mul
 from .kv_cache import KV_FORMATS
 from .matmul_triton import linear_8_bit, linear_partials
-from .operands import SUMMED_ROWS
 from .prefill_triton import prefill_triton
 from .timing import microseconds
 from .tuning import TUNED, DecodeConfig, PrefillConfig, SkinnyConfig, WideConfig
@@ -134,10 +133,7 @@ def _runner(op: str, arguments: dict[str, Any]) -> Callable[[Any], problems.Call
         consume = _consumer(eight)
         return lambda config: [partial(_both, a8w8_partials, rows, weight, config, consume) for weight in eight.weights]
     problem = problems.matmul(**arguments)
-    x: Tensor | SummedRows = problem.x
-    if op == "planes" and problem.m <= SUMMED_ROWS:
-        x = SummedRows(problem.x, problem.x.float().unflatten(1, (-1, problem.group_size)).sum(-1).t().contiguous())
-    consume = _consumer(problem)
+    x, consume = problem.x, _consumer(problem)
     return lambda config: [partial(_both, linear_partials, x, weight, config, consume) for weight in problem.weights]
 
 
@@ -271,6 +267,15 @@ def file_text(about: dict[str, str], found: list[dict[str, Any]]) -> str:
     return "{\n" + head + ' "entries": [\n' + ",\n".join("  " + json.dumps(entry) for entry in found) + "\n ]\n}\n"
 
 
+def write_entries(found: list[dict[str, Any]], command: str) -> None:
+    """Merge `found` into this GPU's file; each entry says by which command it was chosen."""
+    gpu = torch.cuda.get_device_name()
+    about = {"gpu": gpu, "torch": torch.__version__, "triton": triton.__version__}
+    path = TUNED / f"{gpu.replace(' ', '_')}.json"
+    known = json.loads(path.read_text())["entries"] if path.exists() else []
+    path.write_text(file_text(about, merged(known, [{**entry, "command": command} for entry in found])))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--op", nargs="*", default=["planes", "wide", "bf16", "int8", "a8w8", "decode", "prefill"])
@@ -286,16 +291,7 @@ def main() -> None:
         with open(chosen.json, "w") as file:
             json.dump({"gpu": torch.cuda.get_device_name(), "records": records}, file)
     if chosen.write:
-        gpu = torch.cuda.get_device_name()
-        about = {
-            "gpu": gpu,
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-            "command": "python -m kernels.tune --write; us: a product and the operation that reads it (prefill: alone)",
-        }
-        path = TUNED / f"{gpu.replace(' ', '_')}.json"
-        known = json.loads(path.read_text())["entries"] if path.exists() else []
-        path.write_text(file_text(about, merged(known, entries(records))))
+        write_entries(entries(records), "python -m kernels.tune --write; us: a product and what reads it, or alone")
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ class PrefillConfig:
 
 
 @lru_cache(maxsize=1)
-def _table() -> dict[tuple[Any, ...], dict[str, int]]:
+def table() -> dict[tuple[Any, ...], dict[str, int]]:
     """The tuned entries of this GPU by (kind, problem); empty where there is no file."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     path = TUNED / f"{name.replace(' ', '_')}.json"
@@ -73,14 +73,14 @@ def _table() -> dict[tuple[Any, ...], dict[str, int]]:
     return {(entry["kind"], *entry["problem"]): entry["config"] for entry in json.loads(path.read_text())["entries"]}
 
 
-TUNED_ROWS = (1, 16, 32, 64, 128, 256, 2048)
-"""The M that are tuned; the first serves up to 8 rows, each other one down to the one before."""
+TUNED_ROWS = (1, 8, 16, 32, 64, 128, 256, 2048)
+"""The M that are tuned; each serves down to the one before."""
 
 
 def _tuned(kind: str, m: int, n: int, k: int) -> dict[str, int] | None:
     """The entry for m rows of a problem, or where there is none, that of the next larger M, whose tiles fit too."""
-    fitting = [rows for rows in TUNED_ROWS if m <= max(8, rows)] or TUNED_ROWS[-1:]
-    return next((found for rows in fitting if (found := _table().get((kind, rows, n, k))) is not None), None)
+    fitting = [rows for rows in TUNED_ROWS if m <= rows] or TUNED_ROWS[-1:]
+    return next((found for rows in fitting if (found := table().get((kind, rows, n, k))) is not None), None)
 
 
 def _splits(n: int, k: int, block_n: int, step: int, programs: int, least_steps: int) -> int:
@@ -133,23 +133,29 @@ def a8w8_config(m: int, n: int, k: int, integer: bool = True) -> WideConfig:
 def decode_config(format: str, batch: int, kv_heads: int, max_tokens: int, multiprocessors: int = 132) -> DecodeConfig:
     """The configuration for a batch whose block tables hold max_tokens; lengths are not known on the host.
 
-    The fewer (sequence, head) pairs there are, the more the context is split, down to 128 tokens a split."""
+    The fewer (sequence, head) pairs there are, the more the context is split: down to 128 tokens a split, or to 64
+    where hardly any program would run besides. For codes one warp a program has no barriers, and eight programs hide
+    each other's latency; where there are pairs enough without splits, two warps share a tile."""
     pairs = batch * kv_heads
-    few = pairs < multiprocessors // 2
+    least = 64 if pairs <= 16 else 128
+    few = pairs < multiprocessors // 2 if format == "bf16" else pairs <= 16
     if format == "bf16":
-        programs, warps = (3, 4) if few else (4, 2)
+        programs, tile, warps, stages = (3, 64, 4, 3) if few else (4, 32, 2, 3)
+    elif few:
+        programs, tile, warps, stages = 3, 64, 2, 3
+    elif pairs < 2 * multiprocessors or format == "int4":
+        programs, tile, warps, stages = 8, 64 if format == "int4" else 32, 1, 4
     else:
-        programs, warps = (
-            (3, 2) if few else (8, 1)
-        )  # one warp a program has no barriers, and eight programs hide each other's latency
-    splits = max(1, min(round(multiprocessors * programs / pairs), -(-max_tokens // 128), 128))
-    narrow = not few and (splits > 1 if format == "bf16" else splits > 4 or format != "int4")
-    return DecodeConfig(32 if narrow else 64, splits, 128, warps, 4 if warps == 1 else 3)
+        programs, tile, warps, stages = 4, 64, 2, 4
+    splits = max(1, min(round(multiprocessors * programs / pairs), -(-max_tokens // least), 128))
+    if splits == 1 or (format == "int4" and splits > 4):
+        tile = 64 if splits == 1 else 32
+    return DecodeConfig(tile, splits, least, warps, stages)
 
 
 def prefill_config(format: str, head_dim: int) -> PrefillConfig:
     """The configuration for a cache format and head size."""
-    found = _table().get(("prefill", format, head_dim))
+    found = table().get(("prefill", format, head_dim))
     if found is not None:
         return PrefillConfig(**found)
     return PrefillConfig(64, 32 if format == "fp8" else 64, 4, 3)  # fp8 at 64 x 64 spills registers

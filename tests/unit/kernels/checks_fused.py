@@ -86,11 +86,21 @@ def check_operands(
     added, total = kernels.add_normed(x, residual, norm, 1e-5, weight, impl=impl)
     plain, plain_total = kernels.add_rms_norm(x, residual, norm, 1e-5, impl=impl)
     assert torch.equal(total, plain_total)
-    pairs = (
+    pairs: tuple[tuple[kernels.Operand, Tensor], ...] = (
         (kernels.normed(residual, norm, 1e-5, weight, impl=impl), kernels.rms_norm(residual, norm, 1e-5, impl=impl)),
         (added, plain),
         (kernels.gated(gate_up, weight, impl=impl), kernels.silu_mul(gate_up, impl=impl)),
     )
+    if weight.layout == "planes":
+        from kernels.elementwise_triton import summed_add_rms_norm, summed_rms_norm, summed_silu_mul
+
+        summed, summed_total = summed_add_rms_norm(x, residual, norm, 1e-5, group_size)
+        assert torch.equal(summed_total, plain_total) and torch.equal(summed.x, plain)
+        pairs += (
+            (summed, plain),
+            (summed_rms_norm(residual, norm, 1e-5, group_size), pairs[0][1]),
+            (summed_silu_mul(gate_up, group_size), pairs[2][1]),
+        )
     dense = weight.dequantize(torch.float64).t()
     bound = {"w8a8": 2e-2, "fp8": 5e-2}.get(format, 4e-3)  # activations of 8 bits
     for operand, rows16 in pairs:

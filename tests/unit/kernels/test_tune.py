@@ -46,10 +46,10 @@ def test_the_fastest_is_looked_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.setattr(tuning, "TUNED", tmp_path)
     monkeypatch.setattr(tuning.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(tuning.torch.cuda, "get_device_name", lambda: "NVIDIA Test")
-    tuning._table.cache_clear()
+    tuning.table.cache_clear()
     try:
         assert tuning.a8w8_config(50, 4096, 4096) == fast
         for other in ((50, 4096, 4096, False), (65, 4096, 4096), (50, 4096, 14336)):
             assert tuning.a8w8_config(*other) != fast
     finally:
-        tuning._table.cache_clear()
+        tuning.table.cache_clear()

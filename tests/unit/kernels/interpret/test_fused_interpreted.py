@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import kernels
+from kernels.elementwise_triton import summed_rms_norm
 from tests.unit.kernels import checks_fused
 
 
@@ -37,6 +38,7 @@ def test_operands(format: str, group_size: int, layout: str, rows: int, splits: 
 def test_sums_of_other_groups_are_refused() -> None:
     dense = torch.randn(64, 256)
     weights = [kernels.pack_weight(dense, "int4", group_size=g, device="cpu", layout="planes") for g in (64, 128)]
-    x = kernels.normed(torch.randn(2, 256).bfloat16(), torch.ones(256).bfloat16(), 1e-5, weights[0], impl="triton")
+    x = summed_rms_norm(torch.randn(2, 256).bfloat16(), torch.ones(256).bfloat16(), 1e-5, 64)
+    kernels.linear(x, weights[0], impl="triton")
     with pytest.raises(ValueError, match=r"sums \(4, 2\) are not those of groups of 128"):
         kernels.linear(x, weights[1], impl="triton")
