@@ -104,7 +104,7 @@ def rope_write_triton(
     if not rows:
         return q
     # Few rows: a program per head, for latency. Many: heads of a kind together, so that a token's turn is read less.
-    together = 1 if rows <= 64 else math.gcd(8, heads, hkv)
+    together = 1 if rows <= 16 else math.gcd(8, heads, hkv)
     q_norm, k_norm, eps = norms or (turn, turn, 0.0)
     key, value, early = layer.key, layer.value, early_launch()
     rope_write_kernel[(rows, width // d // together)](

@@ -1,8 +1,8 @@
 """python -m kernels.tune_layer: choose among the fastest tiles of `kernels.tune` by the time of whole decoder layers.
 
 A product alone tells half of it: the splits of K are paid for by the kernel that reads them, and how evenly programs
-spread over the multiprocessors depends on the kernel before (4096 x 14336 in int4 at M = 1 by 256 programs: 10 us behind
-a norm, 15 us behind SiLU-mul, where 1024 small ones take 10 behind either, on an H200). So here a chain of layers is
+spread over the multiprocessors depends on the kernel before (4096 x 14336 in int4 at M = 1 by 256 programs: 10 us
+behind a norm, 15 behind SiLU-mul, where 1024 small ones take 10 behind either, on an H200). So here a chain of layers is
 replayed as a graph, as the engine does, and one product's tiles are changed at a time.
 """
 
@@ -135,7 +135,7 @@ def _compile(job: tuple[str, list[tuple[Problem, dict[str, int]]]]) -> None:
     """Compile what a chain will use, in a process of its own: Triton keeps it on disk."""
     format, configs = job
     for problem, config in configs:
-        kind, m, n, k = problem
+        _, m, n, k = problem
         table()[problem] = config
         one = problems.matmul(format, m, n, k, copies=1)
         codes = activation_codes(format, m)
