@@ -20,7 +20,7 @@ from engine.model_spec import ModelSpec
 from engine.weight_plan import MODULES
 from kernels import rope, rotation
 
-BUDGET = 32768
+BUDGET = 65536
 WINDOW = 512
 MIN_TOKENS = 2048
 
