@@ -2,8 +2,8 @@
 
 A product alone tells half of it: the splits of K are paid for by the kernel that reads them, and how evenly programs
 spread over the multiprocessors depends on the kernel before (4096 x 14336 in int4 at M = 1 by 256 programs: 10 us
-behind a norm, 15 behind SiLU-mul, where 1024 small ones take 10 behind either, on an H200). So here a chain of layers is
-replayed as a graph, as the engine does, and one product's tiles are changed at a time.
+behind a norm, 15 behind SiLU-mul, where 1024 small ones take 10 behind either, on an H200). So here a chain of layers
+is replayed as a graph, as the engine does, and one product's tiles are changed at a time.
 """
 
 from __future__ import annotations
