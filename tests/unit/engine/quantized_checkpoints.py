@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from kernels.activations import SIXTEEN_BIT_ROWS
 from tests.unit.engine.checkpoints import random_model, save, tiny_config
 
 WEIGHTS = "model.safetensors"
@@ -127,7 +128,7 @@ class Case:
     one_scale: bool = False
     dtype: torch.dtype = torch.float16
     label: str = "8 matrices int4 group 128"
-    tokens: int = 40  # of a text whose logits are compared: of more than 16, w8a8 rounds the activations
+    tokens: int = 40  # of a text whose logits are compared
 
 
 CASES = {
@@ -173,12 +174,12 @@ CASES = {
     ),
     "w8a8": Case(
         int8, compressed("int-quantized", activations=INT8_INPUTS, **INT8), -1, signed=True, dtype=torch.bfloat16,
-        label="8 matrices w8a8, lm_head bf16", tokens=16,
+        label="8 matrices w8a8, lm_head bf16", tokens=SIXTEEN_BIT_ROWS,
     ),
     "w8a8, static": Case(
         int8,
         compressed("int-quantized", activations={**INT8_INPUTS, "dynamic": False, "strategy": "tensor"}, **INT8),
-        -1, signed=True, label="8 matrices w8a8, lm_head bf16 (activations scaled per token", tokens=16,
+        -1, signed=True, label="8 matrices w8a8, lm_head bf16 (activations scaled per token", tokens=SIXTEEN_BIT_ROWS,
     ),
     "int8, one scale per matrix": Case(
         int8_tensor, compressed("int-quantized", **{**INT8, "strategy": "tensor"}), -1, signed=True, one_scale=True,

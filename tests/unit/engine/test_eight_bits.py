@@ -13,6 +13,7 @@ from engine.engine import Engine
 from engine.sampling_params import SamplingParams
 from engine.shapes import SyntheticWeights, synthetic_spec
 from engine.simulated import COMPUTE_EFFICIENCY, GPUS, SimulatedRunner
+from kernels.activations import SIXTEEN_BIT_ROWS
 from tests.unit.engine.checkpoints import random_model, save, tiny_config
 from tests.unit.engine.support import make_request
 from tests.unit.engine.test_decoder import BF16, CPU, built, random_ids, relative, whole
@@ -39,15 +40,16 @@ def test_a_7b_takes_half_the_bytes() -> None:
 
 @pytest.mark.parametrize("weights", FORMATS)
 def test_fast_path_against_its_dequantized_reference(weights: str) -> None:
-    """Up to 16 tokens no activation is rounded. Above, both paths round; where bfloat16 moves an activation across the
+    """Of few tokens no activation is rounded. Above, both paths round; where bfloat16 moves an activation across the
     edge of a code they err differently, but stay as close to the product that is not rounded."""
     spec = synthetic_spec("tiny")
     fast, dense = (
         build_decoder(spec, SyntheticWeights(spec, 0), weights=name, group_size=64, device=CPU, impl=impl)
         for name, impl in ((weights, "auto"), ("bf16", "torch"))
     )
-    ids = random_ids(50, vocab=spec.vocab_size)
-    assert relative(whole(fast, ids[:16]), whole(fast.reference(), ids[:16])) < BF16
+    ids = random_ids(3 * SIXTEEN_BIT_ROWS, vocab=spec.vocab_size)
+    few = ids[:SIXTEEN_BIT_ROWS]
+    assert relative(whole(fast, few), whole(fast.reference(), few)) < BF16
     expected = whole(dense, ids)
     quick, readable = (relative(whole(decoder, ids), expected) for decoder in (fast, fast.reference()))
     assert readable < 0.2 and quick < 1.2 * readable
@@ -90,6 +92,7 @@ def test_the_cost_model_multiplies_in_8_bits() -> None:
     for weights in FORMATS:
         assert seconds("bf16", "h200", 2048) - seconds(weights, "h200", 2048) == pytest.approx(saved)
     assert seconds("int8", "h200", 2048) == seconds("bf16", "h200", 2048)
-    assert seconds("w8a8", "h200", 16) == pytest.approx(seconds("int8", "h200", 16))  # bytes alone count
+    few = SIXTEEN_BIT_ROWS
+    assert seconds("w8a8", "h200", few) == pytest.approx(seconds("int8", "h200", few))  # bytes alone count
     assert seconds("fp8", "a100-80g", 2048) == seconds("bf16", "a100-80g", 2048)  # it has no fp8
     assert seconds("w8a8", "a100-80g", 2048) < 0.6 * seconds("bf16", "a100-80g", 2048)

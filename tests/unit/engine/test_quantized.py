@@ -18,6 +18,7 @@ from engine.engine import Engine
 from engine.errors import CheckpointError, ConfigError
 from engine.loader import load_model
 from engine.sampling_params import SamplingParams
+from kernels.activations import SIXTEEN_BIT_ROWS
 from tests.unit.engine.checkpoints import logits_by_transformers, random_model, save, tiny_config
 from tests.unit.engine.quantized_checkpoints import (
     CASES,
@@ -120,12 +121,12 @@ def write_fp8(folder: Path, inputs: dict[str, Any] | None) -> Any:
     [
         (FP8_INPUTS, ""),
         ({**FP8_INPUTS, "strategy": "tensor", "dynamic": False}, "activations scaled per token as they come"),
-        (None, "activations rounded to fp8 too, in steps of more than 16 tokens"),
+        (None, f"activations rounded to fp8 too, in steps of more than {SIXTEEN_BIT_ROWS} tokens"),
     ],
 )
 def test_fp8_keeps_codes_and_scales(inputs: dict[str, Any] | None, note: str, tmp_path: Path) -> None:
     model = write_fp8(tmp_path, inputs)
-    ids = random_ids(16)
+    ids = random_ids(SIXTEEN_BIT_ROWS)
     expected = logits_by_transformers(model, ids)
     reference, fast = built(tmp_path, "torch"), built(tmp_path, "auto", "fp8")
     for layer in range(2):
@@ -147,7 +148,7 @@ def test_long_texts_are_computed_with_rounded_activations(form: str, tmp_path: P
     """The fast path strays no further from the dequantized model than the reference, which rounds the same way: where
     bfloat16 moves an activation across the edge of a code, both err as much, but differently."""
     model = write(tmp_path, CASES["w8a8"]) if form == "w8a8" else write_fp8(tmp_path, FP8_INPUTS)
-    ids = random_ids(40)
+    ids = random_ids(2 * SIXTEEN_BIT_ROWS + 8)
     expected = logits_by_transformers(model, ids)
     reference, fast = whole(built(tmp_path, "torch"), ids), whole(built(tmp_path, "auto"), ids)
     cost = relative(reference, expected)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import kernels
 from kernels import activations, elementwise
-from kernels.activations import Activations, activation_codes, quantize_rows
+from kernels.activations import SIXTEEN_BIT_ROWS, Activations, activation_codes, quantize_rows
 from tests.unit.kernels.checks import generator, normal, poison, relative_error
 
 INT8, E4M3 = torch.int8, torch.float8_e4m3fn
@@ -27,7 +27,7 @@ def check_linear(
     b = normal((n,), 3, device) if bias else None
     codes = activation_codes(format, m)
     held = x.double() if codes is None else quantize_rows(x, codes, impl="torch").dequantize(torch.float64)
-    assert (codes is None) == (m <= 16)
+    assert (codes is None) == (m <= SIXTEEN_BIT_ROWS)
     poison(device)
     got = kernels.linear(x, weight, b, impl=impl)
     want = held @ weight.dequantize(torch.float64).t() + (0 if b is None else b.double())
@@ -55,7 +55,7 @@ def check_linear_exact(
     eight = Activations(x.to(CODES[format]), torch.ones(m, device=device), torch.bfloat16)
     want = x.double() @ dense.double().t() + bias.double()
     assert want.abs().max() <= 256
-    for given in (eight, x.bfloat16()) if m <= 16 else (eight,):
+    for given in (eight, x.bfloat16()) if m <= SIXTEEN_BIT_ROWS else (eight,):
         got = kernels.linear(given, weight, bias, impl=impl)
         assert torch.equal(got.double(), want), f"{format} M={m} N={n} K={k}: {(got.double() != want).sum()} differ"
 

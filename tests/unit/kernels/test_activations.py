@@ -51,12 +51,12 @@ def test_one_function_decides(format: str) -> None:
 def test_a_product_with_codes_from_the_operation_before(format: str) -> None:
     """Three dimensions, and what `linear` makes itself of the same numbers."""
     weight = kernels.pack_weight(torch.randn(48, 64), format, device="cpu")
-    x = torch.randn(3, 7, 64).bfloat16()
+    x = torch.randn(SIXTEEN_BIT_ROWS, 2, 64).bfloat16()
     codes = kernels.WEIGHT_FORMATS[format].activations
     assert codes is not None
     for impl in ("aten", "torch"):
         got = kernels.linear(quantize_rows(x, codes, impl=impl), weight, impl=impl)
-        assert got.shape == (3, 7, 48) and torch.equal(got, kernels.linear(x, weight, impl=impl))
+        assert got.shape == (SIXTEEN_BIT_ROWS, 2, 48) and torch.equal(got, kernels.linear(x, weight, impl=impl))
 
 
 def test_w8a8_holds_the_codes_of_int8() -> None:
@@ -88,7 +88,7 @@ def test_every_e4m3_number_is_widened_exactly() -> None:
 
 def test_float64_stays_float64() -> None:
     weight = kernels.pack_weight(torch.randn(32, 64), "w8a8", device="cpu")
-    x = torch.randn(20, 64, dtype=torch.float64)
+    x = torch.randn(SIXTEEN_BIT_ROWS + 4, 64, dtype=torch.float64)
     held = quantize_rows(x, torch.int8).dequantize()
     want = held @ weight.dequantize(torch.float64).t()
     assert torch.allclose(kernels.linear(x, weight, impl="torch"), want, rtol=0, atol=1e-12)
