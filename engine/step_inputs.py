@@ -73,6 +73,19 @@ def step_arrays(
     }
 
 
+def inert_prompts(count: int, length: int, block_size: int) -> Arrays:
+    """A step of `count` prompts of `length` tokens that writes nothing: every slot is -1. It reads block 0."""
+    return {
+        "tokens": np.zeros(count * length, np.int64),
+        "positions": np.tile(np.arange(length), count),
+        "slots": np.full(count * length, -1, np.int64),
+        "block_tables": np.zeros((count, -(-length // block_size)), np.int32),
+        "lengths": np.full(count, length, np.int32),
+        "query_starts": np.arange(0, (count + 1) * length, length, dtype=np.int32),
+        "rows": np.arange(1, count + 1) * length - 1,
+    }
+
+
 def feed_rows(
     decodes: Sequence[ScheduledRequest], num_tokens: int, sampled: Sequence[Request], room: int
 ) -> NDArray[np.int64] | None:

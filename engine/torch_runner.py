@@ -25,7 +25,7 @@ from engine.readback import Readback
 from engine.request import TokenLogprobs
 from engine.rope import cos_sin_table
 from engine.sampler import SamplingPlan, known_logprobs, sample, token_logprobs
-from engine.step_inputs import Arrays, Staging, StepInputs, step_arrays
+from engine.step_inputs import Arrays, Staging, StepInputs, inert_prompts, step_arrays
 from engine.torch_step import Scored, TorchStep, add_scored, by_item, scored_items
 from engine.weight_plan import WeightPlan
 from kernels import KVLayer, allocate_kv
@@ -166,9 +166,27 @@ class TorchRunner:
 
     @torch.inference_mode()
     def warm_up(self, num_tokens: int) -> None:
+        """On a CPU nothing is compiled ahead."""
+        if self.device.type == "cuda":
+            for count, length in self._prompt_shapes():
+                self._compute_inert(count, length)
         if self._graphs is not None:
             blocks = -(-min(num_tokens, self._memory.tokens_that_fit) // self._memory.block_size)
             self._graphs.warm_up(self.config.max_batch_size, blocks)
+
+    def _prompt_shapes(self) -> list[tuple[int, int]]:
+        """(prompts, tokens of each) of steps whose kernels differ: by the number of prompts, and of tokens in all."""
+        assert self._cos_sin is not None
+        longest = min(self.config.max_batched_tokens, len(self._cos_sin))
+        counts = [(1 << i, 1) for i in range(self.config.max_batch_size.bit_length())]
+        return [*counts, *((1, 1 << i) for i in range(4, longest.bit_length()))]
+
+    def _compute_inert(self, count: int, length: int) -> None:
+        """A step of prompts that writes no keys and whose logits nobody reads."""
+        assert self._decoder is not None and self._cos_sin is not None
+        staged = self._staging(inert_prompts(count, length, self._memory.block_size))
+        step = StepInputs(**{name: staged[name] for name in _STEP_FIELDS}, num_decodes=0)
+        self._decoder.logits(self._decoder(step, self._kv, self._cos_sin))
 
     def _replayed(self, graphs: DecodeGraphs, arrays: Arrays, plan: SamplingPlan) -> Tensor | None:
         """A step of decodes as a graph; the logits where somebody needs them."""

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from engine.batch import ScheduledBatch, ScheduledRequest
+from engine.config import EngineConfig
+from engine.engine import Engine
 from engine.preparation import Preparation
 from engine.readback import Readback
 from engine.request import Request, RequestStatus
@@ -134,3 +136,19 @@ def test_results_come_back_from_two_steps_at_once() -> None:
         assert slot.wait() is None, "a CPU has no device time of its own"
         assert slot.ids[:2].tolist() == [number, 10 * number]
         assert slot.highest[:2].isfinite().tolist() == [True, False]
+
+
+@pytest.mark.parametrize(("kv", "impl"), [("bf16", "torch"), ("int8", "auto")])
+def test_a_warm_up_step_writes_nothing(kv: str, impl: str) -> None:
+    config = EngineConfig(model="synthetic:tiny", device="cpu", impl=impl, kv=kv, memory_limit=32 << 20)
+    with Engine(config) as engine:
+        runner: Any = engine.runner
+        want = engine.generate([[1, 2, 3]], SamplingParams(max_tokens=5))[0].token_ids
+        before = [layer.key.clone() for layer in runner._kv]
+        shapes = runner._prompt_shapes()
+        assert {(1, 1), (2, 1), (4, 1), (1, 16), (1, 2048)} <= set(shapes) and max(map(max, shapes)) == 2048
+        with torch.inference_mode():
+            for count, length in [(4, 1), (1, 64), (3, 20)]:
+                runner._compute_inert(count, length)
+        assert all(torch.equal(layer.key, kept) for layer, kept in zip(runner._kv, before, strict=True))
+        assert engine.generate([[1, 2, 3]], SamplingParams(max_tokens=5))[0].token_ids == want
