@@ -68,11 +68,12 @@ class Frontier:
     interrupted: bool = False
 
     def bar(self) -> dict[str, Any] | None:
-        """The best plan within BAR_BITS, and whether it loses at most BAR_PERCENT; None where none was run."""
+        """Of the plans within BAR_BITS the one of least KL, and whether it loses at most BAR_PERCENT of perplexity; None
+        where none was run. KL picks, because the least of several noisy perplexities is flattered by its noise."""
         within = [point for point in self.points if point.planned.bits_per_weight <= BAR_BITS]
         if not within:
             return None
-        best = min(within, key=lambda point: point.perplexity_percent)
+        best = min(within, key=lambda point: point.divergence.kl_mean.value)
         return {
             "bits_at_most": BAR_BITS,
             "percent_at_most": BAR_PERCENT,
