@@ -25,7 +25,8 @@ from engine.checkpoint import CheckpointWeights
 from engine.config import GROUP_SIZES, EngineConfig
 from engine.errors import CheckpointError, ConfigError
 from engine.loader import LoadedModel, load_model
-from engine.model_spec import StoredFormat
+from engine.machine import describe_machine
+from engine.model_spec import ModelSpec, StoredFormat
 from engine.quantize_layers import METHODS, Matrix, Method, Options, quantized_tensors
 from engine.quantize_save import QuantizedWeights, check_folder, save
 from engine.quantized_write import LAYOUTS, choose_layout
@@ -155,6 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--layout", choices=LAYOUTS, help="default: the first that holds the result")
     parser.add_argument("--order", default="static", choices=ORDERS, help="of GPTQ's columns (default %(default)s)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--json", metavar="FILE", help="also write seconds, bytes, versions and machine to FILE")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     options = parser.parse_args(argv)
     started = time.perf_counter()
@@ -173,9 +175,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         return 130
-    print(summary(result, options.weights, options.group_size))
-    print(f"read in {read - started:.1f} s, quantized{' and saved' if options.out else ''} in "
-          f"{time.perf_counter() - read:.1f} s{f': {options.out}' if options.out else ''}")
+    seconds = time.perf_counter() - read
+    bits = bits_per_weight(result.spec, options.weights, options.group_size)
+    print(f"{result.source}: {bits:.2f} bits per weight of the layers' matrices, scales and zeros counted; "
+          "embeddings and lm_head bf16")
+    print(f"read in {read - started:.1f} s, quantized{' and saved' if options.out else ''} in {seconds:.1f} s"
+          f"{f': {options.out}' if options.out else ''}")
+    if options.json:
+        used = torch.cuda.is_available() and options.device != "cpu"
+        record = {
+            "machine": describe_machine(argv),
+            "model": options.model,
+            **result.weights.recipe,  # type: ignore[attr-defined]  # always a QuantizedWeights
+            "bits_per_weight": bits,
+            "seconds": seconds,
+            "peak_device_bytes": torch.cuda.max_memory_allocated() if used else None,
+            "host_bytes": result.host_bytes,
+        }
+        Path(options.json).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
@@ -183,14 +200,11 @@ def _plan(text: str) -> WeightPlan:
     return WeightPlan.of(json.loads(text) if text.startswith("{") else text)
 
 
-def summary(model: LoadedModel, weights: Weights, group_size: int) -> str:
-    """Bytes and bits per weight of the layers' matrices, scales and zeros counted, and of all the rest."""
-    spec = model.spec
-    held = {name: size for name, size in spec.matrix_bytes(weights, group_size).items() if name.startswith("layers.")}
-    elements = sum(n * k for name, (n, k) in spec.matrices().items() if name in held)
-    total = sum(held.values())
-    return (f"{model.source}: layers' matrices {total / 1e6:,.1f} MB, {8 * total / elements:.2f} bits per weight; "
-            f"embeddings and lm_head bf16")
+def bits_per_weight(spec: ModelSpec, weights: Weights, group_size: int) -> float:
+    """Of the layers' matrices, scales and zeros counted."""
+    sizes = spec.matrix_bytes(weights, group_size)
+    elements = {name: n * k for name, (n, k) in spec.matrices().items() if name.startswith("layers.")}
+    return 8 * sum(sizes[name] for name in elements) / sum(elements.values())
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from engine.config import GROUP_SIZES, EngineConfig
 from engine.engine import Engine
 from engine.errors import CheckpointError, ConfigError
 from engine.loader import LoadedModel, load_model
-from engine.quantize import quantize
+from engine.quantize import bits_per_weight, quantize
 from engine.quantize_layers import METHODS
 from workbench import text as words
 from workbench.quality import Perplexity, check_meaning, perplexity, small_pool
@@ -134,7 +134,8 @@ def measure(
             )  # fmt: skip
             seconds = time.perf_counter() - started
             found = _perplexity(config, result, text, max_tokens)
-            rows.append(Measured(method, weights, found, _bits(model, weights, group_size), seconds))
+            bits = bits_per_weight(model.spec, weights, group_size)
+            rows.append(Measured(method, weights, found, bits, seconds))
             result.close()
             bar.update()
     return Quantizers(tuple(rows))
@@ -144,13 +145,6 @@ def _perplexity(config: EngineConfig, model: LoadedModel, text: str | None, max_
     with Engine(small_pool(config), model=model) as engine:
         check_meaning(engine)
         return perplexity(engine, text, max_tokens=max_tokens)
-
-
-def _bits(model: LoadedModel, weights: str, group_size: int) -> float:
-    """Per weight of the layers' matrices, scales and zeros counted."""
-    sizes = model.spec.matrix_bytes(weights, group_size)
-    shapes = {name: n * k for name, (n, k) in model.spec.matrices().items() if name.startswith("layers.")}
-    return 8 * sum(sizes[name] for name in shapes) / sum(shapes.values())
 
 
 @contextmanager
