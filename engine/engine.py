@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
@@ -16,9 +15,10 @@ from engine.cache import KVCache
 from engine.config import EngineConfig
 from engine.detokenizer import Detokenizer
 from engine.errors import ConfigError, NonFiniteLogitsError, RequestError
+from engine.launched import LaunchedStep
 from engine.loader import LoadedModel, load_model
 from engine.request import Request, RequestOutput, RequestStatus
-from engine.runner import Done, Pending, Runner
+from engine.runner import Done, Runner
 from engine.sampling_params import SamplingParams
 from engine.scheduler import Scheduler, SchedulerConfig
 from engine.simulated import SimulatedRunner
@@ -37,17 +37,6 @@ def _torch(config: EngineConfig, model: LoadedModel) -> Runner:
 
 
 RUNNERS: dict[str, Callable[[EngineConfig, LoadedModel], Runner]] = {"torch": _torch, "simulated": _simulated}
-
-
-@dataclass(slots=True)
-class _Launched:
-    """A step between its scheduling and the moment its tokens are known."""
-
-    batch: ScheduledBatch
-    pending: Pending
-    start: float
-    host_seconds: float
-    overlapped: bool
 
 
 class Engine:
@@ -101,7 +90,7 @@ class Engine:
         self._detokenizers: dict[str, Detokenizer] = {}
         self._to_abort: list[str] = []
         self._undelivered: list[RequestOutput] = []
-        self._launched: deque[_Launched] = deque()
+        self._launched: deque[LaunchedStep] = deque()
         self._events: deque[StepEvent] = deque()
         self._num_exacting = 0  # unfinished requests that need values
         self._num_finished = 0  # since the last event
@@ -325,13 +314,13 @@ class Engine:
         batch = self.scheduler.schedule(start)
         if not batch:
             if batch.preempted:
-                self._launched.append(_Launched(batch, Done(StepResult([])), start, 0.0, False))
+                self._launched.append(LaunchedStep(batch, Done(StepResult([])), start, 0.0, False))
             return 0
         scheduled = self.clock.now()
         overlapped = bool(self._launched)
         pending = self.runner.launch(batch)
         self.scheduler.advance(batch)
-        self._launched.append(_Launched(batch, pending, start, scheduled - start, overlapped))
+        self._launched.append(LaunchedStep(batch, pending, start, scheduled - start, overlapped))
         exacting = self._num_exacting and any(item.request.params.needs_values for item in batch.items)
         return 1 if self._overlaps and not exacting else 0
 
@@ -341,13 +330,15 @@ class Engine:
         result = step.pending.result()
         self._launched.popleft()
         known = self.clock.now()
-        self._complete(step.batch, result, known)
+        told = self._complete(step.batch, result, known)
         self._apply_aborts()  # what was asked for while the step ran
         step.host_seconds += result.host_seconds + self.clock.now() - known
-        start, self._last_end = max(step.start, self._last_end), known
-        self._events.append(self._event(step, result, start, known))
+        span = max(step.start, self._last_end), known
+        self._events.append(step.event(self._num_steps, result, span, told, self._num_finished, self.scheduler))
+        self._num_steps, self._num_finished, self._last_end = self._num_steps + 1, 0, known
 
-    def _complete(self, batch: ScheduledBatch, result: StepResult, now: float) -> None:
+    def _complete(self, batch: ScheduledBatch, result: StepResult, now: float) -> int:
+        """Hand out the step's tokens; returns how many found somebody who still waited for them."""
         told = self.scheduler.complete(batch, result.token_ids, now)
         for item, known in zip(batch.items, result.prompt_logprobs or (), strict=False):
             if known is not None:
@@ -360,6 +351,7 @@ class Engine:
             if status is not None:
                 self.scheduler.finish(request, status, now)
             self._deliver(request, num_new=1)
+        return len(told)
 
     def _ending(self, request: Request) -> RequestStatus | None:
         """Why the request ends with its newest token, or None."""
@@ -398,7 +390,9 @@ class Engine:
     def _fail(self, error: NonFiniteLogitsError) -> None:
         """End the requests the model had no answer for; the others of the batch are computed again without them."""
         for name in error.request_ids:
-            request = self._requests[name]
+            request = self._requests.get(name)
+            if request is None:  # it was aborted while the step ran
+                continue
             request.error = str(error)
             self.scheduler.finish(request, RequestStatus.FAILED, self.clock.now())
             self._deliver(request)
@@ -423,35 +417,3 @@ class Engine:
                 self.scheduler.finish(request, status, self.clock.now())
             if request.is_finished:
                 self._deliver(request)
-
-    def _event(self, step: _Launched, result: StepResult, start: float, end: float) -> StepEvent:
-        pool, batch = self.scheduler.cache.pool, step.batch
-        event = StepEvent(
-            step=self._num_steps,
-            start=start,
-            end=end,
-            device_seconds=result.device_seconds,
-            num_decodes=len(batch.decodes),
-            num_prefills=len(batch.prefills),
-            num_prefill_tokens=batch.num_tokens - len(batch.decodes),
-            num_new_tokens=sum(token is not None for token in result.token_ids),
-            num_running=len(self.scheduler.running),
-            num_waiting=len(self.scheduler.waiting),
-            num_slots=batch.num_slots,
-            padding_tokens=batch.padding_tokens,
-            num_finished=self._num_finished,
-            num_preempted=len(batch.preempted),
-            num_recomputed=batch.num_recomputed,
-            query_tokens=sum(request.num_prompt for request in batch.admitted),
-            hit_tokens=sum(request.num_cached for request in batch.admitted),
-            blocks_total=pool.num_blocks,
-            blocks_used=pool.num_used,
-            blocks_shared=pool.num_shared,
-            blocks_cached=pool.num_cached,
-            blocked_by=batch.blocked_by,
-            host_seconds=step.host_seconds,
-            overlapped=step.overlapped,
-        )
-        self._num_steps += 1
-        self._num_finished = 0
-        return event

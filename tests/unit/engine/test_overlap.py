@@ -278,6 +278,30 @@ def test_a_request_without_an_answer_fails_alone_one_step_late() -> None:
         assert done["bad"].finish_reason == "error" and done["bad"].token_ids == want[: len(done["bad"].token_ids)]
 
 
+def test_an_aborted_request_may_lack_an_answer() -> None:
+    with build() as engine:
+        device: Any = engine.runner
+        names = [engine.add_request([i] * 20, SamplingParams(max_tokens=12)) for i in range(2)]
+        device.poisoned = names[0]
+        engine.step()
+        engine.abort(names[0])
+        outputs = [output for _ in range(30) for output in engine.step() if output.finished]
+        ends = {output.request_id: output.finish_reason for output in outputs}
+        assert ends == {names[0]: "abort", names[1]: "length"}
+
+
+def test_events_count_the_tokens_that_were_handed_out() -> None:
+    with build() as engine:
+        events: list[StepEvent] = []
+        engine.observers.append(events.append)
+        whole = engine.generate([[1, 2, 3]], SamplingParams(max_tokens=9, seed=1))[0].token_ids
+        stopping = SamplingParams(max_tokens=9, seed=1, stop_token_ids=(whole[3],))
+        other = SamplingParams(max_tokens=30, seed=2)
+        outputs = engine.generate([[1, 2, 3], [2, 2]], [stopping, other])
+        assert sum(event.num_new_tokens for event in events) == 9 + sum(len(output.token_ids) for output in outputs)
+        assert sum(event.num_finished for event in events) == 3
+
+
 def test_nothing_overlaps_on_a_device_that_is_done_at_once() -> None:
     with Engine(EngineConfig(runner="simulated"), model=StubModel(tiny_spec())) as engine:  # type: ignore[arg-type]
         engine.add_request([1, 2, 3], SamplingParams(max_tokens=4))
