@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from engine.errors import ConfigError
 from engine.scoring import CHUNK, prompt_logits
 from workbench.quality import MIN_WINDOW, Perplexity, check_meaning, text_windows
 
@@ -116,7 +117,16 @@ class Baseline:
         return sum(logits.nbytes for logits in self._logits)
 
     def compare(self, engine: Engine, *, progress: bool = False, stopped: Stopped = lambda: False) -> Divergence:
-        """What `engine`, of the same model in another format, makes of the same windows."""
+        """What `engine`, of the same model in another format, makes of the same windows.
+
+        ConfigError for a model with another vocabulary.
+        """
+        vocabulary = self._logits[0].shape[1]
+        if engine.spec.vocab_size != vocabulary:
+            raise ConfigError(
+                f"{engine.model.source} has a vocabulary of {engine.spec.vocab_size:,}, the baseline one of "
+                f"{vocabulary:,}; only forms of one model are compared"
+            )
         kl: list[list[Tensor]] = [[] for _ in self.windows]
         same: list[list[Tensor]] = [[] for _ in self.windows]
         known: list[list[Tensor]] = [[] for _ in self.windows]

@@ -10,13 +10,14 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
 from engine.config import GROUP_SIZES, EngineConfig
 from engine.engine import Engine
-from engine.errors import ConfigError
+from engine.errors import CheckpointError, ConfigError
 from engine.loader import load_model
 from engine.weight_plan import WeightPlan
 from kernels import KV_FORMATS, WEIGHT_FORMATS
@@ -159,10 +160,14 @@ _ENDS = {"": "value", "_low": "low", "_high": "high"}
 
 
 def candidates(
-    config: EngineConfig, weights: Sequence[str] = tuple(WEIGHT_FORMATS), kv: Sequence[str] = tuple(KV_FORMATS)
+    config: EngineConfig,
+    weights: Sequence[str] = tuple(WEIGHT_FORMATS),
+    kv: Sequence[str] = tuple(KV_FORMATS),
+    checkpoints: Sequence[str] = (),
 ) -> dict[str, EngineConfig]:
     """Configurations by name: the baseline, the same in float32 arithmetic (what bf16 itself loses), then every weight
-    format with bf16 KV, in each group size it can have, and every KV format with bf16 weights."""
+    format with bf16 KV, in each group size it can have, every KV format with bf16 weights, and quantized copies of the
+    model as they are."""
     base = small_pool(replace(config, weights="bf16", kv="bf16"))
     found = {BASELINE: base}
     if config.impl != "torch":
@@ -172,7 +177,8 @@ def candidates(
             found[f"{name} weights"] = replace(base, weights=name)
         for size in sorted(GROUP_SIZES, reverse=True) if WEIGHT_FORMATS[name].grouped else ():
             found[f"{name} weights, group {size}"] = replace(base, weights=name, group_size=size)
-    return found | {f"KV {name}": replace(base, kv=name) for name in kv if name != "bf16"}
+    found |= {f"KV {name}": replace(base, kv=name) for name in kv if name != "bf16"}
+    return found | {f"checkpoint {Path(path).name}": replace(base, model=path) for path in checkpoints}
 
 
 def compare(
@@ -186,7 +192,9 @@ def compare(
     progress: bool = True,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Comparison:
-    """Measure each configuration against the first, all of one model, on `text` (the held-out excerpt by default).
+    """Measure each configuration against the first, on `text` (the held-out excerpt by default).
+
+    All are forms of one model: formats of it, or checkpoints made from it.
 
     max_tokens, window: of text and of one window; prompts, answer: greedy answers and their length, 0 prompts for none.
     An interrupt, or `stopped`, ends it with what was measured. A configuration that cannot be built has its reason in
@@ -212,12 +220,12 @@ def compare(
             for name, config in others:
                 bar.set_postfix_str(name)
                 try:
-                    with Engine(config, model=model) as engine:
+                    with Engine(config, model=model if config.model == base_config.model else None) as engine:
                         d = baseline.compare(engine, progress=progress, stopped=stopped)
                         given = greedy_answers(engine, asked, answer, stopped=stopped)
                         agreement = Agreement.of(given, answers) if asked else None
                         rows.append(_row(name, engine, d.perplexity, d, agreement))
-                except ConfigError as error:
+                except (ConfigError, CheckpointError) as error:
                     rows.append(FormatQuality(name, config, 0, 0, None, error=str(error)))
                 bar.update()
         except (KeyboardInterrupt, InterruptedError):
@@ -247,6 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--text", metavar="FILE", help="UTF-8 text to measure on (default: bundled held-out Python)")
     parser.add_argument("--weights", nargs="*", default=list(WEIGHT_FORMATS), choices=WEIGHT_FORMATS, help="formats")
     parser.add_argument("--kv", nargs="*", default=list(KV_FORMATS), choices=KV_FORMATS, help="formats")
+    parser.add_argument("--checkpoints", nargs="*", default=[], metavar="DIR", help="quantized copies of the model")
     parser.add_argument("--tokens", type=int, default=16384, help="most tokens of text")
     parser.add_argument("--window", type=int, default=512, help="tokens computed without memory of those before")
     parser.add_argument("--prompts", type=int, default=64, help="greedy answers to compare (0: none)")
@@ -257,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         text = _read(options.text)
         found = compare(
-            candidates(EngineConfig(model=options.model), options.weights, options.kv),
+            candidates(EngineConfig(model=options.model), options.weights, options.kv, options.checkpoints),
             text,
             max_tokens=options.tokens,
             window=options.window,
@@ -265,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             answer=options.answer,
             progress=not options.quiet,
         )
-    except (ConfigError, OSError, UnicodeDecodeError) as error:
+    except (ConfigError, CheckpointError, OSError, UnicodeDecodeError) as error:
         parser.error(str(error))
     perplexity = found.baseline.perplexity
     tokens = perplexity.tokens if perplexity else 0

@@ -68,8 +68,10 @@ class Frontier:
     interrupted: bool = False
 
     def bar(self) -> dict[str, Any] | None:
-        """Of the plans within BAR_BITS the one of least KL, and whether it loses at most BAR_PERCENT of perplexity; None
-        where none was run. KL picks, because the least of several noisy perplexities is flattered by its noise."""
+        """Of the plans within BAR_BITS the one of least KL, and whether it loses at most BAR_PERCENT of perplexity.
+
+        KL picks, because the least of several noisy perplexities is flattered by its noise. None where none was run.
+        """
         within = [point for point in self.points if point.planned.bits_per_weight <= BAR_BITS]
         if not within:
             return None

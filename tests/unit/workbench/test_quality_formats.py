@@ -11,7 +11,9 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import ConfigError
 from engine.loader import load_model
+from engine.quantize import quantize
 from engine.scoring import prompt_logits
+from tests.unit.engine.checkpoints import random_model, save, tiny_config
 from workbench import quality_formats
 from workbench.quality import Perplexity, perplexity
 from workbench.quality_agreement import Agreement, greedy_answers, prompts_from
@@ -189,6 +191,18 @@ def test_formats_are_compared_and_recorded(comparison):
     bars = comparison.bars()
     assert set(bars) == {"int8 weights", "KV int8"} and all(bar["met"] for bar in bars.values())
     assert bars["int8 weights"]["percent"] == int8["perplexity_percent"]
+
+
+def test_quantized_copies_are_compared_with_what_they_were_made_from(tmp_path):
+    folder = tmp_path / "copy"
+    quantize("bundled", "rtn", out=folder, bar=None).close()
+    configs = candidates(CONFIG, ["int4"], [], [str(folder)])
+    configs["another"] = EngineConfig(model=str(save(random_model(tiny_config("llama")), tmp_path / "another")))
+    del configs["bf16, float32 arithmetic"], configs["int4 weights, group 64"]
+    found = {row.name: row for row in compare(configs, **SMALL, prompts=0, progress=False).rows}
+    copy, plain = (found[name].divergence.kl_mean.value for name in ("checkpoint copy", "int4 weights, group 128"))
+    assert copy == pytest.approx(plain, rel=0.05)  # the same codes, beside an lm_head in bf16 instead of int8
+    assert "has a vocabulary of 320, the baseline one of 4,096" in found["another"].error
 
 
 def test_a_bar_can_be_missed(comparison):
