@@ -50,7 +50,7 @@ def heat_map(found: Sensitivity, format: str | None = None) -> go.Figure:
 def frontier_figure(found: Frontier) -> go.Figure:
     """Loss against bits per weight: what the single losses add up to, and what was measured of whole plans."""
     drawn = figures.blank(
-        f"Loss against bits per weight, {found.sensitivity.spec.name}",
+        f"Loss against bits per weight, {found.sensitivity.config.model}",
         "bits per weight of the layers' matrices, scales and zeros counted",
         "KL divergence from bf16, nats per token",
         yaxis_type="log",
