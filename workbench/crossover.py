@@ -27,7 +27,6 @@ from engine.loader import load_model
 from engine.sampling_params import SamplingParams
 from engine.torch_runner import resolve_device
 from kernels import WEIGHT_FORMATS
-from workbench import figure as figures
 from workbench import text as words
 
 if TYPE_CHECKING:
@@ -106,6 +105,8 @@ class Crossover:
     def figure(self) -> go.Figure:
         """Speed against the first format by batch size; 1 is where a format stops helping."""
         first, *others = self.seconds
+        from workbench import figure as figures  # plotly, which measuring alone does not need
+
         drawn = figures.blank(
             f"Decode steps of {self.model} against {first}",
             "requests in the batch",

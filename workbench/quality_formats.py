@@ -21,7 +21,6 @@ from engine.errors import CheckpointError, ConfigError
 from engine.loader import load_model
 from engine.weight_plan import WeightPlan
 from kernels import KV_FORMATS, WEIGHT_FORMATS
-from workbench import figure as figures
 from workbench import text as words
 from workbench.quality import Perplexity, small_pool
 from workbench.quality_agreement import Agreement, greedy_answers, prompts_from
@@ -120,6 +119,8 @@ class Comparison:
 
     def figure(self) -> go.Figure:
         """The agreement curves: how long greedy text stays that of the baseline."""
+        from workbench import figure as figures  # plotly, which measuring alone does not need
+
         drawn = figures.blank(
             f"Greedy answers still identical to {self.baseline.name}",
             "output tokens",

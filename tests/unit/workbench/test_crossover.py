@@ -1,6 +1,9 @@
 """Where int4 stops helping: what is said of given times, and that the steps that are timed are the ones meant."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +13,7 @@ from engine.errors import ConfigError
 from workbench import crossover
 from workbench.crossover import Crossover, measure, step_seconds
 
+ROOT = Path(__file__).resolve().parents[3]
 CONFIG = EngineConfig(model="synthetic:tiny", device="cpu", memory_limit=60 * 10**6)
 
 
@@ -80,6 +84,13 @@ def test_refusals():
         measure(CONFIG, ("bf16",))
     with pytest.raises(ConfigError, match="batch 200 needs"):
         measure(CONFIG, batches=(200,), progress=False)
+
+
+def test_measuring_needs_no_plotly():
+    """On a GPU server there may be none."""
+    modules = "crossover", "quality", "quality_formats", "sensitivity", "sensitivity_frontier", "lm_eval"
+    code = f"import sys; sys.modules['plotly'] = None; import {', '.join(f'workbench.{name}' for name in modules)}"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
 def test_the_command_prints_and_writes(tmp_path, capsys):
