@@ -178,7 +178,8 @@ class TorchRunner:
         """(prompts, tokens of each) of steps whose kernels differ: by the number of prompts, and of tokens in all."""
         assert self._cos_sin is not None
         longest = min(self.config.max_batched_tokens, len(self._cos_sin))
-        counts = [(1 << i, 1) for i in range(self.config.max_batch_size.bit_length())]
+        most = min(self.config.max_batch_size, max(1, self.config.max_batched_tokens // 256))  # in one step, mostly
+        counts = [(1 << i, 1) for i in range(most.bit_length())]
         return [*counts, *((1, 1 << i) for i in range(4, longest.bit_length()))]
 
     def _compute_inert(self, count: int, length: int) -> None:

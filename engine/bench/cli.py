@@ -12,9 +12,9 @@ from typing import Any
 
 from engine.bench.host import run_host
 from engine.bench.kvfit import run_kvfit
-from engine.bench.measure import engine_candidate, measure, print_suite
+from engine.bench.measure import Candidate, engine_candidate, measure, print_suite
 from engine.bench.peers import PARTS, PeerSizes, run_peers
-from engine.bench.reference import continuous_candidate, generate_candidate, load_network
+from engine.bench.reference import ContinuousCandidate, generate_candidate, load_network
 from engine.bench.roofline import Roofline, card, measured_bandwidth
 from engine.bench.soak import run_soak
 from engine.bench.switch import run_switch
@@ -98,7 +98,7 @@ def side_by_side(args: argparse.Namespace, suites: Sequence[str]) -> dict[str, A
     common = options(args)
     report: dict[str, Any] = {}
     with load_model(EngineConfig(**common)) as model, ExitStack() as stack:
-        candidates = {}
+        candidates: dict[str, Candidate] = {}
         bandwidth = measured_bandwidth(args.device)
         for form in formats(args):
             engine = stack.enter_context(Engine(EngineConfig(**form, **common), model=model))
@@ -106,9 +106,10 @@ def side_by_side(args: argparse.Namespace, suites: Sequence[str]) -> dict[str, A
             candidates[f"weights {form['weights']}, kv {form['kv']}"] = engine_candidate(engine)
         if args.compare:
             network = load_network(model, resolve_device(args.device))
-            candidates["transformers generate, bf16"] = generate_candidate(model, network)
             if args.compare == "transformers":
-                candidates["transformers continuous, bf16"] = continuous_candidate(network)
+                continuous = candidates["transformers continuous, bf16"] = ContinuousCandidate(network)
+                stack.callback(continuous.close)
+            candidates["transformers generate, bf16"] = generate_candidate(model, network)
         for suite in suites:
             results = measure(candidates, WORKS[suite](model.spec.vocab_size, args.seed), args.repeats or 5)
             print_suite(suite, results)

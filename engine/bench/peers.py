@@ -53,7 +53,8 @@ def run_peers(
     vocab = model.spec.vocab_size
     if set(parts) - {"shared"}:
         with Engine(replace(config, prefix_caching=False), model=model) as engine:
-            engine.warm_up(sizes.prompt + sizes.output)
+            if "offline" in parts:  # the others warm up with their own shapes
+                engine.warm_up(2 * sizes.offline[2])
             roofline = Roofline.of(engine, measured_bandwidth(config.device))
             print(card(engine, roofline), flush=True)
             report |= {"description": engine.description, "roofline": roofline.as_dict()}
@@ -66,7 +67,6 @@ def run_peers(
             report["measured_memory"] = engine.measured_memory()
     if "shared" in parts:
         with Engine(replace(config, prefix_caching=True), model=model) as engine:
-            engine.warm_up(sum(sizes.shared[1:]))
             report.setdefault("description", engine.description)
             works = [shared_work(vocab, *sizes.shared, seed + number) for number in range(repeats + 1)]
             report["shared"] = _shared(engine, works)
