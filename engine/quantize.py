@@ -33,6 +33,8 @@ from engine.quantized_write import LAYOUTS, choose_layout
 from engine.weight_plan import MODULES, WeightPlan, Weights
 from kernels.gptq import ORDERS
 
+DEVICES = ("auto", "cpu", "cuda")
+
 
 def quantize(
     model: str | LoadedModel,
@@ -56,8 +58,9 @@ def quantize(
     budget: most calibration tokens, in windows of 512; time and memory grow with them.
     weights: a format or a WeightPlan; the lm_head and the embeddings stay bf16. SmoothQuant takes formats of 8 or 16
         bits: "bf16" gives a smoothed checkpoint that still is to be quantized.
-    out: a folder that does not exist yet, written when everything else is done. layout: "awq", "compressed-tensors" or
-        "plain" (bf16); None takes the first that holds the result.
+    out: a folder that does not exist yet, written when everything else is done. layout: "awq", "gptq",
+        "compressed-tensors" or "plain" (bf16); None takes the first of them that holds the result.
+    order: of GPTQ's columns, see `kernels.gptq`; "group" needs the layout "gptq".
     bar: tqdm or what takes its place, None for silence. stopped: asked between matrices.
     Raises ConfigError, CheckpointError, or InterruptedError when `stopped` says so.
     """
@@ -70,13 +73,13 @@ def quantize(
         source = loaded.weights
         origin = source.folder if isinstance(source, CheckpointWeights | QuantizedWeights) else None
         _check_model(loaded, options, saved=folder is not None)
-        target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        target = _device(device)
         windows = None
         if chosen.calibrated:
             length = min(WINDOW, loaded.spec.max_positions)
             windows = calibration_windows(loaded.tokenizer.encode(calibration or ""), budget, length)
         tensors: dict[tuple[str, int | None], Matrix] = {}
-        with _bar(bar, loaded.spec.num_layers * len(MODULES), method) as progress, torch.inference_mode():
+        with _bar(bar, loaded.spec.num_layers * len(MODULES), method) as progress, torch.no_grad():
             for key, tensor in quantized_tensors(loaded, chosen, options, windows, target, progress.update):
                 if stopped():
                     raise InterruptedError("the quantization was stopped; nothing was written")
@@ -131,6 +134,14 @@ def _check_model(model: LoadedModel, options: Options, *, saved: bool) -> None:
             raise ConfigError(f"group_size is {options.group_size}; it does not divide the {k} in features of {name}")
 
 
+def _device(name: str) -> torch.device:
+    if name not in DEVICES:
+        raise ConfigError(f"device is {name!r}; it must be one of {', '.join(DEVICES)}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is 'cuda', but torch finds no CUDA device here")
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
 def _stored(method: str, options: Options) -> StoredFormat | None:
     """None where everything stays bf16: such a model is still to be quantized."""
     formats = [name for name in (options.plan.default, *sorted(options.plan.formats)) if name != "bf16"]
@@ -155,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", metavar="DIR", help="folder to write; without it the work is only timed")
     parser.add_argument("--layout", choices=LAYOUTS, help="default: the first that holds the result")
     parser.add_argument("--order", default="static", choices=ORDERS, help="of GPTQ's columns (default %(default)s)")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--device", default="auto", choices=DEVICES)
     parser.add_argument("--json", metavar="FILE", help="also write seconds, bytes, versions and machine to FILE")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     options = parser.parse_args(argv)

@@ -247,6 +247,7 @@ def test_synthetic_models_are_quantized_but_not_saved(tmp_path: Path) -> None:
         ({"layout": "awq", "weights": "int8"}, "'awq', which does not hold weights 'int8'.*'compressed-tensors' does"),
         ({"layout": "awq", "order": "group"}, "activation order.*'gptq' does"),
         ({"out": "missing/out"}, "no folder.*missing"),
+        ({"device": "tpu"}, "'tpu'.*auto, cpu, cuda"),
     ],
 )
 def test_options_that_are_refused(
