@@ -105,17 +105,22 @@ class Sensitivity:
         head = head or "int8"
         choices = self.choices()
         fixed = self._planned({}, head).total_bytes - sum(c.nbytes for c in choices if c.format == "bf16")
-        budget = None
+        smallest: dict[str, int] = {}
+        for c in choices:
+            smallest[c.matrix] = min(c.nbytes, smallest.get(c.matrix, c.nbytes))
+        least, weights, budget = sum(smallest.values()), self._layer_weights(), None
         if budget_bytes is not None:
             budget = budget_bytes - fixed
-            smallest: dict[str, int] = {}
-            for c in choices:
-                smallest[c.matrix] = min(c.nbytes, smallest.get(c.matrix, c.nbytes))
-            least = fixed + sum(smallest.values())
-            if budget_bytes < least:
-                raise ConfigError(f"budget_bytes is {budget_bytes:,}; the smallest formats take {least:,} bytes")
+            if budget < least:
+                raise ConfigError(
+                    f"budget_bytes is {budget_bytes:,}; the smallest formats take {fixed + least:,} bytes"
+                )
         elif bits_per_weight is not None:
-            budget = int(bits_per_weight * self._layer_weights() / 8)
+            budget = int(bits_per_weight * weights / 8)
+            if budget < least:
+                raise ConfigError(
+                    f"bits_per_weight is {bits_per_weight:g}; the smallest formats take {8 * least / weights:.2f}"
+                )
         return self._planned(assign(choices, budget_bytes=budget, max_loss=max_loss).formats, head)
 
     def uniform(self, name: str, head: str | None = None) -> PlannedWeights:

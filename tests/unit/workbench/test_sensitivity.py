@@ -83,7 +83,7 @@ def test_bounds_that_cannot_be_met(found):
     least = found.uniform("int4").total_bytes
     with pytest.raises(ConfigError, match=f"budget_bytes is 1,000; the smallest formats take {least:,} bytes"):
         found.assign(budget_bytes=1000)
-    with pytest.raises(ConfigError, match="the smallest formats take"):
+    with pytest.raises(ConfigError, match=r"bits_per_weight is 3; the smallest formats take 4.50"):
         found.assign(bits_per_weight=3.0)
     with pytest.raises(ConfigError, match="give one of"):
         found.assign(bits_per_weight=5.0, max_loss=1.0)
