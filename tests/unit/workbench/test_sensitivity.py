@@ -1,5 +1,6 @@
 """Sensitivity on a small checkpoint with one matrix made fragile and one made immune; plans from it run."""
 
+import itertools
 import json
 
 import numpy as np
@@ -13,6 +14,7 @@ from engine.loader import load_model
 from engine.weight_plan import MODULES, WeightPlan
 from tests.unit.engine.checkpoints import random_model, save, tiny_config
 from workbench import sensitivity_frontier
+from workbench.assignment import assign, frontier
 from workbench.sensitivity import measure
 from workbench.sensitivity_frontier import Frontier, measure_frontier
 
@@ -77,6 +79,17 @@ def test_bits_go_where_they_count(found):
     assert bounded.predicted_loss <= planned.predicted_loss and bounded.bits_per_weight < 16
     free = WeightPlan.of(dict.fromkeys(IMMUNE, "int4") | {"lm_head": "bf16"})
     assert found.assign(max_loss=0.0, head="bf16").plan == free
+
+
+def test_no_combination_of_the_measured_losses_is_better(found):
+    by_matrix = {}
+    for choice in found.choices():
+        by_matrix.setdefault(choice.matrix, []).append((choice.nbytes, choice.loss))
+    everything = np.array([np.sum(picked, 0) for picked in itertools.product(*by_matrix.values())])
+    assert len(everything) == 3**8
+    for passed in frontier(found.choices()):
+        best = everything[everything[:, 0] <= passed.nbytes, 1].min()
+        assert assign(found.choices(), budget_bytes=passed.nbytes).loss == pytest.approx(best, abs=1e-9)
 
 
 def test_bounds_that_cannot_be_met(found):
