@@ -34,8 +34,8 @@ class KVCache:
     The index key is the exact tokens plus the identity of the block before, so a hit is an equality of the whole
     prefix, not of a hash alone. A block is published when its tokens are known and the step that fills it is
     scheduled: steps run in order, and each writes the keys and values of all its tokens before it reads any, so even a
-    request of the same step may build on it. A step that breaks off takes the whole index with it. When the parent of a findable block is evicted the child can no longer be reached and
-    leaves in its turn.
+    request of the same step may build on it. A step that breaks off takes the whole index with it. When the parent of
+    a findable block is evicted the child can no longer be reached and leaves in its turn.
     """
 
     def __init__(self, num_blocks: int, block_size: int, *, prefix_caching: bool) -> None:

@@ -109,7 +109,7 @@ class DecoderLayer(nn.Module):
         return sum(held.nbytes for name in names if (held := getattr(self, name)) is not None)
 
     def forward(self, x: Operand, step: StepInputs, kv: KVLayer, turn: Tensor, plan: AttentionPlan | None) -> Tensor:
-        """Normed hidden states [T, hidden] -> the attention's output before it joins the residual, maybe as partials."""
+        """Normed hidden states [T, hidden] -> what attention adds to the residual, maybe as partials."""
         qkv = linear(x, self.qkv, self.qkv_bias, partial=True, impl=self.impl)
         q = rope_write(qkv, kv, step.slots, turn, self.head_norms, impl=self.impl)
         return linear(self.attend(q, step, kv, plan).flatten(1), self.o, self.o_bias, partial=True, impl=self.impl)
@@ -127,9 +127,10 @@ class DecoderLayer(nn.Module):
         return torch.cat((decoded, prefilled))
 
     def mlp(self, x: Operand) -> Tensor:
-        """Normed hidden states [T, hidden] -> what joins the residual, maybe as partials."""
+        """Normed hidden states [T, hidden] -> what the MLP adds to the residual, maybe as partials."""
         gate_up = linear(x, self.gate_up, self.gate_up_bias, partial=True, impl=self.impl)
-        return linear(gated(gate_up, self.down, impl=self.impl), self.down, self.down_bias, partial=True, impl=self.impl)
+        inner = gated(gate_up, self.down, impl=self.impl)
+        return linear(inner, self.down, self.down_bias, partial=True, impl=self.impl)
 
 
 class Decoder(nn.Module):

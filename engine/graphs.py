@@ -22,6 +22,7 @@ from torch import Tensor
 
 from engine.decoder import Decoder
 from engine.readback import Readback
+from engine.sampler import highest_logits
 from engine.step_inputs import Arrays, StepInputs, lay_out, view_as
 from kernels import KVLayer
 
@@ -162,7 +163,8 @@ class DecodeGraphs:
         readback = self._readback
         step = replace(graph.step, tokens=readback.feed(graph.step.tokens, graph.feed))
         logits = self._decoder.logits(self._decoder(step, self._kv, self._cos_sin))
-        torch.max(logits, -1, out=(readback.highest[: key.size], readback.ids[: key.size]))
+        highest, tokens = highest_logits(logits)
+        readback.store(tokens, highest)
         if key.logits:
             assert self._logits is not None
             self._logits[: key.size].copy_(logits)

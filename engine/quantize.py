@@ -27,8 +27,9 @@ from engine.errors import CheckpointError, ConfigError
 from engine.loader import LoadedModel, load_model
 from engine.machine import describe_machine
 from engine.model_spec import ModelSpec, StoredFormat
-from engine.quantize_layers import METHODS, Matrix, Method, Options, quantized_tensors
+from engine.quantize_layers import METHODS, Method, Options, quantized_tensors
 from engine.quantize_save import QuantizedWeights, check_folder, save
+from engine.quantized import Matrix
 from engine.quantized_write import LAYOUTS, choose_layout
 from engine.weight_plan import MODULES, WeightPlan, Weights
 from kernels.gptq import ORDERS

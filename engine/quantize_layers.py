@@ -17,6 +17,7 @@ from engine.calibration import FloatLayer
 from engine.decoder import outer_shapes
 from engine.errors import CheckpointError
 from engine.loader import LoadedModel
+from engine.quantized import Matrix
 from engine.rescale import awq, smoothquant
 from engine.rope import cos_sin_table
 from engine.weight_plan import MODULES, WeightPlan
@@ -25,7 +26,8 @@ from kernels.gptq import gptq
 from kernels.quantize import clipped, hqq
 
 CHUNK = 8  # sequences computed at a time
-Matrix = Tensor | QuantizedWeight
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """What a method is asked for. order: of GPTQ's columns, see `kernels.gptq`."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from engine.checkpoint import INDEX, OUTER_NAMES, expected_tensors, full_names
 from engine.errors import ConfigError
 from engine.model_spec import ModelSpec
+from engine.quantized import Matrix
 from engine.quantized_write import leaves_of, quantization_config
 from kernels import QuantizedWeight
 
@@ -25,7 +26,6 @@ COPIED = (
     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "LICENSE*", "NOTICE*",
 )  # fmt: skip
 RECIPE = "quantize.json"
-Matrix = Tensor | QuantizedWeight
 
 
 class QuantizedWeights:

@@ -110,7 +110,7 @@ def sample(logits: Tensor, plan: SamplingPlan, staged: Mapping[str, Tensor]) -> 
     staged: `plan.arrays` on the logits' device. Where the largest logit is not finite (a row with NaN has NaN), the
     token means nothing, but is one of the vocabulary.
     """
-    highest, tokens = _highest(logits)
+    highest, tokens = highest_logits(logits)
     if "penalized" in staged:
         rows, logits = staged["penalized"], logits.float()
         logits = logits.index_copy(0, rows, _penalize(logits[rows], staged))
@@ -120,9 +120,9 @@ def sample(logits: Tensor, plan: SamplingPlan, staged: Mapping[str, Tensor]) -> 
     return tokens, highest
 
 
-def _highest(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """`logits.max(-1)`; on a GPU in two stages, since a row reduced at once occupies one multiprocessor: 27 us for 92,544
-    logits on an H200, more than a small layer."""
+def highest_logits(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """`logits.max(-1)`; on a GPU in two stages, since a row reduced at once occupies one multiprocessor: 27 us for
+    92,544 logits on an H200, more than a small layer."""
     vocab = logits.shape[-1]
     parts = next((p for p in (64, 32, 16, 8) if vocab % p == 0), 1) if logits.device.type == "cuda" else 1
     if parts == 1:

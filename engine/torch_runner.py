@@ -21,6 +21,7 @@ from engine.loader import LoadedModel
 from engine.memory import MemoryPlan, plan_memory
 from engine.model_spec import ModelSpec
 from engine.preparation import Preparation, PreparedStep
+from engine.prompt_graphs import MOST_TOKENS, PromptGraphs
 from engine.readback import Readback
 from engine.request import TokenLogprobs
 from engine.rope import cos_sin_table
@@ -66,9 +67,11 @@ class TorchRunner:
         self._readback = Readback(padded_size(config.max_batch_size), decoder.dtype, self.device)
         self._prepare = self._preparation()
         self._graphs: DecodeGraphs | None = None
+        self._prompt_graphs: PromptGraphs | None = None
         if config.graphs and self.device.type == "cuda" and config.impl != "torch":
             longest = -(-length // self._memory.block_size)
             self._graphs = DecodeGraphs(decoder, self._kv, self._cos_sin, self._readback, longest)
+            self._prompt_graphs = PromptGraphs(decoder, self._kv, self._cos_sin, self._memory.block_size)
         self._baseline = torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -132,7 +135,9 @@ class TorchRunner:
     def _replay(self) -> str:
         if self.device.type != "cuda":
             return ""
-        return "; decode steps are CUDA graphs" if self._graphs is not None else "; no CUDA graphs, every step eager"
+        if self._graphs is None:
+            return "; no CUDA graphs, every step eager"
+        return f"; decode steps are CUDA graphs, and single prompts up to {MOST_TOKENS} tokens once warmed up"
 
     @torch.inference_mode()
     def launch(self, batch: ScheduledBatch) -> TorchStep:
@@ -150,6 +155,8 @@ class TorchRunner:
         known: list[float] = []
         if self._graphs is not None and not batch.prefills:
             logits = self._replayed(self._graphs, step.arrays, plan)
+        elif not batch.decodes and not scored and (logits := self._prompt(step)) is not None:
+            self._readback.store(*sample(logits, plan, self._staging(plan.arrays) if plan.arrays else {}))
         else:
             logits, known = self._eager(step, scored)
         slot.fetch(self._readback.buffer)
@@ -173,6 +180,8 @@ class TorchRunner:
         if self._graphs is not None:
             blocks = -(-min(num_tokens, self._memory.tokens_that_fit) // self._memory.block_size)
             self._graphs.warm_up(self.config.max_batch_size, blocks)
+        if self._prompt_graphs is not None:
+            self._prompt_graphs.warm_up(min(num_tokens, self._memory.tokens_that_fit))
 
     def _prompt_shapes(self) -> list[tuple[int, int]]:
         """(prompts, tokens of each) of steps whose kernels differ: by the number of prompts, and of tokens in all."""
@@ -188,6 +197,10 @@ class TorchRunner:
         staged = self._staging(inert_prompts(count, length, self._memory.block_size))
         step = StepInputs(**{name: staged[name] for name in _STEP_FIELDS}, num_decodes=0)
         self._decoder.logits(self._decoder(step, self._kv, self._cos_sin))
+
+    def _prompt(self, step: PreparedStep) -> Tensor | None:
+        """The logits of a step of one short prompt by a graph, or None where there is none."""
+        return None if self._prompt_graphs is None else self._prompt_graphs(step.arrays)
 
     def _replayed(self, graphs: DecodeGraphs, arrays: Arrays, plan: SamplingPlan) -> Tensor | None:
         """A step of decodes as a graph; the logits where somebody needs them."""
@@ -248,7 +261,8 @@ class TorchRunner:
         if self.device.type == "cuda":
             parts["workspace"] = max(torch.cuda.max_memory_allocated(self.device) - self._baseline, 0)
         if self._graphs is not None:
-            parts["workspace.graphs"] = self._graphs.nbytes
+            prompts = 0 if self._prompt_graphs is None else self._prompt_graphs.nbytes
+            parts["workspace.graphs"] = self._graphs.nbytes + prompts
         if self._host_bytes:
             parts["host_copy"] = self._host_bytes
         return parts
@@ -258,7 +272,7 @@ class TorchRunner:
             return
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # a step nobody waits for may still run on what is given back
-        self._decoder = self._cos_sin = self._graphs = None
+        self._decoder = self._cos_sin = self._graphs = self._prompt_graphs = None
         self._kv = []
         self._staging, self._prepare = Staging(self.device), self._preparation()
         if self.device.type == "cuda":

@@ -22,8 +22,9 @@ import triton
 from torch import Tensor
 
 from . import activations, elementwise, problems
-from .activations import Activations, activation_codes, quantize_rows
+from .activations import Activations, SummedRows, activation_codes, quantize_rows
 from .attention import attend
+from .chain import chain
 from .decode_triton import decode_triton
 from .kv_cache import KV_FORMATS, read_kv
 from .matmul import linear
@@ -71,12 +72,13 @@ def matmul_rows(format: str, rows: tuple[int, ...]) -> list[Row]:
                 f"{format} {name} M={m}",
             )
             us = microseconds(problem.calls(partial(linear_triton, bias=None)))
-            small = m <= (16 if format == "bf16" else 64)
+            small = m <= 64
             partials = microseconds(problem.calls(linear_partials)) if small else None
             dense = [weight.bfloat16() for _ in range(max(2, min(6, (512 << 20) // (2 * n * k))))]
             others = {"cuBLAS bf16": microseconds([partial(F.linear, problem.x, w) for w in dense])}
             if format == "int4" and m <= 16:
                 others["tinygemm"] = tinygemm(problem.x, n, k)
+                others["ours, sums given"] = microseconds(with_sums(problem))
             found.append(
                 Row(
                     f"A16W{ {'bf16': 16, 'int8': 8, 'int4': 4}[format] }", f"{name} M={m}", us, error, partials,
@@ -84,6 +86,31 @@ def matmul_rows(format: str, rows: tuple[int, ...]) -> list[Row]:
                 )
             )
             print_row(found[-1])
+    return found
+
+
+def with_sums(problem: problems.Matmul) -> problems.Calls:
+    """The partials where whoever made x has summed its groups too."""
+    sums = problem.x.float().unflatten(1, (-1, problem.group_size)).sum(-1).t().contiguous()
+    return [partial(linear_partials, SummedRows(problem.x, sums), weight) for weight in problem.weights]
+
+
+def layer_rows() -> list[Row]:
+    """A whole decoder layer in a step of decodes, 640 tokens of bf16 context each; beside it cuBLAS's four bf16
+    products alone."""
+    found = []
+    with torch.inference_mode():
+        for m in (1, 8, 64):
+            dense = [[torch.randn(n, k, device="cuda").bfloat16() for n, k in problems.SHAPES.values()] for _ in range(2)]
+            xs = [torch.randn(m, k, device="cuda").bfloat16() for _, k in problems.SHAPES.values()]
+            calls = [partial(F.linear, x, w) for copy in dense for x, w in zip(xs, copy, strict=True)]
+            products = microseconds(calls) * len(xs)
+            del dense, calls
+            for format in ("bf16", "w8a8" if m > 16 else "int8", "int4"):
+                us = chain(format, m, 2 if format == "bf16" else 4).microseconds()
+                row = Row("layer", f"{format} M={m}", us, 0.0, others={"cuBLAS bf16, products only": products})
+                found.append(row)
+                print_row(row)
     return found
 
 
@@ -295,8 +322,9 @@ def elementwise_rows() -> list[Row]:
 OPS: dict[str, Callable[[], list[Row]]] = {
     "int4": lambda: matmul_rows("int4", (1, 16, 64, 256, 2048)),
     "slope": slope_rows,
-    "bf16": lambda: matmul_rows("bf16", (1, 16)),
-    "int8": lambda: matmul_rows("int8", (1, 16)),
+    "bf16": lambda: matmul_rows("bf16", (1, 16, 64)),
+    "int8": lambda: matmul_rows("int8", (1, 16, 64)),
+    "layer": layer_rows,
     "a8w8": a8w8_rows,
     "w8a8": lambda: eight_bit_rows("w8a8", (16, 32, 64, 256, 2048)),
     "fp8": lambda: eight_bit_rows("fp8", (1, 16, 32, 64, 256, 2048)),

@@ -96,6 +96,7 @@ def prefill_kernel(
         )
 
 
+LEAST_PADDED = 64  # sequences looked through at once: fewer cost the same, and each size is a variant to compile
 EXPAND_ROWS = 128  # new tokens per sequence from which expanding the blocks first is faster
 EXPAND_BYTES = 256 << 20  # and the largest workspace it may take
 
@@ -128,6 +129,7 @@ def prefill_triton(
         scale * LOG2_E, q.stride(0), q.stride(1), block_tables.stride(0), *layer.key.stride()[:3],
         *layer.value.stride()[:3], *scale_strides(layer), batch, heads, heads // layer.kv_heads, d,
         reading(layer.format.key.name), reading(layer.format.value.name), layer.block_size, config.block_q, config.tile,
-        next_power_of_2(batch), config.stages, INTERP, num_warps=config.warps, num_stages=config.stages,
+        max(LEAST_PADDED, next_power_of_2(batch)), config.stages, INTERP, num_warps=config.warps,
+        num_stages=config.stages,
     )
     return out

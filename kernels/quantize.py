@@ -90,8 +90,8 @@ def hqq(weight: Tensor, group_size: int = 128, *, p: float = 0.7, beta: float = 
 
     From the best of some shrunk spans on, two steps in turn: the proximal operator of |.|^p takes the outliers out of
     the residual (in units of the scale, so that `beta` means the same for every group), then scale and zero fit what is
-    left in the least squares sense. p, beta and kappa are the published ones. Rows are taken some at a time, so that
-    memory stays bounded.
+    left in the least squares sense. p, beta and kappa are the published ones; the shrunk spans are ours, for a whole
+    zero moves too little from the extremes. Rows are taken some at a time, so that memory stays bounded.
     """
     w = grouped(weight, group_size)
     rows = max(1, HQQ_ELEMENTS // weight.shape[1])

@@ -55,6 +55,8 @@ def run_peers(
         with Engine(replace(config, prefix_caching=False), model=model) as engine:
             if "offline" in parts:  # the others warm up with their own shapes
                 engine.warm_up(2 * sizes.offline[2])
+            elif "ttft" in parts:
+                engine.warm_up(sizes.prompt)
             roofline = Roofline.of(engine, measured_bandwidth(config.device))
             print(card(engine, roofline), flush=True)
             report |= {"description": engine.description, "roofline": roofline.as_dict()}

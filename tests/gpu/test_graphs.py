@@ -115,3 +115,33 @@ def test_opening_and_closing_leaves_no_memory_behind() -> None:
 def test_padded_sizes(batch: int, size: int) -> None:
     assert padded_size(batch) == size
     assert padded_width(batch) >= batch
+
+
+@pytest.mark.parametrize("kv", ["bf16", "int8"])
+@pytest.mark.parametrize("weights", ["bf16", "w8a8", "int4"])
+def test_single_prompts_by_graph_equal_eager_ones(weights: str, kv: str) -> None:
+    """Every padded size, with and without padding, and behind a cached prefix; the same logits as without the graph."""
+    config = EngineConfig(model="synthetic:tiny", weights=weights, kv=kv, max_batch_size=4, memory_limit=1 << 30)
+    with Engine(config) as engine:
+        engine.warm_up()
+        runner: Any = engine.runner
+        graphs, errors = runner._prompt_graphs, []
+
+        def compared(arrays: dict[str, Any]) -> Tensor | None:
+            found = graphs(arrays)
+            if found is None:
+                return None
+            kept = found.clone()
+            inputs = runner._staging(arrays)
+            step = StepInputs(**{name: inputs[name] for name in FIELDS}, num_decodes=0)
+            with torch.inference_mode():
+                eager = runner._decoder.logits(runner._decoder(step, runner._kv, runner._cos_sin))
+            errors.append(float((kept.float() - eager.float()).norm() / eager.float().norm()))
+            return found
+
+        runner._prompt_graphs = compared
+        prompt = [(7 * i + 3) % 500 for i in range(600)]
+        for length in (33, 64, 100, 200, 511, 512, 580):  # the last one finds a prefix of the one before
+            engine.generate([prompt[:length]], SamplingParams(max_tokens=2, ignore_eos=True))
+        runner._prompt_graphs = graphs
+    assert len(errors) >= 4 and max(errors) < 2e-2

@@ -1,0 +1,30 @@
+"""Which steps a captured prompt may compute."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from engine.prompt_graphs import LEAST_TOKENS, MOST_TOKENS, WIDTH, graph_size
+from engine.step_inputs import Arrays, inert_prompts
+
+
+@pytest.mark.parametrize("tokens, size", [(LEAST_TOKENS, 64), (64, 64), (65, 128), (500, 512), (MOST_TOKENS, 512)])
+def test_padded_to_the_next_size(tokens: int, size: int) -> None:
+    assert graph_size(inert_prompts(1, tokens, 64)) == size
+
+
+def unfit() -> dict[str, Arrays]:
+    one = inert_prompts(1, 100, 64)
+    return {
+        "two prompts": inert_prompts(2, 100, 64),
+        "too few tokens": inert_prompts(1, LEAST_TOKENS - 1, 64),
+        "too many tokens": inert_prompts(1, MOST_TOKENS + 1, 64),
+        "a long context before it": {**one, "block_tables": np.zeros((1, WIDTH + 1), np.int32)},
+        "a chunk that samples nothing": {**one, "rows": one["rows"][:0]},
+    }
+
+
+@pytest.mark.parametrize("why", list(unfit()))
+def test_everything_else_runs_eagerly(why: str) -> None:
+    assert graph_size(unfit()[why]) is None
