@@ -22,7 +22,10 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 CONFIG = small_pool(EngineConfig(memory_limit=2 << 30))
 FORMATS = [(name, "bf16") for name in WEIGHT_FORMATS] + [("bf16", name) for name in KV_FORMATS if name != "bf16"]
 ARITHMETIC = 2e-3
-"""Nats per token: bf16 arithmetic alone moves the bundled model by 1.4e-4 on a CPU, int4 by 3.5e-2."""
+FLIPS = {"w8a8": 4e-3, "fp8": 1e-2, "KV int4": 4e-2, "KV fp8": 5e-3, "KV k8v4": 8e-3}
+"""Nats per token between two ways to compute one format. bf16 arithmetic alone moves the bundled model by 1.4e-4; where
+activations, keys or values are quantized, it moves some across a rounding boundary besides, each by a whole step: on a
+CPU by 1.2e-3, 3.6e-3, 1.6e-2, 1.8e-3 and 2.8e-3. A kernel that reads wrong numbers is nats away."""
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +40,8 @@ def test_kernels_find_the_distributions_of_the_reference(model: LoadedModel, wei
     with Engine(replace(config, impl="torch"), model=model) as engine:
         baseline = Baseline.record(engine, max_tokens=2048)
     with Engine(config, model=model) as engine:
-        assert baseline.compare(engine).kl_mean.value < ARITHMETIC
+        bound = FLIPS.get(weights if kv == "bf16" else f"KV {kv}", ARITHMETIC)
+        assert baseline.compare(engine).kl_mean.value < bound
 
 
 def test_formats_meet_their_bars(model: LoadedModel) -> None:
