@@ -36,8 +36,12 @@ if TYPE_CHECKING:
 FORMATS = ("bf16", "int8", "int4")
 BATCHES_GPU = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 BATCHES_CPU = (1, 4, 16, 64)
-PROMPT, SPARE = 32, 2
-"""Tokens of each prompt, and of the answers beside those that are timed: the first one, and one so that none ends."""
+PROMPT, SPARE = 1, 2
+"""Tokens of each prompt, so short that it is the weights that are read, and of the answers beside those that are timed:
+the first one, and one so that none ends."""
+
+ENOUGH = 0.5
+"""Seconds after which no further step is timed, once there are two."""
 POOL_RATIO = 0.25
 """Of the memory that is left, for each engine's KV pool: the engines of all formats are open at once."""
 
@@ -154,7 +158,7 @@ def measure(
     progress: bool = True,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Crossover:
-    """Time `steps` decode steps of every format at every batch size, `rounds` times over, the formats in turns.
+    """Time up to `steps` decode steps of every format at every batch size, `rounds` times over, the formats in turns.
 
     config: the engine, whatever its weights; synthetic models are fine, for this is about speed. batches: 1 to 256 on
     a GPU and to 64 on a CPU by default; sizes that do not fit the KV pool of some format are in `skipped`. An
@@ -174,7 +178,7 @@ def measure(
         model = stack.enter_context(load_model(config))
         engines: dict[str, Engine] = {}
         for name in tqdm(formats, desc="building", unit="format", disable=not progress, leave=False):
-            tokens = max(config.max_batched_tokens, most * PROMPT)  # so that a batch's prompts are computed in one step
+            tokens = max(config.max_batched_tokens, most * PROMPT)  # a batch's prompts are computed in one step
             chosen = replace(config, weights=name, max_batch_size=most, max_batched_tokens=tokens)
             engines[name] = stack.enter_context(Engine(chosen, model=model))
         first = next(iter(engines.values()))
@@ -231,10 +235,11 @@ def step_seconds(engine: Engine, batch: int, steps: int) -> float:
         begun: set[str] = set()
         while len(begun) < batch:
             begun |= {output.request_id for output in engine.step()}
-        start = time.perf_counter()
-        for _ in range(steps):
+        start, taken, passed = time.perf_counter(), 0, 0.0
+        while taken < steps and (taken < 2 or passed < ENOUGH):
             engine.step()
-        return (time.perf_counter() - start) / steps
+            taken, passed = taken + 1, time.perf_counter() - start
+        return passed / taken
     finally:
         for name in names:
             engine.abort(name)
@@ -249,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=WEIGHT_FORMATS, help="the first is 1x")
     parser.add_argument("--batches", nargs="+", type=int, help="sizes (default: 1 to 256 on a GPU, to 64 on a CPU)")
     parser.add_argument("--rounds", type=int, default=3, help="repeats, the formats in turns")
-    parser.add_argument("--steps", type=int, default=8, help="decode steps that are timed together")
+    parser.add_argument("--steps", type=int, default=8, help="most decode steps that are timed together")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--json", metavar="FILE", help="also write every figure, the versions and the machine to FILE")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
