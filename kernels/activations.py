@@ -150,11 +150,11 @@ def _wide(x: Tensor) -> Tensor:
 def _rounded(x: Tensor, codes: torch.dtype, dtype: torch.dtype) -> Activations:
     """wide x [..., K], that stands for activations of `dtype`."""
     largest = x.abs().amax(-1).clamp_min(SMALLEST_RANGE)
-    span = torch.full_like(largest, LARGEST_CODE[codes])  # a number over a tensor would be rounded twice
+    span = torch.full_like(largest, LARGEST_CODE[codes])  # with a plain number CUDA would round the quotients twice
     scaled = x * (span / largest)[..., None]
     if codes == torch.int8:
         scaled = scaled.round_().nan_to_num_(0.0)  # NaN has no code: the scale carries it
-    return Activations(scaled.to(codes), largest / LARGEST_CODE[codes], dtype)
+    return Activations(scaled.to(codes), largest / span, dtype)
 
 
 def _quantize_rows_torch(x: Tensor, codes: torch.dtype) -> Activations:

@@ -101,11 +101,13 @@ def layer_rows() -> list[Row]:
     found = []
     with torch.inference_mode():
         for m in (1, 8, 64):
-            dense = [[torch.randn(n, k, device="cuda").bfloat16() for n, k in problems.SHAPES.values()] for _ in range(2)]
-            xs = [torch.randn(m, k, device="cuda").bfloat16() for _, k in problems.SHAPES.values()]
-            calls = [partial(F.linear, x, w) for copy in dense for x, w in zip(xs, copy, strict=True)]
-            products = microseconds(calls) * len(xs)
-            del dense, calls
+            calls = [
+                partial(F.linear, *(torch.randn(rows, k, device="cuda").bfloat16() for rows in (m, n)))
+                for _ in range(2)
+                for n, k in problems.SHAPES.values()
+            ]
+            products = microseconds(calls) * len(problems.SHAPES)
+            del calls
             for format in ("bf16", "w8a8" if m > 16 else "int8", "int4"):
                 us = chain(format, m, 2 if format == "bf16" else 4).microseconds()
                 row = Row("layer", f"{format} M={m}", us, 0.0, others={"cuBLAS bf16, products only": products})

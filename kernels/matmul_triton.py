@@ -45,11 +45,12 @@ def linear_8_bit(
     x: Activations, weight: PackedWeight, bias: Tensor | None = None, config: WideConfig | None = None,
     partial: bool = False,
 ) -> Tensor:
-    """x [M, K] times a plain weight in the same codes -> bf16 [M, N]: e4m3 by cuBLAS where it takes the shape, the rest
-    by our kernel."""
+    """x [M, K] times a plain weight in the same codes -> bf16 [M, N]: e4m3 of many rows by cuBLAS where it takes the
+    shape, the rest by our kernel."""
     if x.shape[0] == 0:
         return torch.empty(0, weight.shape[0], dtype=torch.bfloat16, device=x.device)
-    if config is None and weight.format == "fp8" and weight.shape[0] % 16 == 0 and not INTERP:
+    by_cublas = weight.format == "fp8" and x.shape[0] > SKINNY_ROWS and weight.shape[0] % 16 == 0
+    if config is None and by_cublas and not INTERP:
         assert weight.scale is not None
         return torch._scaled_mm(
             x.codes, weight.data.t(), x.scale[:, None], weight.scale[None], bias=bias, out_dtype=torch.bfloat16

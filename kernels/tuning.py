@@ -158,4 +158,6 @@ def prefill_config(format: str, head_dim: int) -> PrefillConfig:
     found = table().get(("prefill", format, head_dim))
     if found is not None:
         return PrefillConfig(**found)
-    return PrefillConfig(64, 32 if format == "fp8" else 64, 4, 3)  # fp8 at 64 x 64 spills registers
+    # fp8 at 64 x 64 spills registers. k8v4 there computes garbage by 4 warps in Triton 3.6 (not by 8, nor do int8 and
+    # int4, whose two sides it is made of): the GPU tests found it, why is not known.
+    return PrefillConfig(64, 32 if format in ("fp8", "k8v4") else 64, 4, 3)

@@ -144,4 +144,5 @@ def test_single_prompts_by_graph_equal_eager_ones(weights: str, kv: str) -> None
         for length in (33, 64, 100, 200, 511, 512, 580):  # the last one finds a prefix of the one before
             engine.generate([prompt[:length]], SamplingParams(max_tokens=2, ignore_eos=True))
         runner._prompt_graphs = graphs
-    assert len(errors) >= 4 and max(errors) < 2e-2
+    # 8-bit activations round to another code where a padded product's sums differ in their last bits
+    assert len(errors) >= 4 and max(errors) < (6e-2 if weights == "w8a8" else 2e-2)
