@@ -197,6 +197,23 @@ def test_the_result_runs_in_an_engine_and_its_model_stays_open(folder: Path) -> 
             assert engine.generate(["abc"], SamplingParams(max_tokens=3))[0].finish_reason
 
 
+def test_a_model_that_was_opened_here_is_closed_and_the_result_lives_on(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[LoadedModel] = []
+
+    def remember(config: EngineConfig) -> LoadedModel:
+        opened.append(load_model(config))
+        return opened[-1]
+
+    monkeypatch.setattr("engine.quantize.load_model", remember)
+    result = quick(folder, "rtn")
+    assert opened[0].host_bytes == 0
+    with pytest.raises(ConfigError, match="closed"):
+        _ = opened[0].weights
+    assert decoder_of(result).matrix_formats() == {"int4 group 128": 8}
+
+
 def test_progress_counts_the_matrices(folder: Path) -> None:
     seen: list[Any] = []
 
