@@ -9,7 +9,7 @@ there are cleared.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
@@ -18,10 +18,9 @@ from torch import Tensor
 
 from .kv_cache import Codec, KVLayer, decode, scale_and_low
 
-# Rows are taken in order of length, in chunks of this many key elements: 1 MB of bf16 stays in a core's cache, is
-# handed out by malloc without touching new pages (64 x 200 tokens: twice as fast as all at once), and short rows are
-# not padded to long ones.
-CHUNK_ELEMENTS = 1 << 19
+# Rows are taken in order of length, in chunks of this many key elements, so that short rows are not padded to long ones
+# and what is gathered stays in the cache; fewer, larger chunks cost fewer operators.
+CHUNK_ELEMENTS = 1 << 21
 CAUSAL_ROWS = 256  # a whole prompt of at least this many tokens runs alone, so that the masked half is skipped
 
 
@@ -29,9 +28,10 @@ CAUSAL_ROWS = 256  # a whole prompt of at least this many tokens runs alone, so 
 class Rows:
     """Decoding sequences that are computed together, padded to the longest, and the indices that this takes.
 
-    at: which rows of the batch, None for all. counts: their lengths. table: the blocks to gather, [rows * n] with n the
-    longest's count (a shorter row repeats its first). behind: bool [rows, tokens], what lies past each row's end, None
-    where all are equally long; last, past: see `_Tails`.
+    at: which rows of the batch, None for all. counts: their lengths. table: the blocks to gather, see `_blocks`.
+    behind: bool [rows, tokens], what lies past each row's end, None where all are equally long; tails: the same by
+    blocks. space: what was gathered for the layer before, to be written over: memory that malloc hands out anew each
+    time costs a page fault every 4 kB, more than the copy itself.
     """
 
     at: Tensor | None
@@ -39,6 +39,7 @@ class Rows:
     table: Tensor
     behind: Tensor | None
     tails: _Tails | None
+    space: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -68,25 +69,25 @@ def plan_decode(layer: KVLayer, block_tables: Tensor, lengths: Tensor) -> Decode
     counts = lengths.tolist()
     per_token = layer.kv_heads * layer.head_dim
     if counts and min(counts) > 0 and (len(counts) == 1 or len(counts) * max(counts) * per_token <= CHUNK_ELEMENTS):
-        return (_rows(None, block_tables, lengths, counts, layer.block_size),)
+        return (_rows(None, block_tables, lengths, counts, layer),)
     groups, rows = [], []
     order = sorted((b for b, n in enumerate(counts) if n), key=counts.__getitem__)
     for b, following in zip(order, [*order[1:], -1], strict=False):
         rows.append(b)
         if following < 0 or (len(rows) + 1) * counts[following] * per_token > CHUNK_ELEMENTS:
             at = torch.tensor(rows)
-            groups.append(_rows(at, block_tables[at], lengths[at], [counts[b] for b in rows], layer.block_size))
+            groups.append(_rows(at, block_tables[at], lengths[at], [counts[b] for b in rows], layer))
             rows = []
     return tuple(groups)
 
 
-def _rows(at: Tensor | None, block_tables: Tensor, lengths: Tensor, counts: list[int], block_size: int) -> Rows:
-    table, held = _blocks(block_tables, lengths, counts, block_size)
-    width = len(table) // len(counts) * block_size
+def _rows(at: Tensor | None, block_tables: Tensor, lengths: Tensor, counts: list[int], layer: KVLayer) -> Rows:
+    table, held, blocks = _blocks(block_tables, lengths, counts, layer)
+    width = blocks * layer.block_size
     if len(counts) == 1 or min(counts) == width:  # (one row is cut to its length)
         return Rows(at, counts, table, None, None)
     behind = torch.arange(width) >= lengths[:, None]
-    return Rows(at, counts, table, behind, _tails(held, lengths, block_size, width // block_size))
+    return Rows(at, counts, table, behind, _tails(held, lengths, layer.block_size, blocks))
 
 
 def decode_cpu(
@@ -104,15 +105,17 @@ def decode_cpu(
 
 def _decode_rows(q: Tensor, layer: KVLayer, rows: Rows, scale: float) -> Tensor:
     if len(rows.counts) == 1 and layer.format.key.bits == layer.format.value.bits == 16:
-        return _decode_alone(q, layer, rows.table, rows.counts[0], scale)
+        return _decode_alone(q, layer, rows, scale)
     return _decode_padded(q, layer, rows, scale)
 
 
-def _decode_alone(q: Tensor, layer: KVLayer, table: Tensor, length: int, scale: float) -> Tensor:
+def _decode_alone(q: Tensor, layer: KVLayer, row: Rows, scale: float) -> Tensor:
     """One sequence in bf16: its keys and values are one matrix per head, which fused attention takes as they are."""
-    hkv, d = layer.kv_heads, layer.head_dim
-    k, v = (side.index_select(1, table).view(1, hkv, -1, d)[:, :, :length] for side in layer.rows_by_head)
-    rows = q.to(torch.bfloat16).reshape(1, hkv, -1, d)
+    k, v = (
+        _gather(words, row.table, 1, row.space, side).transpose(0, 1)[:, :, : row.counts[0]]
+        for words, side in ((layer.key, "key"), (layer.value, "value"))
+    )
+    rows = q.to(torch.bfloat16).reshape(1, layer.kv_heads, -1, layer.head_dim)
     return F.scaled_dot_product_attention(rows, k, v, scale=scale).reshape(q.shape).to(q.dtype)
 
 
@@ -121,8 +124,8 @@ def _decode_padded(q: Tensor, layer: KVLayer, group: Rows, scale: float) -> Tens
     batch, heads, d = q.shape
     hkv = layer.kv_heads
     key, value, codec_k, codec_v = layer.key, layer.value, layer.format.key, layer.format.value
-    k, ks, kl = _operand(key, layer.key_scale, codec_k, group.table, batch, group.counts[0])
-    v, vs, vl = _operand(value, layer.value_scale, codec_v, group.table, batch, group.counts[0])
+    k, ks, kl = _operand(key, layer.key_scale, codec_k, group, "key")
+    v, vs, vl = _operand(value, layer.value_scale, codec_v, group, "value")
     if group.tails is not None and group.behind is not None:
         group.tails.clear(v)
         if vs is not None and vl is not None:  # a NaN scale behind the end would survive multiplication by zero
@@ -146,36 +149,52 @@ def _decode_padded(q: Tensor, layer: KVLayer, group: Rows, scale: float) -> Tens
     return y.transpose(0, 1).reshape(batch, heads, d).to(q.dtype)
 
 
-def _blocks(block_tables: Tensor, lengths: Tensor, counts: list[int], block_size: int) -> tuple[Tensor, Tensor]:
-    """The blocks to gather, [B * n] with n the longest's count (a shorter row repeats its first), and how many each row
-    holds [B]."""
-    n = -(-max(counts) // block_size)
-    held = (lengths + (block_size - 1)) // block_size
+def _blocks(
+    block_tables: Tensor, lengths: Tensor, counts: list[int], layer: KVLayer
+) -> tuple[Tensor, Tensor, int]:
+    """The blocks to gather, how many each row holds [B], and n, the longest's count, to which the others are padded.
+
+    The blocks are int64 [Hkv * B * n], head after head, numbered through all heads' blocks in the CPU's memory order;
+    a shorter row repeats its first.
+    """
+    n = -(-max(counts) // layer.block_size)
+    held = (lengths + (layer.block_size - 1)) // layer.block_size
     table = block_tables[:, :n]
-    if min(counts) <= (n - 1) * block_size:
+    if min(counts) <= (n - 1) * layer.block_size:
         table = torch.where(torch.arange(n) < held[:, None], table, block_tables[:, :1])
-    return table.reshape(-1), held
+    heads = torch.arange(0, layer.kv_heads * layer.num_blocks, layer.num_blocks)
+    return (table.reshape(-1) + heads[:, None]).view(-1), held, n
 
 
-def _gather(words: Tensor, table: Tensor, batch: int) -> Tensor:
+def _gather(
+    words: Tensor, table: Tensor, batch: int, space: dict[str, Tensor] | None = None, side: str = ""
+) -> Tensor:
     """words [blocks, block_size, Hkv, ...] of the blocks in `table` -> [Hkv, B, tokens, ...], contiguous in the CPU's
-    memory order."""
+    memory order; in `space` under the name `side` if given."""
     by_head = words.movedim(2, 0)
-    found = by_head.flatten(2).index_select(1, table)
-    return found.view(by_head.shape[0], batch, -1, *by_head.shape[3:])
+    rows = by_head.flatten(0, 1).flatten(1)
+    held = None if space is None else space.get(side)
+    if held is not None and held.dtype == rows.dtype and held.shape[1] == rows.shape[1]:
+        torch.index_select(rows, 0, table, out=held)
+    else:
+        held = rows.index_select(0, table)
+        if space is not None:
+            space[side] = held
+    return held.view(by_head.shape[0], batch, -1, *by_head.shape[3:])
 
 
 def _operand(
-    words: Tensor, scales: Tensor | None, codec: Codec, table: Tensor, batch: int, alone: int
+    words: Tensor, scales: Tensor | None, codec: Codec, group: Rows, side: str
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """bf16 [Hkv, B, tokens, D] with scale and low [Hkv, B, tokens]: x ~ operand * scale + low, its elements in
-    `_permutation`'s order; one row is cut to its own length, `alone`."""
-    x = _gather(words, table, batch)
+    `_permutation`'s order; one row is cut to its own length."""
+    batch = len(group.counts)
+    x = _gather(words, group.table, batch, group.space, side)
     if batch == 1:
-        x = x[:, :, :alone]
+        x = x[:, :, : group.counts[0]]
     if scales is None:
         return x, None, None
-    scale, low = scale_and_low(_gather(scales, table, batch)[:, :, : x.shape[2]])
+    scale, low = scale_and_low(_gather(scales, group.table, batch)[:, :, : x.shape[2]])
     if codec.name == "fp8":
         numbers = _e4m3_pairs().index_select(0, x.flatten().int().add_(1 << 15))
         return numbers.view(torch.bfloat16).view(*x.shape[:-1], -1), scale, low
@@ -256,8 +275,8 @@ def _chunks(
 ) -> Chunks:
     t, longest = max(chunks[b] for b in group), max(counts[b] for b in group)
     lengths, news = torch.tensor([counts[b] for b in group]), torch.tensor([chunks[b] for b in group])[:, None]
-    table, held = _blocks(block_tables[group], lengths, lengths.tolist(), layer.block_size)
-    tails = _tails(held, lengths, layer.block_size, len(table) // len(group))
+    table, held, blocks = _blocks(block_tables[group], lengths, lengths.tolist(), layer)
+    tails = _tails(held, lengths, layer.block_size, blocks)
     step = torch.arange(t).minimum(news - 1)  # padding repeats the last row
     at = torch.tensor([starts[b] for b in group])[:, None] + step
     rows = slice(starts[group[0]], starts[group[0]] + t) if len(group) == 1 else None

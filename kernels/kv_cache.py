@@ -125,14 +125,9 @@ class KVLayer:
         return self.key.device
 
     @cached_property
-    def rows_by_head(self) -> tuple[Tensor, Tensor]:
-        """Keys and values as [kv_heads, blocks, block_size * words], no copies in the CPU's memory order: gathering a
-        batch's blocks is one index_select. Kept, since making views costs a step as much as a small product."""
-        return self.key.movedim(2, 0).flatten(2), self.value.movedim(2, 0).flatten(2)
-
-    @cached_property
     def slots_by_head(self) -> tuple[Tensor, Tensor]:
-        """Keys and values as [kv_heads, slots, words], without a copy in the CPU's memory order."""
+        """Keys and values as [kv_heads, slots, words], without a copy in the CPU's memory order. Kept, since making
+        views costs a step as much as a small product."""
         return self.key.movedim(2, 0).flatten(1, 2), self.value.movedim(2, 0).flatten(1, 2)
 
     @property
