@@ -148,8 +148,8 @@ def decode_config(format: str, batch: int, kv_heads: int, max_tokens: int, multi
     else:
         programs, tile, warps, stages = 4, 64, 2, 4
     splits = max(1, min(round(multiprocessors * programs / pairs), -(-max_tokens // least), 128))
-    if splits == 1 or (format == "int4" and splits > 4):
-        tile = 64 if splits == 1 else 32
+    if not few and (splits == 1 or format == "int4"):
+        tile = 64 if splits <= 4 else 32
     return DecodeConfig(tile, splits, least, warps, stages)
 
 
