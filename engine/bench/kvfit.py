@@ -14,6 +14,7 @@ from engine.loader import LoadedModel
 
 LENGTH = 1024
 OUTPUT = 16
+BUDGET = 16 * LENGTH  # tokens of one step: so many that the first requests still run when the last prompt is computed
 
 
 def run_kvfit(
@@ -21,7 +22,7 @@ def run_kvfit(
 ) -> list[dict[str, Any]]:
     """`concurrent`: how many fit in the first format; the others get the same bytes. None may be preempted."""
     config = replace(config, prefix_caching=False, max_batch_size=8 * concurrent, cache_ratio=0.9)
-    config = replace(config, max_batched_tokens=max(config.max_batched_tokens, config.max_batch_size))
+    config = replace(config, max_batched_tokens=max(BUDGET, config.max_batch_size))
     with Engine(replace(config, kv=formats[0], memory_limit=None), model=model) as engine:
         plan = engine.memory
     pool = concurrent * -(-LENGTH // plan.block_size) * plan.block_bytes
