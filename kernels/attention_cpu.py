@@ -44,15 +44,16 @@ class Rows:
 
 @dataclass(frozen=True)
 class _Tails:
-    """Where gathered blocks hold tokens past a row's end: the last block of each row from some offset on (`behind`
-    [rows, block_size]), and the blocks after it (`past`)."""
+    """Where gathered blocks hold what is not a row's own: its last block from some offset on (`behind` [rows,
+    block_size]), and the repetitions of its first block where that one is not full (`past`). Repetitions of a full
+    block stay: they are a row's own numbers, which a weight of zero takes out."""
 
     last: Tensor
     behind: Tensor
     past: Tensor
 
     def clear(self, x: Tensor) -> None:
-        """Zero them in x [Hkv, B, tokens, D], in place."""
+        """Zero them in x [Hkv, B, tokens, D], in place: somebody else's NaN would survive a weight of zero."""
         blocks = x.view(x.shape[0], -1, self.behind.shape[1], x.shape[-1])
         if len(self.past):
             blocks.index_fill_(1, self.past, 0)
@@ -231,7 +232,8 @@ def _tails(held: Tensor, lengths: Tensor, block_size: int, width: int) -> _Tails
     """Of rows that hold `held` blocks each, gathered `width` at a time."""
     last = torch.arange(0, width * len(held), width) + held - 1
     behind = torch.arange(block_size) > (lengths[:, None] - 1) % block_size
-    return _Tails(last, behind, (torch.arange(width) >= held[:, None]).view(-1).nonzero().view(-1))
+    past = (torch.arange(width) >= held[:, None]) & (lengths < block_size)[:, None]
+    return _Tails(last, behind, past.view(-1).nonzero().view(-1))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from engine.bench import paired_ratio
@@ -22,8 +21,8 @@ def main() -> None:
 
 
 def tables() -> str:
-    """Both tables as Markdown."""
-    return f"{bars()}\n\n{decode_table()}"
+    """Every table as Markdown."""
+    return f"{bars()}\n\n{gpu_table()}"
 
 
 def bars() -> str:
@@ -33,11 +32,29 @@ def bars() -> str:
         ("---", "---", "---", "---"),
         ("perplexity of int8 and int4 weights against bf16", "int8 within 1 %", _perplexity(), "`make demo`"),
         (
+            "the same for int8 weights, w8a8 weights, int8 KV",
+            "0.5, 1.5, 0.2 %",
+            _quality(),
+            f"`{PYTHON} -m workbench.quality`",
+        ),
+        (
+            "int4, group 128, by quantizer",
+            "the best loses half of what rtn does",
+            _quantizers(),
+            f"`{PYTHON} -m workbench.quantizers`",
+        ),
+        (
+            "int4 with a finer format where it pays, on average at most 5 bits",
+            "1 %",
+            _assigned(),
+            f"`{PYTHON} -m workbench.sensitivity --methods rtn gptq`",
+        ),
+        (
             "64 requests of 16 to 128 tokens in and out, against transformers' `generate` in padded batches of 16; "
             "one request alone",
-            "2x; 1x",
+            "3x; 1x",
             _against_transformers(),
-            f"`{PYTHON} -m engine.bench --suite mixed single --compare transformers`",
+            f"`{PYTHON} -m engine.bench --suite mixed single --compare generate`",
         ),
         (
             "`synthetic:0.5b`, decode of one request, int8 and int4 against bf16",
@@ -47,11 +64,24 @@ def bars() -> str:
         ),
         ("tokens/s with the panel on against off", "97 %", _overhead(), f"`{PYTHON} -m workbench.overhead`"),
         (
-            "H200: logits of `synthetic:7b` in every weight and KV format against its dequantized weights in float32, "
-            "relative error",
+            "H200: logits of `synthetic:7b` against its dequantized weights in float32, relative error (measured "
+            "before the kernels' last changes; `tests/gpu` holds the bounds)",
             "3 %; with a KV cache of its own 4, 6, 35 % (bf16, int8, int4)",
             _logits(),
             f"`{PYTHON} -m tests.gpu.test_runner`",
+        ),
+        (
+            "H200: `synthetic:7b` from constructor to first token; the longest change of weights, KV, cache ratio or "
+            "batching",
+            "15 s; 6 s",
+            _switching(),
+            f"`{PYTHON} -m engine.bench --model synthetic:7b --suite switch`",
+        ),
+        (
+            "H200: `synthetic:7b` quantized to int4 by rtn; by hqq",
+            "10 s; 60 s",
+            _quantizing(),
+            f"`{PYTHON} -m engine.quantize --model synthetic:7b --method hqq`",
         ),
     ]
     machine = _read(ENGINE / "cpu-bundled.json")["machine"]
@@ -60,23 +90,50 @@ def bars() -> str:
     return f"{table}\n\n{where}"
 
 
-def decode_table() -> str:
-    """Milliseconds per token on the GPU, by format and batch size."""
-    report = _read(ENGINE / "h200-synthetic-7b.json")
-    suites = report["suites"]
-    machine = report["machine"]
-    head = ["`synthetic:7b`, ms per output token", *(f"batch {name.removeprefix('decode')}" for name in suites)]
+def gpu_table() -> str:
+    """The workloads that other engines were measured with, on a GPU; what was not measured is left empty."""
+    head = ["`synthetic:7b`", *(f"ms/token, batch {n}" for n in BATCHES), "TTFT, 512 tokens (ms)"]
+    head += ["offline tokens/s", "shared prefix (s)"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for i, first in enumerate(next(iter(suites.values()))):
-        cells = [f"{median(results[i]['tpot']) * 1e3:.2f}" for results in suites.values()]
-        lines.append(f"| {first['name']} | " + " | ".join(cells) + " |")
+    for name, measured in _peer_rows().items():
+        tpot = {row["batch"]: f"{row['tpot_ms']:.2f}" for row in measured.get("tpot", [])}
+        cells = [tpot.get(batch, "") for batch in BATCHES]
+        cells.append(f"{measured['ttft']['ttft_ms']:.1f}" if "ttft" in measured else "")
+        cells.append(f"{measured['offline']['tokens_per_s']:,.0f}" if "offline" in measured else "")
+        cells.append(f"{measured['shared']['seconds']:.2f}" if "shared" in measured else "")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    machine = _read(ENGINE / PEERS[-1])["machine"]
     versions = machine["versions"]
     lines.append("")
     lines.append(
-        f"{machine['gpu']}, torch {versions['torch']}, Triton {versions['triton']}; prompts of 512 tokens, 129 tokens "
-        f"out, the mean gap after the first: `{_short(machine['command'])}`"
+        f"{machine['gpu']}, torch {versions['torch']}, Triton {versions['triton']}: "
+        f"`{PYTHON} -m engine.bench --model synthetic:7b --suite peers --weights ... --kv ...`. Batch N: N prompts of "
+        "512 tokens, 129 out. Offline: 256 requests, 100 to 1,024 tokens in and out. Shared: 128 prompts of a common "
+        "prefix of 1,024 tokens and 64 of their own."
     )
     return "\n".join(lines)
+
+
+BATCHES = (1, 8, 64)
+PEERS = (
+    "h200-peers-bf16-first.json", "h200-peers-bf16.json", "h200-peers-tpot.json", "h200-peers-int4.json",
+    "h200-peers-w8a8.json",
+)  # fmt: skip
+"""Of two runs of one configuration the later one counts, where it measured the same."""
+
+
+def _peer_rows() -> dict[str, dict[str, Any]]:
+    """By configuration, in order of weight bytes."""
+    found: dict[str, dict[str, Any]] = {}
+    for path in PEERS:
+        for run in _read(ENGINE / path)["suites"]["peers"]:
+            name = f"weights {run['config']['weights']}, KV {run['config']['kv']}"
+            found.setdefault(name, {}).update({part: run[part] for part in PARTS if part in run})
+    order = ("bf16", "int8", "w8a8", "fp8", "int4")
+    return dict(sorted(found.items(), key=lambda item: order.index(item[0].split()[1].rstrip(","))))
+
+
+PARTS = ("tpot", "ttft", "offline", "shared")
 
 
 def _perplexity() -> str:
@@ -109,9 +166,28 @@ def _logits() -> str:
     return f"{100 * worst:.1f} %; " + ", ".join(f"{100 * error:.1f}" for error in own) + " %"
 
 
-def _short(command: str) -> str:
-    """Without the file it was written to."""
-    return command.split(" --json")[0]
+def _quality() -> str:
+    bars_ = _read(WORKBENCH / "cpu-quality.json")["bars"]
+    return ", ".join(f"{bars_[name]['percent']:+.2f} %" for name in ("int8 weights", "w8a8 weights", "KV int8"))
+
+
+def _quantizers() -> str:
+    rows = _read(WORKBENCH / "cpu-quantizers.json")["rows"]
+    return ", ".join(f"{row['method']} {row['percent']:+.2f} %" for row in rows if row["weights"] == "int4")
+
+
+def _assigned() -> str:
+    bar = _read(WORKBENCH / "cpu-sensitivity.json")["bar"]
+    return f"{bar['percent']:+.2f} % at {bar['bits']:.2f} bits ({bar['plan'].split(', ')[-1]})"
+
+
+def _switching() -> str:
+    report = _read(ENGINE / "h200-switch.json")["suites"]["switch"]
+    return f"{report['start']['seconds']:.1f} s; {max(change['seconds'] for change in report['changes']):.1f} s"
+
+
+def _quantizing() -> str:
+    return "; ".join(f"{_read(ENGINE / f'h200-quantize-{name}.json')['seconds']:.1f} s" for name in ("rtn", "hqq"))
 
 
 def _read(path: Path) -> dict[str, Any]:
