@@ -21,13 +21,13 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from engine.calibration import BUDGET
 from engine.config import GROUP_SIZES, EngineConfig
 from engine.engine import Engine
 from engine.errors import CheckpointError, ConfigError
 from engine.loader import LoadedModel, load_model
 from engine.quantize import bits_per_weight, quantize
-from engine.quantize_layers import METHODS
+from engine.quantize.calibration import BUDGET
+from engine.quantize.layers import METHODS
 from workbench import text as words
 from workbench.quality import Perplexity, check_meaning, perplexity, small_pool
 

@@ -14,8 +14,8 @@ from engine.loader import LoadedModel, load_model
 from kernels import KV_FORMATS, WEIGHT_FORMATS
 from workbench.crossover import measure
 from workbench.quality import small_pool
-from workbench.quality_divergence import Baseline
-from workbench.quality_formats import candidates, compare
+from workbench.quality.divergence import Baseline
+from workbench.quality.formats import candidates, compare
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

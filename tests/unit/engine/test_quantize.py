@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.calibration import MIN_TOKENS, FloatLayer, calibration_windows
 from engine.config import EngineConfig
 from engine.decoder import Decoder
 from engine.engine import Engine
@@ -20,8 +19,9 @@ from engine.errors import CheckpointError, ConfigError
 from engine.loader import LoadedModel, load_model
 from engine.model_spec import ModelSpec
 from engine.quantize import main, quantize
-from engine.quantize_layers import METHODS
-from engine.rescale import awq, fold, smoothquant
+from engine.quantize.calibration import MIN_TOKENS, FloatLayer, calibration_windows
+from engine.quantize.layers import METHODS
+from engine.quantize.rescale import awq, fold, smoothquant
 from engine.rope import cos_sin_table
 from engine.sampling_params import SamplingParams
 from engine.weight_plan import MODULES, WeightPlan
@@ -43,7 +43,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def small_search(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine.rescale.SEARCH_SEQUENCES", 1)
+    monkeypatch.setattr("engine.quantize.rescale.SEARCH_SEQUENCES", 1)
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +206,7 @@ def test_a_model_that_was_opened_here_is_closed_and_the_result_lives_on(
         opened.append(load_model(config))
         return opened[-1]
 
-    monkeypatch.setattr("engine.quantize.load_model", remember)
+    monkeypatch.setattr("engine.quantize.run.load_model", remember)
     result = quick(folder, "rtn")
     assert opened[0].host_bytes == 0
     with pytest.raises(ConfigError, match="closed"):
@@ -332,7 +332,7 @@ def test_an_interrupt_while_writing_leaves_nothing_behind(
         written.extend(path for path in tmp_path.rglob("*.safetensors"))
         raise error
 
-    monkeypatch.setattr("engine.quantize_save._write_config", fails)
+    monkeypatch.setattr("engine.quantize.save._write_config", fails)
     with pytest.raises(error if isinstance(error, type) else OSError):
         quick(folder, "rtn", out=tmp_path / "out")
     assert written and list(tmp_path.iterdir()) == []

@@ -18,7 +18,7 @@ from engine.engine import Engine
 from engine.errors import CheckpointError
 from engine.loader import LoadedModel, load_model
 from engine.quantize import quantize
-from engine.quantized_write import leaves_of, pack
+from engine.quantize.write import leaves_of, pack
 from engine.sampling_params import SamplingParams
 from engine.weight_plan import WeightPlan
 from kernels import QuantizedWeight
@@ -40,7 +40,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def small_search(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine.rescale.SEARCH_SEQUENCES", 1)
+    monkeypatch.setattr("engine.quantize.rescale.SEARCH_SEQUENCES", 1)
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,7 @@ def test_the_folder_is_complete_and_says_how_it_was_made(folder: Path, tmp_path:
 
 def test_large_models_are_cut_into_shards(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quick(folder, "rtn", out=tmp_path / "one")
-    monkeypatch.setattr("engine.quantize_save.SHARD_BYTES", 100_000)
+    monkeypatch.setattr("engine.quantize.save.SHARD_BYTES", 100_000)
     quick(folder, "rtn", out=tmp_path / "many")
     shards = sorted((tmp_path / "many").glob("*.safetensors"))
     assert len(shards) > 2 and shards[0].name == f"model-00001-of-{len(shards):05}.safetensors"

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from engine.errors import ConfigError
-from workbench.assignment import Assignment, Choice, assign, frontier
+from workbench.sensitivity.assignment import Assignment, Choice, assign, frontier
 
 BITS = {"bf16": 16, "int8": 8, "int4": 4}
 

@@ -88,7 +88,7 @@ def test_refusals():
 
 def test_measuring_needs_no_plotly():
     """On a GPU server there may be none."""
-    modules = "crossover", "quality", "quality_formats", "sensitivity", "sensitivity_frontier", "lm_eval"
+    modules = "crossover", "quality.formats", "sensitivity.frontier", "lm_eval"
     code = f"import sys; sys.modules['plotly'] = None; import {', '.join(f'workbench.{name}' for name in modules)}"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 

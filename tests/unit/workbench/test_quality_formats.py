@@ -14,11 +14,11 @@ from engine.loader import load_model
 from engine.quantize import quantize
 from engine.scoring import prompt_logits
 from tests.unit.engine.checkpoints import random_model, save, tiny_config
-from workbench import quality_formats
 from workbench.quality import Perplexity, perplexity
-from workbench.quality_agreement import Agreement, greedy_answers, prompts_from
-from workbench.quality_divergence import Baseline, Estimate, divergence
-from workbench.quality_formats import BASELINE, FormatQuality, candidates, compare
+from workbench.quality import formats as quality_formats
+from workbench.quality.agreement import Agreement, greedy_answers, prompts_from
+from workbench.quality.divergence import Baseline, Estimate, divergence
+from workbench.quality.formats import BASELINE, FormatQuality, candidates, compare
 
 SMALL = {"max_tokens": 480, "window": 160}  # longer than one chunk
 CONFIG = EngineConfig(device="cpu", memory_limit=200 * 10**6)
@@ -107,7 +107,7 @@ def test_fewer_bits_diverge_more(model, baseline):
 
 
 def test_large_vocabularies_bound_the_text_not_the_memory(model, monkeypatch):
-    monkeypatch.setattr("workbench.quality_divergence.BASELINE_BYTES", 100 * 2 * model.spec.vocab_size)
+    monkeypatch.setattr("workbench.quality.divergence.BASELINE_BYTES", 100 * 2 * model.spec.vocab_size)
     with opened(model) as engine:
         few = Baseline.record(engine, **SMALL)
         assert few.nbytes <= 100 * 2 * model.spec.vocab_size and few.perplexity.tokens == 99

@@ -13,10 +13,10 @@ from engine.errors import ConfigError
 from engine.loader import load_model
 from engine.weight_plan import MODULES, WeightPlan
 from tests.unit.engine.checkpoints import random_model, save, tiny_config
-from workbench import sensitivity_frontier
-from workbench.assignment import assign, frontier
+from workbench.sensitivity import frontier as sensitivity_frontier
 from workbench.sensitivity import measure
-from workbench.sensitivity_frontier import Frontier, measure_frontier
+from workbench.sensitivity.assignment import assign, frontier
+from workbench.sensitivity.frontier import Frontier, measure_frontier
 
 TEXT = "def f(x):\n    return [y + 1 for y in x if y]\n\n" * 200
 FRAGILE = "layers.1.down"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engine.calibration import FloatLayer
+from engine.quantize.calibration import FloatLayer
 from kernels.quantize import grouped, on_grid, span
 from kernels.smoothing import awq_scales, fold_norm, search, smooth
 

@@ -137,11 +137,3 @@ def cut_windows(tokens: Sequence[int], size: int, max_tokens: int) -> list[Seque
     gap = (len(tokens) - count * size) / max(1, count - 1)
     starts = [round(i * (size + gap)) for i in range(count)]
     return [tokens[start : start + size] for start in starts]
-
-
-if __name__ == "__main__":
-    import sys
-
-    from workbench.quality_formats import main
-
-    sys.exit(main())

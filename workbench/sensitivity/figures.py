@@ -9,12 +9,12 @@ import plotly.graph_objects as go
 
 from engine.weight_plan import MODULES
 from workbench import figure as figures
-from workbench.assignment import frontier
+from workbench.sensitivity.assignment import frontier
 from workbench.view import GREY
 
 if TYPE_CHECKING:
-    from workbench.sensitivity import Sensitivity
-    from workbench.sensitivity_frontier import Frontier
+    from workbench.sensitivity.frontier import Frontier
+    from workbench.sensitivity.losses import Sensitivity
 
 
 def heat_map(found: Sensitivity, format: str | None = None) -> go.Figure:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from engine.errors import ConfigError
 from engine.sampling_params import SamplingParams
-from workbench.quality import MIN_WINDOW, check_meaning, cut_windows
+from workbench.quality.perplexity import MIN_WINDOW, check_meaning, cut_windows
 
 if TYPE_CHECKING:
     from engine.engine import Engine

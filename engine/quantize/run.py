@@ -3,7 +3,7 @@
     python -m engine.quantize --model bundled --method gptq --calibration text.py --out DIR
 
 The result runs in an engine at once, and is saved as a folder of safetensors that other tools read too. The methods
-themselves are in `engine.quantize_layers`.
+themselves are in `engine.quantize.layers`.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from engine.calibration import BUDGET, WINDOW, calibration_windows
 from engine.checkpoint import CheckpointWeights
 from engine.config import GROUP_SIZES, EngineConfig
 from engine.errors import CheckpointError, ConfigError
 from engine.loader import LoadedModel, load_model
 from engine.machine import describe_machine
 from engine.model_spec import ModelSpec, StoredFormat
-from engine.quantize_layers import METHODS, Method, Options, quantized_tensors
-from engine.quantize_save import QuantizedWeights, check_folder, save
+from engine.quantize.calibration import BUDGET, WINDOW, calibration_windows
+from engine.quantize.layers import METHODS, Method, Options, quantized_tensors
+from engine.quantize.save import QuantizedWeights, check_folder, save
+from engine.quantize.write import LAYOUTS, choose_layout
 from engine.quantized import Matrix
-from engine.quantized_write import LAYOUTS, choose_layout
 from engine.weight_plan import MODULES, WeightPlan, Weights
 from kernels.gptq import ORDERS
 
@@ -217,7 +217,3 @@ def bits_per_weight(spec: ModelSpec, weights: Weights, group_size: int) -> float
     sizes = spec.matrix_bytes(weights, group_size)
     elements = {name: n * k for name, (n, k) in spec.matrices().items() if name.startswith("layers.")}
     return 8 * sum(sizes[name] for name in elements) / sum(elements.values())
-
-
-if __name__ == "__main__":
-    sys.exit(main())

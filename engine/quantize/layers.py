@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from engine.calibration import FloatLayer
 from engine.decoder import outer_shapes
 from engine.errors import CheckpointError
 from engine.loader import LoadedModel
+from engine.quantize.calibration import FloatLayer
+from engine.quantize.rescale import awq, smoothquant
 from engine.quantized import Matrix
-from engine.rescale import awq, smoothquant
 from engine.rope import cos_sin_table
 from engine.weight_plan import MODULES, WeightPlan
 from kernels import QuantizedWeight, quantize_weight

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,9 +21,9 @@ from engine.loader import load_model
 from engine.weight_plan import WeightPlan
 from kernels import KV_FORMATS, WEIGHT_FORMATS
 from workbench import text as words
-from workbench.quality import Perplexity, small_pool
-from workbench.quality_agreement import Agreement, greedy_answers, prompts_from
-from workbench.quality_divergence import Baseline, Divergence, Estimate
+from workbench.quality.agreement import Agreement, greedy_answers, prompts_from
+from workbench.quality.divergence import Baseline, Divergence, Estimate
+from workbench.quality.perplexity import Perplexity, small_pool
 
 if TYPE_CHECKING:
     import pandas
@@ -321,7 +320,3 @@ def _write(path: str, found: Comparison, options: argparse.Namespace, argv: Sequ
     with open(path, "w", encoding="utf-8") as file:
         json.dump(record, file, indent=1)
         file.write("\n")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

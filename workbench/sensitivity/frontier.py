@@ -20,12 +20,12 @@ from engine.engine import Engine
 from engine.errors import CheckpointError, ConfigError
 from engine.loader import LoadedModel, load_model
 from engine.quantize import quantize
-from engine.quantize_layers import METHODS
+from engine.quantize.layers import METHODS
 from engine.weight_plan import LM_HEAD, WeightPlan
 from kernels import WEIGHT_FORMATS
 from workbench import text as words
-from workbench.quality_divergence import Baseline, Divergence
-from workbench.sensitivity import FORMATS, PlannedWeights, Sensitivity, measure
+from workbench.quality.divergence import Baseline, Divergence
+from workbench.sensitivity.losses import FORMATS, PlannedWeights, Sensitivity, measure
 
 if TYPE_CHECKING:
     import pandas
@@ -114,7 +114,7 @@ class Frontier:
         return pandas.DataFrame(self.records()).drop(columns=["weights"])
 
     def figure(self) -> go.Figure:
-        from workbench.sensitivity_figures import frontier_figure
+        from workbench.sensitivity.figures import frontier_figure
 
         return frontier_figure(self)
 
@@ -297,7 +297,3 @@ def _write(path: str, found: Frontier, options: argparse.Namespace, argv: Sequen
     with open(path, "w", encoding="utf-8") as file:
         json.dump(record, file, indent=1)
         file.write("\n")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -10,7 +10,6 @@ bfloat16, which every format shares, does not cover the small ones.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -24,9 +23,9 @@ from engine.loader import LoadedModel, load_model
 from engine.model_spec import ModelSpec
 from engine.weight_plan import LM_HEAD, WeightPlan
 from kernels import WEIGHT_FORMATS
-from workbench.assignment import Choice, assign
 from workbench.quality import small_pool
-from workbench.quality_divergence import Baseline, Estimate
+from workbench.quality.divergence import Baseline, Estimate
+from workbench.sensitivity.assignment import Choice, assign
 
 if TYPE_CHECKING:
     import pandas
@@ -184,7 +183,7 @@ class Sensitivity:
 
     def figure(self, format: str | None = None) -> go.Figure:
         """Heat map of the loss by layer and module, in `format` or the first that was measured."""
-        from workbench.sensitivity_figures import heat_map
+        from workbench.sensitivity.figures import heat_map
 
         return heat_map(self, format)
 
@@ -267,9 +266,3 @@ def _measure_each(
 def _candidates(name: str, formats: Sequence[str]) -> Sequence[str]:
     """The lm_head is not computed in fewer than 8 bits, nor with quantized activations: it is only shown."""
     return formats if name != LM_HEAD else [chosen for chosen in formats if chosen == "int8"]
-
-
-if __name__ == "__main__":
-    from workbench.sensitivity_frontier import main
-
-    sys.exit(main())

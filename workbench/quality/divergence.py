@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from engine.errors import ConfigError
 from engine.scoring import CHUNK, prompt_logits
-from workbench.quality import MIN_WINDOW, Perplexity, check_meaning, text_windows
+from workbench.quality.perplexity import MIN_WINDOW, Perplexity, check_meaning, text_windows
 
 if TYPE_CHECKING:
     from engine.engine import Engine

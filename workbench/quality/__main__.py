@@ -1,0 +1,5 @@
+import sys
+
+from workbench.quality.formats import main
+
+sys.exit(main())

@@ -1,0 +1,5 @@
+import sys
+
+from workbench.sensitivity.frontier import main
+
+sys.exit(main())
