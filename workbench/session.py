@@ -221,6 +221,7 @@ class Session:
         run.phase = "warming up"
         from engine.sampling_params import SamplingParams
 
+        engine.warm_up(max(len(item.prompt_token_ids) + item.params.max_tokens for item in items))
         chosen = [item.prompt_token_ids for item in items[:WARM_UP_REQUESTS]]
         engine.generate(chosen, SamplingParams(max_tokens=WARM_UP_TOKENS, ignore_eos=True))
         engine.reset_prefix_cache()
