@@ -12,9 +12,9 @@ import pytest
 if sys.platform != "linux":
     pytest.skip("Triton is published for Linux only", allow_module_level=True)
 
-from kernels import tune, tuning
+from kernels import tune, tune_layer, tuning
 from kernels.problems import SHAPES
-from kernels.tuning import WideConfig
+from kernels.tuning import SkinnyConfig, WideConfig
 
 SHARED = 227 << 10  # bytes of shared memory that a program may have on compute capability 9.0
 
@@ -53,3 +53,28 @@ def test_the_fastest_is_looked_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
             assert tuning.a8w8_config(*other) != fast
     finally:
         tuning.table.cache_clear()
+
+
+def test_a_layer_tries_the_fastest_the_busiest_and_the_one_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    held, fast, busy, slow = (
+        asdict(SkinnyConfig(8, bn, splits, warps, 3))
+        for bn, splits, warps in ((64, 2, 1), (128, 2, 2), (32, 8, 1), (256, 1, 4))
+    )
+    problem = ("planes", 1, 4096, 4096)
+    records = [
+        {"op": "planes", "m": 1, "n": 4096, "k": 4096, "us": us, "config": config}
+        for us, config in ((5.0, fast), (6.0, slow), (7.0, busy))
+    ]
+    records.append({"op": "planes", "m": 16, "n": 4096, "k": 4096, "us": 1.0, "config": slow})  # another problem
+    monkeypatch.setattr(tune_layer, "table", lambda: {problem: held})
+    assert tune_layer.candidates(records, problem, most=2) == [held, fast, slow, busy]
+    eight = ("planes", 8, 4096, 4096)  # nothing was timed at 8 rows: those of fewer are tried
+    assert tune_layer.candidates(records, eight, most=2) == [fast, slow, busy]
+
+
+@pytest.mark.parametrize(
+    "format, m, kind",
+    [("int4", 64, "planes"), ("bf16", 1, "bf16"), ("w8a8", 1, "int8"), ("w8a8", 64, "a8w8"), ("int8", 64, "int8")],
+)
+def test_the_entry_that_a_format_reads(format: str, m: int, kind: str) -> None:
+    assert tune_layer.kind_of(format, m) == kind

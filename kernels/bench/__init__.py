@@ -1,0 +1,1 @@
+"""Measurements of the kernels: `python -m kernels.bench`."""

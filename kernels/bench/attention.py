@@ -1,0 +1,80 @@
+"""Decode and prefill attention over each KV format, beside scaled_dot_product_attention."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from .. import problems
+from ..attention import attend
+from ..decode_triton import decode_triton
+from ..kv_cache import KV_FORMATS, read_kv
+from ..prefill_triton import prefill_triton
+from ..timing import microseconds
+from .row import Row, checked, print_row, relative_error
+
+
+def decode_rows() -> list[Row]:
+    """32 query heads, 8 KV heads, head_dim 128, blocks of 64 tokens; beside ours scaled_dot_product_attention on
+    contiguous bf16."""
+    found = []
+    for batch, context in ((1, 8192), (16, 2048), (64, 2048)):
+        for format in KV_FORMATS:
+            problem = problems.decode(format, batch, context)
+            got = decode_triton(problem.q, problem.layers[0], problem.tables, problem.lengths, problem.head_dim**-0.5)
+            want = torch.stack(
+                [
+                    attend(
+                        problem.q[b : b + 1].double(), *read_kv(problem.layers[0], problem.tables[b], context),
+                        problem.head_dim**-0.5,
+                    )[0]
+                    for b in range(min(batch, 4))
+                ]
+            )
+            error = checked(relative_error(got[: len(want)], want), 8e-3, f"decode {format} {batch} x {context}")
+            us = microseconds(problem.calls(decode_triton))
+            others = {}
+            if format == "bf16":
+                k, v = (torch.randn(batch, 8, context, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+                others["SDPA"] = microseconds(
+                    [partial(F.scaled_dot_product_attention, problem.q[:, :, None], k, v, enable_gqa=True)]
+                )
+            found.append(
+                Row(
+                    "decode attention", f"{batch} x {context} {format}", us, error, None, problem.nbytes / us / 1e6,
+                    None, others,
+                )
+            )
+            print_row(found[-1])
+    return found
+
+
+def prefill_rows() -> list[Row]:
+    """512 new tokens behind 4096 cached ones; beside ours PyTorch's flash attention on contiguous bf16, causal at the
+    lower right."""
+    from torch.nn.attention.bias import causal_lower_right
+
+    found = []
+    for format in KV_FORMATS:
+        problem = problems.prefill(format, 512, 4608)
+        call = (problem.q, problem.layers[0], problem.table, problem.query_starts, problem.lengths, problem.scale)
+        k, v = read_kv(problem.layers[0], problem.table[0], 4608)
+        error = checked(
+            relative_error(prefill_triton(*call), attend(problem.q.float(), k, v, problem.scale)),
+            8e-3,
+            f"prefill {format}",
+        )
+        us = microseconds(problem.calls(prefill_triton))
+        q, k, v = (x.bfloat16().transpose(0, 1)[None].contiguous() for x in (problem.q, k, v))
+        k, v = (x.repeat_interleave(4, 1) for x in (k, v))
+        flash = partial(F.scaled_dot_product_attention, q, k, v, causal_lower_right(512, 4608), scale=problem.scale)
+        others = {"SDPA bf16": microseconds([flash])}
+        found.append(
+            Row(
+                "prefill attention", f"512 after 4096 {format}", us, error, None, None, problem.flops / us / 1e6, others
+            )
+        )
+        print_row(found[-1])
+    return found

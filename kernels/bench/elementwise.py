@@ -1,0 +1,75 @@
+"""The small operations between the products."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from .. import activations, elementwise
+from ..activations import Activations, quantize_rows
+from ..timing import microseconds
+from .row import Row, checked, print_row, relative_error
+
+
+def elementwise_rows() -> list[Row]:
+    """The operations between the products, at 4096 tokens of a 7B model (bytes read and written over time)."""
+    found = []
+    t, d, i = 4096, 4096, 14336
+    sets = [[torch.randn(t, size, device="cuda", dtype=torch.bfloat16) for size in (d, d, 2 * i)] for _ in range(3)]
+    weight = torch.randn(d, device="cuda", dtype=torch.bfloat16)
+
+    def row(name: str, nbytes: int, run: Callable[..., object], error: float) -> None:
+        us = microseconds([lambda s=s: run(*s) for s in sets])  # type: ignore[misc]
+        found.append(Row(name, f"{t} tokens", us, checked(error, 5e-3, name), None, nbytes / us / 1e6))
+        print_row(found[-1])
+
+    x, residual, gate_up = sets[0]
+    row(
+        "add + RMSNorm",
+        8 * t * d,
+        lambda x, r, g: elementwise.add_rms_norm(x, r, weight, 1e-5),
+        relative_error(
+            elementwise.add_rms_norm(x, residual, weight, 1e-5)[0],
+            elementwise.add_rms_norm(x, residual, weight, 1e-5, impl="torch")[0],
+        ),
+    )
+    row(
+        "SiLU-mul",
+        6 * t * i,
+        lambda x, r, g: elementwise.silu_mul(g),
+        relative_error(elementwise.silu_mul(gate_up), elementwise.silu_mul(gate_up, impl="torch")),
+    )
+
+    def of_codes(got: Activations, want: Tensor) -> float:
+        """Rounding itself errs by up to 3 %: a hundredth is left for what comes before."""
+        held = quantize_rows(want, got.codes.dtype, impl="torch").dequantize(torch.float32)
+        return relative_error(got.dequantize(torch.float32), held)
+
+    for codes, short in ((torch.int8, "int8"), (torch.float8_e4m3fn, "fp8")):
+        row(
+            f"add + RMSNorm to {short}",
+            7 * t * d,
+            partial(lambda codes, x, r, g: activations.quantized_add_rms_norm(x, r, weight, 1e-5, codes), codes),
+            of_codes(
+                activations.quantized_add_rms_norm(x, residual, weight, 1e-5, codes)[0],
+                elementwise.rms_norm((x + residual).float(), weight.float(), 1e-5, impl="torch"),
+            ),
+        )
+        row(
+            f"SiLU-mul to {short}",
+            5 * t * i,
+            partial(lambda codes, x, r, g: activations.quantized_silu_mul(g, codes), codes),
+            of_codes(
+                activations.quantized_silu_mul(gate_up, codes), elementwise.silu_mul(gate_up.float(), impl="torch")
+            ),
+        )
+        row(
+            f"quantize rows to {short}",
+            3 * t * d,
+            partial(lambda codes, x, r, g: quantize_rows(x, codes), codes),
+            of_codes(quantize_rows(x, codes), x.float()),
+        )
+    return found

@@ -1,0 +1,96 @@
+"""Weights of each format at small and large M, beside cuBLAS and PyTorch's own; whole layers."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import problems
+from ..activations import SummedRows
+from ..chain import chain
+from ..matmul_triton import linear_partials, linear_triton
+from ..timing import microseconds
+from .row import Row, checked, print_row, relative_error
+
+
+def matmul_rows(format: str, rows: tuple[int, ...]) -> list[Row]:
+    """The matrices of a 7B decoder; beside ours cuBLAS in bf16, and for int4 PyTorch's own int4 product (tinygemm)."""
+    found = []
+    for name, (n, k) in problems.SHAPES.items():
+        for m in rows:
+            problem = problems.matmul(format, m, n, k)
+            weight = problem.weights[0].dequantize(torch.float32)
+            error = checked(
+                relative_error(linear_triton(problem.x, problem.weights[0], None), problem.x.float() @ weight.t()),
+                5e-3,
+                f"{format} {name} M={m}",
+            )
+            us = microseconds(problem.calls(partial(linear_triton, bias=None)))
+            small = m <= 64
+            partials = microseconds(problem.calls(linear_partials)) if small else None
+            dense = [weight.bfloat16() for _ in range(max(2, min(6, (512 << 20) // (2 * n * k))))]
+            others = {"cuBLAS bf16": microseconds([partial(F.linear, problem.x, w) for w in dense])}
+            if format == "int4" and m <= 16:
+                others["tinygemm"] = tinygemm(problem.x, n, k)
+                others["ours, sums given"] = microseconds(with_sums(problem))
+            found.append(
+                Row(
+                    f"A16W{ {'bf16': 16, 'int8': 8, 'int4': 4}[format] }", f"{name} M={m}", us, error, partials,
+                    problem.nbytes / us / 1e6, problem.flops / us / 1e6 if m > 64 else None, others,
+                )
+            )
+            print_row(found[-1])
+    return found
+
+
+def with_sums(problem: problems.Matmul) -> problems.Calls:
+    """The partials where whoever made x has summed its groups too."""
+    sums = problem.x.float().unflatten(1, (-1, problem.group_size)).sum(-1).t().contiguous()
+    return [partial(linear_partials, SummedRows(problem.x, sums), weight) for weight in problem.weights]
+
+
+def layer_rows() -> list[Row]:
+    """A whole decoder layer in a step of decodes, 640 tokens of bf16 context each; beside it cuBLAS's four bf16
+    products alone."""
+    found = []
+    with torch.inference_mode():
+        for m in (1, 8, 64):
+            calls = [
+                partial(F.linear, *(torch.randn(rows, k, device="cuda").bfloat16() for rows in (m, n)))
+                for _ in range(2)
+                for n, k in problems.SHAPES.values()
+            ]
+            products = microseconds(calls) * len(problems.SHAPES)
+            del calls
+            for format in ("bf16", "w8a8" if m > 16 else "int8", "int4"):
+                us = chain(format, m, 2 if format == "bf16" else 4).microseconds()
+                row = Row("layer", f"{format} M={m}", us, 0.0, others={"cuBLAS bf16, products only": products})
+                found.append(row)
+                print_row(row)
+    return found
+
+
+def tinygemm(x: Tensor, n: int, k: int) -> float:
+    codes = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device="cuda")
+    packed = [torch._convert_weight_to_int4pack(codes, 8) for _ in range(max(2, (256 << 20) // (n * k // 2)))]
+    scales = torch.rand(k // 128, n, 2, device="cuda").bfloat16()
+    return microseconds([lambda w=w: torch._weight_int4pack_mm(x, w, 128, scales) for w in packed])  # type: ignore[misc]
+
+
+def slope_rows() -> list[Row]:
+    """Bandwidth from two sizes, so that what a launch costs anyway cancels: A16W4, M = 1."""
+    times = []
+    for n in (28672, 57344):
+        problem = problems.matmul("int4", 1, n, 8192)
+        times.append(
+            (microseconds(problem.calls(lambda x, w: linear_partials(x, w))), problem.weights[0].nbytes)
+        )
+    (short, few), (long, many) = times
+    row = Row(
+        "A16W4", "slope M=1, 8192x28672 to 8192x57344", long - short, 0.0, tb_per_s=(many - few) / (long - short) / 1e6
+    )
+    print_row(row)
+    return [row]
