@@ -10,6 +10,7 @@ from typing import Self
 
 from tqdm.auto import tqdm
 
+from engine.admission import check_prompt, check_session_len
 from engine.batch import ScheduledBatch, StepEvent, StepResult
 from engine.cache import KVCache
 from engine.config import EngineConfig
@@ -58,10 +59,10 @@ class Engine:
         self._owns_model = model is None
         self.model = model or load_model(self.config)
         try:
-            self._check_session_len(self.model.spec.max_positions, "the model has positions for")
+            check_session_len(self.config.session_len, self.model.spec.max_positions, "the model has positions for")
             self.runner = RUNNERS[self.config.runner](self.config, self.model)
             try:
-                self._check_session_len(self.runner.memory.tokens_that_fit, "the KV pool holds")
+                check_session_len(self.config.session_len, self.runner.memory.tokens_that_fit, "the KV pool holds")
             except ConfigError:
                 self.runner.close()
                 raise
@@ -132,7 +133,8 @@ class Engine:
         name = request_id if request_id is not None else f"request-{number}"
         if name in self._requests:
             raise RequestError(f"request id {name!r} is already being served; ids must be unique")
-        tokens = self._tokens(prompt)
+        tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        check_prompt(tokens, self.session_len, self.spec, self.memory.tokens_that_fit)
         now = self.clock.now()
         self._requests[name] = request = Request(
             request_id=name,
@@ -280,27 +282,6 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _check_session_len(self, longest: int, why: str) -> None:
-        asked = self.config.session_len
-        if asked is not None and asked > longest:
-            raise ConfigError(f"session_len is {asked:,}; {why} {longest:,} tokens, so it must be at most that")
-
-    def _tokens(self, prompt: Prompt) -> list[int]:
-        tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        if not tokens:
-            raise RequestError("the prompt is empty; it must hold at least one token")
-        if len(tokens) >= self.session_len:
-            raise RequestError(
-                f"the prompt has {len(tokens):,} tokens; model and KV pool leave room for at most "
-                f"{self.session_len - 1:,} (positions: {self.spec.max_positions:,}, tokens that fit: "
-                f"{self.memory.tokens_that_fit:,})"
-            )
-        wrong = [token for token in tokens if not 0 <= token < self.spec.vocab_size]
-        if wrong:
-            last = self.spec.vocab_size - 1
-            raise RequestError(f"token id {wrong[0]} is outside the vocabulary; ids are 0 to {last}")
-        return tokens
 
     def _step_or_wait(self) -> list[RequestOutput]:
         wakeup = self.next_wakeup()

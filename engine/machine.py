@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,12 @@ def describe_machine(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "versions": versions,
         "command": shlex.join(words),
     }
+
+
+def write_report(path: str | Path, figures: Mapping[str, Any], argv: Sequence[str] | None = None) -> None:
+    """Write figures as JSON, behind machine, versions and command."""
+    report = {"machine": describe_machine(argv), **figures}
+    Path(path).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def _module() -> str:

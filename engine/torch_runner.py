@@ -174,14 +174,15 @@ class TorchRunner:
     @torch.inference_mode()
     def warm_up(self, num_tokens: int) -> None:
         """On a CPU nothing is compiled ahead."""
+        assert self._cos_sin is not None
+        most = min(num_tokens, len(self._cos_sin))  # a session holds no more
         if self.device.type == "cuda":
             for count, length in self._prompt_shapes():
                 self._compute_inert(count, length)
         if self._graphs is not None:
-            blocks = -(-min(num_tokens, self._memory.tokens_that_fit) // self._memory.block_size)
-            self._graphs.warm_up(self.config.max_batch_size, blocks)
+            self._graphs.warm_up(self.config.max_batch_size, -(-most // self._memory.block_size))
         if self._prompt_graphs is not None:
-            self._prompt_graphs.warm_up(min(num_tokens, self._memory.tokens_that_fit))
+            self._prompt_graphs.warm_up(most)
 
     def _prompt_shapes(self) -> list[tuple[int, int]]:
         """(prompts, tokens of each) of steps whose kernels differ: by the number of prompts, and of tokens in all."""

@@ -175,7 +175,7 @@ def _gather(
     by_head = words.movedim(2, 0)
     rows = by_head.flatten(0, 1).flatten(1)
     held = None if space is None else space.get(side)
-    if held is not None and held.dtype == rows.dtype and held.shape[1] == rows.shape[1]:
+    if held is not None and held.shape[1] == rows.shape[1]:  # the same format as the layer before
         torch.index_select(rows, 0, table, out=held)
     else:
         held = rows.index_select(0, table)

@@ -8,7 +8,6 @@ matrices and kernels, so it is measured: whole decode steps of the engine, the f
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import sys
 import time
@@ -278,10 +277,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if found.skipped:
         print(f"left out, for the KV pool does not hold them: batch {', '.join(map(str, found.skipped))}")
     if options.json:
-        from engine.machine import describe_machine
+        from engine.machine import write_report
 
         record: dict[str, Any] = {
-            "machine": describe_machine(argv),
             "model": found.model,
             "engine": found.description,
             "seed": config.seed,
@@ -291,9 +289,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "skipped": found.skipped,
             "interrupted": found.interrupted,
         }
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump(record, file, indent=1)
-            file.write("\n")
+        write_report(options.json, record, argv)
     return 130 if found.interrupted else 0
 
 

@@ -6,7 +6,6 @@ python -m workbench.demo [--json FILE]
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -127,10 +126,9 @@ def _against_bf16(qualities: Mapping[str, Perplexity]) -> list[str]:
 
 def write_json(path: str, runs: Sequence[Run], argv: Sequence[str]) -> None:
     """Figures of all runs with everything needed to repeat them."""
-    from engine.machine import describe_machine
+    from engine.machine import write_report
 
     record: dict[str, Any] = {
-        "machine": describe_machine(argv or None),
         "workload": {name: finite(value) for name, value in asdict(runs[0].workload).items()} if runs else None,
         "engine": runs[0].description if runs else None,
         "runs": [
@@ -138,9 +136,7 @@ def write_json(path: str, runs: Sequence[Run], argv: Sequence[str]) -> None:
             for run in runs
         ],
     }
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(record, file, indent=1)
-        file.write("\n")
+    write_report(path, record, argv or None)
 
 
 if __name__ == "__main__":

@@ -205,17 +205,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
     except (ConfigError, CheckpointError) as error:
         parser.error(str(error))
-    figures = {task: dict(values) for task, values in found["results"].items()}
+    figures = json.loads(json.dumps(found["results"], default=str))  # what JSON has no word for becomes text
     print(description)
     for task, values in figures.items():
         print(f"{task}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items() if _is_figure(value)))
     if options.json:
-        from engine.machine import describe_machine
+        from engine.machine import write_report
 
-        record = {"machine": describe_machine(argv), "engine": description, "lm_eval": lm_eval.__version__}
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump(record | {"results": figures}, file, indent=1, default=str)
-            file.write("\n")
+        record = {"engine": description, "lm_eval": lm_eval.__version__, "results": figures}
+        write_report(options.json, record, argv)
     return 0
 
 

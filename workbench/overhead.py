@@ -10,7 +10,6 @@ The widgets are the real ones. There is no browser: messages to it are packed as
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -173,11 +172,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(overhead)
     print(f"at least {BAR:.0%} of the tokens/s are kept: {'yes' if overhead.ratio >= BAR else 'no'}")
     if options.json:
-        from engine.machine import describe_machine
+        from engine.machine import write_report
 
-        record = {"machine": describe_machine(argv), "ratio": overhead.ratio, **asdict(overhead)}
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump(record, file, indent=1)
+        write_report(options.json, {"ratio": overhead.ratio, **asdict(overhead)}, argv)
     return int(overhead.ratio < BAR)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -221,10 +220,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _write(path: str, found: Quantizers, options: argparse.Namespace, argv: Sequence[str] | None) -> None:
-    from engine.machine import describe_machine
+    from engine.machine import write_report
 
     record = {
-        "machine": describe_machine(argv),
         "model": options.model,
         "group_size": options.group_size,
         "calibration": str(options.calibration) if options.calibration else "training split of the bundled model",
@@ -234,7 +232,7 @@ def _write(path: str, found: Quantizers, options: argparse.Namespace, argv: Sequ
         "rows": found.records(),
         "bar": found.bar(),
     }
-    Path(path).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_report(path, record, argv)
 
 
 if __name__ == "__main__":

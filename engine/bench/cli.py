@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -22,7 +21,7 @@ from engine.bench.work import WORKS
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.loader import load_model
-from engine.machine import describe_machine
+from engine.machine import write_report
 from engine.torch_runner import resolve_device
 
 SUITE_HELP = (
@@ -159,7 +158,7 @@ SUITES: dict[str, Callable[[argparse.Namespace], Any]] = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    report: dict[str, Any] = {"machine": describe_machine(argv), "model": args.model, "seed": args.seed}
+    report: dict[str, Any] = {"model": args.model, "seed": args.seed}
     works = [suite for suite in args.suite if suite in WORKS]
     report["suites"] = side_by_side(args, works) if works else {}
     for suite in args.suite:
@@ -167,4 +166,4 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"{suite}:")
             report["suites"][suite] = SUITES[suite](args)
     if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_report(args.json, report, argv)

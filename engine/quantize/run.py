@@ -24,7 +24,7 @@ from engine.checkpoint import CheckpointWeights
 from engine.config import GROUP_SIZES, EngineConfig
 from engine.errors import CheckpointError, ConfigError
 from engine.loader import LoadedModel, load_model
-from engine.machine import describe_machine
+from engine.machine import write_report
 from engine.model_spec import ModelSpec, StoredFormat
 from engine.quantize.calibration import BUDGET, WINDOW, calibration_windows
 from engine.quantize.layers import METHODS, Method, Options, quantized_tensors
@@ -196,7 +196,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.json:
         used = torch.cuda.is_available() and options.device != "cpu"
         record = {
-            "machine": describe_machine(argv),
             "model": options.model,
             **result.weights.recipe,  # type: ignore[attr-defined]  # always a QuantizedWeights
             "bits_per_weight": bits,
@@ -204,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "peak_device_bytes": torch.cuda.max_memory_allocated() if used else None,
             "host_bytes": result.host_bytes,
         }
-        Path(options.json).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_report(options.json, record, argv)
     return 0
 
 

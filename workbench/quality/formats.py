@@ -6,7 +6,6 @@ Every format goes through the engine's own path over the same text and the same 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -303,11 +302,10 @@ def _read(path: str | None) -> str | None:
 
 
 def _write(path: str, found: Comparison, options: argparse.Namespace, argv: Sequence[str] | None) -> None:
-    from engine.machine import describe_machine
+    from engine.machine import write_report
 
     perplexity = found.baseline.perplexity
     record = {
-        "machine": describe_machine(argv),
         "model": options.model,
         "text": options.text or "bundled held-out text",
         "seed": found.baseline.config.seed,
@@ -317,6 +315,4 @@ def _write(path: str, found: Comparison, options: argparse.Namespace, argv: Sequ
         "bars": found.bars(),
         "formats": found.records(),
     }
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(record, file, indent=1)
-        file.write("\n")
+    write_report(path, record, argv)

@@ -278,11 +278,10 @@ def _text(path: str | None) -> str:
 
 
 def _write(path: str, found: Frontier, options: argparse.Namespace, argv: Sequence[str] | None) -> None:
-    from engine.machine import describe_machine
+    from engine.machine import write_report
 
     rows = json.loads(found.sensitivity.frame().to_json(orient="records"))
     record = {
-        "machine": describe_machine(argv),
         "model": options.model,
         "text": options.text or "bundled held-out text",
         "seed": found.sensitivity.config.seed,
@@ -294,6 +293,4 @@ def _write(path: str, found: Frontier, options: argparse.Namespace, argv: Sequen
         "plans": found.records(),
         "interrupted": found.interrupted,
     }
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(record, file, indent=1)
-        file.write("\n")
+    write_report(path, record, argv)

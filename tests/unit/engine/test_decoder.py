@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +26,6 @@ CPU = torch.device("cpu")
 BLOCK = 16
 EXACT = 1e-4  # float32 in another order of summation; now and then the bf16 cache rounds a key to its other neighbour
 BF16 = 0.03  # bfloat16 keeps 8 bits (2 ** -9 = 0.002), and each of two layers rounds about ten times
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tensors this small lose more to a second thread than they win."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def built(folder: Path, weights: str = "bf16", impl: str = "torch") -> Decoder:

@@ -134,3 +134,11 @@ def test_warm_up_makes_every_size_and_disturbs_nobody(stand_in: None, model: Loa
         last = [output for _ in range(20) for output in engine.step()][-1]
         assert last.token_ids == want
         assert len(graphs.captured) == 12
+
+
+def test_warm_up_asks_for_no_more_than_a_session_may_hold(stand_in: None, model: LoadedModel) -> None:
+    """Also where a workload's prompts and answers together are longer: the answers will be cut."""
+    with Engine(EngineConfig(**OPTIONS, max_batch_size=2, session_len=100), model=model) as engine:
+        graphs = with_graphs(engine)
+        engine.warm_up(100_000)
+        assert {key.width for key in graphs.captured} == {16}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,14 +31,6 @@ from tests.unit.engine.test_decoder import random_ids, relative
 CPU = torch.device("cpu")
 WORDS = "def return import class self for in if else not value name list print open close read write".split()
 TEXT = " ".join(random.Random(0).choices(WORDS, k=800))  # 4,700 characters, each a token
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

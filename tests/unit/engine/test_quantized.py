@@ -3,7 +3,7 @@ and share nothing with the reader."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +42,6 @@ CPU = torch.device("cpu")
 REFERENCE = 1e-3
 FAST = 1e-2
 ROUNDED = {"w8a8": 0.05, "fp8": 0.1}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def built(folder: Path, impl: str, weights: str = "bf16") -> Decoder:

@@ -27,15 +27,6 @@ MEGABYTE = 1 << 20
 BLOCK = 16
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tensors this small lose more to a second thread than they win."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def config(model: str = "synthetic:tiny", **options: Any) -> EngineConfig:
     defaults: dict[str, Any] = {"device": "cpu", "impl": "torch", "memory_limit": 64 * MEGABYTE}
     return EngineConfig(model=model, **{**defaults, **options})

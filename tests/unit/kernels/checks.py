@@ -230,6 +230,9 @@ def check_elementwise(
         )
         < 4e-3
     )
+    faint = x * 2.0**-9  # so small that eps counts
+    want = kernels.rms_norm(faint.double(), weight.double(), 1e-5, impl="torch")
+    assert relative_error(kernels.rms_norm(faint, weight, 1e-5, impl=impl), want) < 4e-3
     normed, total = kernels.add_rms_norm(x, residual, weight, 1e-5, impl=impl)
     assert torch.equal(total, x + residual)
     assert relative_error(normed, kernels.rms_norm(total.double(), weight.double(), 1e-5, impl="torch")) < 4e-3

@@ -74,7 +74,7 @@ def check_operands(
     format: str, group_size: int, rows: int, splits: int, device: str, *, impl: str, layout: str
 ) -> None:
     """What `normed`, `add_normed` and `gated` make for a weight gives the product that plain rows give it."""
-    width, n = 256, 96
+    width, n = 512, 96  # SiLU-mul takes two programs for a row
     weight = kernels.pack_weight(
         normal((n, width), 1, device).float() * 0.05 + 0.01, format, group_size=group_size, device=device, layout=layout
     )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -14,14 +12,6 @@ from kernels.quantize import clip, clipped, group_moments, grouped, hqq, hqq_los
 from kernels.smoothing import awq_scales, fold_norm, search, smooth
 
 N, K, TOKENS = 48, 256, 600
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
