@@ -11,7 +11,7 @@ from engine.kv_plan import KV, KeyBias, KVPlan, layer_names
 from engine.weight_plan import LM_HEAD, WeightPlan, Weights
 from kernels import KV_FORMATS, WEIGHT_FORMATS
 
-HEAD_FORMAT = {"bf16": "bf16", "int8": "int8", "int4": "int8", "w8a8": "int8", "fp8": "int8"}
+HEAD_FORMAT = {"bf16": "bf16", "int8": "int8", "int4": "int8", "w8a8": "int8", "fp8": "int8", "w4a8": "int8"}
 """Format of the lm_head by weight format: its rows are whole answers, so 4 bits cost quality where they save least."""
 
 ROW_FORMATS = ("bf16", "int8")

@@ -13,13 +13,13 @@ from typing import Any
 from engine.errors import CheckpointError
 from engine.model_spec import StoredFormat
 from engine.quantized import FLOATS, GROUPS, KINDS, Scheme, UnreadableError, Wanted
-from kernels.activations import SIXTEEN_BIT_ROWS
+from kernels import WEIGHT_FORMATS
 
 METHODS = ("awq", "gptq", "compressed-tensors")
 IGNORED = ("input_scale", "input_zero_point", "k_scale", "v_scale")  # activations and keys are scaled as they come
 BF16_ACTIVATIONS = "activations computed in bf16, though made to be quantized too"
 SCALED_PER_TOKEN = "activations scaled per token as they come, not as the checkpoint says"
-ROUNDED_TOO = f"activations rounded to fp8 too, in steps of more than {SIXTEEN_BIT_ROWS} tokens"
+ROUNDED_TOO = f"activations rounded to fp8 too, in steps of more than {WEIGHT_FORMATS['fp8'].sixteen_bit_rows} tokens"
 
 
 @dataclass(frozen=True)

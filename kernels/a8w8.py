@@ -24,7 +24,7 @@ from .tuning import WideConfig, a8w8_config
 
 @triton.jit(do_not_specialize=["M"])
 def a8w8_kernel(
-    x, w, x_scale, w_scale, out, M, N, K, k_per_split, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    x, w, x_scale, w_scale, out, out_row, M, N, K, k_per_split, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     BAND: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr, INTERP: tl.constexpr,
 ):
     await_previous(EARLY)
@@ -56,7 +56,7 @@ def a8w8_kernel(
         x_at += BK
         w_at += BK
     y = acc.to(tl.float32) * tl.load(x_scale + m % M)[:, None] * tl.load(w_scale + n % N).to(tl.float32)[None, :]
-    at = out + (split * M + m[:, None]).to(tl.int64) * N + n[None, :]
+    at = out + (split * M + m[:, None]).to(tl.int64) * out_row + n[None, :]
     inside = (m < M)[:, None] & (n < N)[None, :]
     if out.dtype.element_ty == tl.bfloat16:
         tl.store(at, to_bf16(y, INTERP), mask=inside)
@@ -64,10 +64,13 @@ def a8w8_kernel(
         tl.store(at, y, mask=inside)
 
 
-def a8w8_partials(x: Activations, weight: PackedWeight, config: WideConfig | None = None) -> Tensor:
+def a8w8_partials(
+    x: Activations, weight: PackedWeight, config: WideConfig | None = None, out: Tensor | None = None
+) -> Tensor:
     """x [M, K] times a plain weight [N, K] in the same codes -> float32 partials [SPLITS, M, N] (bf16 [1, M, N] where
     config has one split).
 
+    out: bf16 [1, M, N] to write instead, columns of a larger matrix for example; K is not split then.
     ValueError where codes and shapes do not fit.
     """
     (m, k), n = x.shape, weight.shape[0]
@@ -78,13 +81,15 @@ def a8w8_partials(x: Activations, weight: PackedWeight, config: WideConfig | Non
         )
     config = config or a8w8_config(m, n, k, x.codes.dtype == torch.int8)
     bk = config.block_k
-    per_split = triton.cdiv(triton.cdiv(k, bk), config.splits) * bk
+    per_split = triton.cdiv(triton.cdiv(k, bk), config.splits if out is None else 1) * bk
     splits = triton.cdiv(k, per_split)
-    out = torch.empty(splits, m, n, dtype=torch.float32 if splits > 1 else torch.bfloat16, device=x.device)
+    if out is None:
+        out = torch.empty(splits, m, n, dtype=torch.float32 if splits > 1 else torch.bfloat16, device=x.device)
     early = early_launch()
     grid = (triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n), splits)
     a8w8_kernel[grid](
-        x.codes, weight.data, x.scale, weight.scale, out, m, n, k, per_split, config.block_m, config.block_n, bk, 8,
-        k % bk == 0, config.stages, early, INTERP, num_warps=config.warps, num_stages=config.stages, launch_pdl=early,
+        x.codes, weight.data, x.scale, weight.scale, out, out.stride(1), m, n, k, per_split, config.block_m,
+        config.block_n, bk, 8, k % bk == 0, config.stages, early, INTERP, num_warps=config.warps,
+        num_stages=config.stages, launch_pdl=early,
     )
     return out

@@ -1,12 +1,12 @@
-"""Activations in 8 bits, for weight formats whose larger products run in 8 bits on both sides (w8a8, fp8).
+"""Activations in 8 bits, for weight formats whose larger products run in 8 bits on both sides (w8a8, fp8, w4a8).
 
     x[t, k] ~ codes[t, k] * scale[t]       codes int8 in -127..127, or e4m3; scale float32, from the largest |x[t]|
 
-At few rows only the weight's bytes count: the 8-bit codes of the weight are widened in registers and x keeps its 16
-bits (A16W8). Above `SIXTEEN_BIT_ROWS` the tensor core's 8-bit rate counts, and x is rounded. `activation_codes` is the
-one place that decides, the same on every device and in the reference, so that a format means the same numbers
-everywhere. Codes come out of the operation before the product where there is one (RMSNorm, SiLU-mul), which has the
-row in registers anyway; `linear` rounds what comes to it in 16 bits.
+At few rows only the weight's bytes count: the codes of the weight are widened in registers and x keeps its 16 bits
+(A16W8, A16W4). Above `WeightFormat.sixteen_bit_rows` the tensor core's 8-bit rate counts, and x is rounded.
+`activation_codes` is the one place that decides, the same on every device and in the reference, so that a format means
+the same numbers everywhere. Codes come out of the operation before the product where there is one (RMSNorm, SiLU-mul),
+which has the row in registers anyway; `linear` rounds what comes to it in 16 bits.
 
 Scales per token and per output channel as in Dettmers et al., "LLM.int8()" (2022); e4m3 for both sides as in
 Micikevicius et al., "FP8 Formats for Deep Learning" (2022).
@@ -25,15 +25,14 @@ from . import elementwise
 from .dispatch import choose
 from .weights import E4M3_MAX, weight_format
 
-SIXTEEN_BIT_ROWS = 16
 LARGEST_CODE = {torch.int8: 127.0, torch.float8_e4m3fn: E4M3_MAX}
 SMALLEST_RANGE = 1e-30  # largest |x| of a row that still spans the codes: smaller ones would overflow 1 / scale
 
 
 def activation_codes(format: str, rows: int) -> torch.dtype | None:
     """What x [rows, K] becomes before a product with a weight of that format; None: it stays in 16 bits."""
-    codes = weight_format(format).activations
-    return codes if rows > SIXTEEN_BIT_ROWS else None
+    chosen = weight_format(format)
+    return chosen.activations if rows > chosen.sixteen_bit_rows else None
 
 
 @dataclass(frozen=True)

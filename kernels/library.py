@@ -34,8 +34,8 @@ from .qkv import HeadNorms
 
 NAMESPACE = "inferlab"
 _WEIGHT = (
-    "Tensor data, Tensor? scale, Tensor? nibble_scale, Tensor? order, str format, str layout, SymInt n, SymInt k, "
-    "SymInt? group_size"
+    "Tensor data, Tensor? scale, Tensor? nibble_scale, Tensor? order, Tensor? channel, str format, str layout, "
+    "SymInt n, SymInt k, SymInt? group_size"
 )
 _KV = "Tensor key, Tensor value, Tensor? key_scale, Tensor? value_scale, str kv_format, SymInt head_dim"
 _KV_WRITTEN = (
@@ -136,8 +136,8 @@ def _ops() -> Any:
 
 def _fields(weight: PackedWeight) -> tuple[Any, ...]:
     return (
-        weight.data, weight.scale, weight.nibble_scale, weight.order, weight.format, weight.layout, *weight.shape,
-        weight.group_size,
+        weight.data, weight.scale, weight.nibble_scale, weight.order, weight.channel, weight.format, weight.layout,
+        *weight.shape, weight.group_size,
     )  # fmt: skip
 
 
@@ -155,10 +155,10 @@ def _own(*results: Tensor) -> tuple[Tensor, ...]:
 
 def _linear(
     x: Tensor, x_scale: Tensor | None, data: Tensor, scale: Tensor | None, nibble_scale: Tensor | None,
-    order: Tensor | None, format: str, layout: str, n: int, k: int, group_size: int | None, bias: Tensor | None,
-    impl: str,
+    order: Tensor | None, channel: Tensor | None, format: str, layout: str, n: int, k: int, group_size: int | None,
+    bias: Tensor | None, impl: str,
 ) -> Tensor:
-    weight = PackedWeight(format, layout, (n, k), data, scale, group_size, nibble_scale, order)
+    weight = PackedWeight(format, layout, (n, k), data, scale, group_size, nibble_scale, order, channel)
     given = x if x_scale is None else Activations(x, x_scale, torch.bfloat16)
     return _own(matmul.linear(given, weight, bias, impl=impl))[0]
 
@@ -223,7 +223,7 @@ def _like(x: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def _fake_linear(x: Tensor, x_scale: Tensor | None, *weight: Any) -> Tensor:
-    return _like(x, *x.shape[:-1], weight[6], dtype=x.dtype if x_scale is None else torch.bfloat16)
+    return _like(x, *x.shape[:-1], weight[7], dtype=x.dtype if x_scale is None else torch.bfloat16)
 
 
 def _fake_codes(x: Tensor, codes: torch.dtype, width: int) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ which M."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -29,9 +30,9 @@ def linear(
     partial: where the kernel splits K, return its float32 partials [S, M, N] for a consumer that sums them as it reads
     (`add_rms_norm`, `silu_mul`, `rope_write`), which saves a pass and a launch; elsewhere it changes nothing.
 
-    impl "torch": any floating x; "aten" and "triton": bfloat16 x. For w8a8 and fp8 weights x may come in 8 bits; if
-    not, `activation_codes` says by the number of rows whether it is rounded here. For int4 x may come with the sums of
-    its groups. `operands` makes x in the form that is best for a weight. ValueError for shapes, dtypes or
+    impl "torch": any floating x; "aten" and "triton": bfloat16 x. For w8a8, fp8 and w4a8 weights x may come in 8 bits;
+    if not, `activation_codes` says by the number of rows whether it is rounded here. For int4 x may come with the sums
+    of its groups. `operands` makes x in the form that is best for a weight. ValueError for shapes, dtypes or
     devices that do not fit.
     """
     n, k = weight.shape
@@ -51,13 +52,17 @@ def _rows(x: Operand, weight: PackedWeight, impl: str, *, reference: bool) -> Op
     if isinstance(x, SummedRows):
         if weight.group_size is None or x.sums.shape != (x.shape[1] // weight.group_size, x.shape[0]):
             raise ValueError(f"linear: sums {tuple(x.sums.shape)} are not those of groups of {weight.group_size}")
-        if weight.layout == "planes" and weight.order is None and not reference:
+        wide = activation_codes(weight.format, x.shape[0]) is None
+        if weight.layout == "planes" and weight.order is None and wide and not reference:
             return x
         x = x.x
     if isinstance(x, Activations):
         if x.codes.dtype != weight_format(weight.format).activations:
             raise ValueError(f"linear: activations of {x.codes.dtype} do not go with weights of {weight.format}")
-        return x.rows()
+        eight = x.rows()
+        if weight.order is not None and not reference:
+            eight = replace(eight, codes=eight.codes.index_select(1, weight.order))
+        return eight
     rows = x.reshape(-1, x.shape[-1])
     if weight.order is not None and not reference:  # the reference puts the weight's columns back instead
         rows = rows.index_select(1, weight.order)
@@ -66,8 +71,11 @@ def _rows(x: Operand, weight: PackedWeight, impl: str, *, reference: bool) -> Op
 
 
 def _torch(x: Operand, weight: PackedWeight, bias: Tensor | None, partial: bool) -> Tensor:
-    x = x.dequantize() if isinstance(x, Activations) else x.x if isinstance(x, SummedRows) else x
-    return F.linear(x, weight.dequantize(x.dtype), None if bias is None else bias.to(x.dtype))
+    plain = weight.to_plain()
+    if isinstance(x, Activations):
+        x, plain = x.dequantize(), plain.requantized() if weight_format(weight.format).grouped else plain
+    x = x.x if isinstance(x, SummedRows) else x
+    return F.linear(x, plain.dequantize(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def _aten(x: Operand, weight: PackedWeight, bias: Tensor | None, partial: bool) -> Tensor:
@@ -111,6 +119,23 @@ def _w8a8_aten(x: Activations, weight: PackedWeight) -> Tensor:
     assert weight.scale is not None
     y = torch._int_mm(x.codes, weight.data.t()).to(torch.float32)
     return y.mul_(x.scale[:, None]).mul_(weight.scale).to(x.dtype)
+
+
+def _w4a8_aten(x: Activations, weight: PackedWeight) -> Tensor:
+    """Blocks of the weight become int8 as in the reference, so that only the product is another."""
+    assert weight.scale is not None
+    (m, k), (n, _), rows = x.shape, weight.shape, 2 * nibble_rows()
+    tiles = weight.data.view(-1, rows * k // 2)
+    step = max(1, CPU_BLOCK_ELEMENTS // (rows * k))
+    y = torch.empty(m, len(tiles) * rows, dtype=torch.float32)
+    for first in range(0, len(tiles), step):
+        count = len(tiles[first : first + step]) * rows
+        at = slice(first * rows, first * rows + count)
+        block = replace(weight, data=tiles[first : first + step], scale=weight.scale[:, at], shape=(count, k))
+        eight = block.to_plain().requantized()
+        assert eight.scale is not None
+        torch.mul(torch._int_mm(x.codes, eight.codes.t()), eight.scale, out=y[:, at])
+    return y[:, :n].mul_(x.scale[:, None]).to(x.dtype)
 
 
 def _fp8_aten(x: Activations, weight: PackedWeight) -> Tensor:
@@ -180,7 +205,7 @@ _ATEN: dict[str, Callable[..., Tensor]] = {
     "nibbles": _nibbles,
     "int4pack": _int4pack,
 }
-_ATEN_8_BIT: dict[str, Callable[..., Tensor]] = {"w8a8": _w8a8_aten, "fp8": _fp8_aten}
+_ATEN_8_BIT: dict[str, Callable[..., Tensor]] = {"w8a8": _w8a8_aten, "fp8": _fp8_aten, "w4a8": _w4a8_aten}
 
 
 def _triton(x: Operand, weight: PackedWeight, bias: Tensor | None, partial: bool) -> Tensor:

@@ -6,28 +6,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .a8w4 import a8w4_partials, requantize_rows
 from .a8w8 import a8w8_partials
 from .a16w4 import a16w4_partials, dequantize_rows, reduce_splits
-from .activations import SIXTEEN_BIT_ROWS, Activations, Operand, SummedRows
+from .activations import Activations, Operand, SummedRows
 from .packing import PLANE_ROWS, PackedWeight
 from .skinny import skinny_partials
 from .triton_common import INTERP
-from .tuning import SkinnyConfig, WideConfig, plain_config, planes_config, wide_config
+from .tuning import SkinnyConfig, WideConfig, a8w8_config, plain_config, planes_config, wide_config
+from .weights import WEIGHT_FORMATS, weight_format
 from .wide import wide_partials
 
 # Up to these rows a kernel of ours streams the weight; above, it is dequantized once (in slices) and multiplied by
-# cuBLAS. bf16 goes to cuBLAS directly; w8a8 and fp8 activations have 8 bits there.
-FUSED_ROWS = {"bf16": 64, "int8": 64, "int4": 256, "w8a8": SIXTEEN_BIT_ROWS, "fp8": SIXTEEN_BIT_ROWS}
+# cuBLAS. bf16 goes to cuBLAS directly; where a format has 8-bit activations, they have 8 bits there.
+FUSED_ROWS = {"bf16": 64, "int8": 64, "int4": 256}
+FUSED_ROWS |= {name: form.sixteen_bit_rows for name, form in WEIGHT_FORMATS.items() if form.activations}
+# w4a8: up to here the weight becomes int8 in registers (`a8w4`), above once (in slices), for the product of w8a8.
+REQUANTIZED_ROWS = 512
 SKINNY_ROWS = (
     64  # int4: up to here scales are applied per group to the accumulator (`a16w4`), above to the weight (`wide`)
 )
 DEQUANTIZED_ELEMENTS = 1 << 24  # 32 MB of bf16 workspace at a time, which stays in the L2 cache
+REQUANTIZED_ELEMENTS = 1 << 25  # the same of int8
 
 
 def linear_triton(x: Operand, weight: PackedWeight, bias: Tensor | None, partial: bool = False) -> Tensor:
     """x [M, K] bf16 or in 8 bits, weight in its CUDA layout -> bf16 [M, N], or float32 partials [S, M, N] where
     `partial` allows it and K is split."""
-    if weight.layout != ("planes" if weight.format == "int4" else "plain"):
+    if weight.layout != ("planes" if weight_format(weight.format).grouped else "plain"):
         raise ValueError(f"linear: impl 'triton' cannot read the layout {weight.layout!r} of {weight.format}")
     if isinstance(x, Activations):
         return linear_8_bit(x, weight, bias, partial=partial)
@@ -45,10 +51,14 @@ def linear_8_bit(
     x: Activations, weight: PackedWeight, bias: Tensor | None = None, config: WideConfig | None = None,
     partial: bool = False,
 ) -> Tensor:
-    """x [M, K] times a plain weight in the same codes -> bf16 [M, N]: e4m3 of many rows by cuBLAS where it takes the
-    shape, the rest by our kernel."""
+    """x [M, K] times a plain weight in the same codes, or int8 x times a 4-bit weight -> bf16 [M, N]: e4m3 of many rows
+    by cuBLAS where it takes the shape, the rest by our kernels."""
     if x.shape[0] == 0:
         return torch.empty(0, weight.shape[0], dtype=torch.bfloat16, device=x.device)
+    if weight.layout == "planes":
+        if x.shape[0] > REQUANTIZED_ROWS:
+            return requantized_once(x, weight, bias)
+        return _summed(a8w4_partials(x, weight, config), bias, partial)
     by_cublas = weight.format == "fp8" and x.shape[0] > SKINNY_ROWS and weight.shape[0] % 16 == 0
     if config is None and by_cublas and not INTERP:
         assert weight.scale is not None
@@ -56,6 +66,23 @@ def linear_8_bit(
             x.codes, weight.data.t(), x.scale[:, None], weight.scale[None], bias=bias, out_dtype=torch.bfloat16
         )
     return _summed(a8w8_partials(x, weight, config), bias, partial)
+
+
+def requantized_once(x: Activations, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """x [M, K] int8 times a 4-bit weight whose int8 form is made first, some rows of it at a time -> bf16 [M, N]."""
+    assert weight.channel is not None
+    (m, k), n = x.shape, weight.shape[0]
+    rows = _slice_rows(n, k, REQUANTIZED_ELEMENTS)
+    codes = torch.empty(rows, k, dtype=torch.int8, device=x.device)
+    y = torch.empty(1, m, n, dtype=torch.bfloat16, device=x.device)
+    config = a8w8_config(m, n, k)
+    for first in range(0, n, rows):
+        count = min(rows, n - first)
+        requantize_rows(weight, first, codes[:count])
+        channel = weight.channel[first : first + count]
+        part = PackedWeight("w8a8", "plain", (count, k), codes[:count], channel)
+        a8w8_partials(x, part, config, y[:, :, first : first + count])
+    return _summed(y, bias)
 
 
 def linear_partials(
@@ -88,9 +115,14 @@ def _summed(partials: Tensor, bias: Tensor | None, partial: bool = False) -> Ten
     return partials[0] if bias is None else partials[0].add_(bias)
 
 
+def _slice_rows(n: int, k: int, elements: int) -> int:
+    """Rows of a weight [n, k] that a workspace of so many elements takes, whole tiles of planes."""
+    return min(n, max(PLANE_ROWS, elements // k // PLANE_ROWS * PLANE_ROWS))
+
+
 def _dequantize_once(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     (m, k), n = x.shape, weight.shape[0]
-    rows = min(n, max(PLANE_ROWS, DEQUANTIZED_ELEMENTS // k // PLANE_ROWS * PLANE_ROWS))
+    rows = _slice_rows(n, k, DEQUANTIZED_ELEMENTS)
     dense = torch.empty(rows, k, dtype=torch.bfloat16, device=x.device)
     y = torch.empty(m, n, dtype=torch.bfloat16, device=x.device)
     for first in range(0, n, rows):

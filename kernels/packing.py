@@ -1,22 +1,24 @@
 """Device layouts of a weight: what `linear` reads.
 
 plain     [N, K] as it is (bf16 and 8-bit codes on CUDA, fp8 on CPU), scale [N]: float32 for fp8, else bf16
-planes    int4 on CUDA, see `pack_planes`
+planes    int4 and w4a8 on CUDA, see `pack_planes`
 mkldnn    bf16 on CPU, oneDNN's own blocking
 int8pack  int8 and w8a8 on CPU, [N, K] int8 and bf16 scale [N], for torch._weight_int8pack_mm
 nibbles   int8 on CPU where that operator is slow, see `_pack_nibbles`
-int4pack  int4 on CPU, [N/64, K, 32] uint8 and bf16 (scale, zero) [K/G, N, 2], for torch's _weight_int4pack_mm_for_cpu
+int4pack  int4 and w4a8 on CPU, [N/64, K, 32] uint8 and bf16 (scale, zero) [K/G, N, 2], for torch's
+          _weight_int4pack_mm_for_cpu
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from .weights import QuantizedWeight, check_groups, quantize_weight, weight_format
+from .weights import QuantizedWeight, channel_scales, check_groups, quantize_weight, weight_format
 
 PLANE_ROWS = 64  # output features in one contiguous tile of planes: the kernels' smallest BN
 NIBBLES_ABOVE = 8 << 20  # int8 elements: a weight with short rows that comes from memory, not from a cache
@@ -26,7 +28,8 @@ _CPU_ROWS = 64  # the same for ATen's CPU int4 packing
 @dataclass(frozen=True)
 class PackedWeight:
     """A weight [N, K] in the layout of its device. `data` and `scale` are read by kernels; everything else goes through
-    `to_plain`. `order` is that of `QuantizedWeight`: `linear` gathers x by it before a kernel runs."""
+    `to_plain`. `order` is that of `QuantizedWeight`: `linear` gathers x by it before a kernel runs. `channel` float32
+    [N] (padded as the codes) is the scale of w4a8's int8 form."""
 
     format: str
     layout: str
@@ -36,6 +39,7 @@ class PackedWeight:
     group_size: int | None = None
     nibble_scale: Tensor | None = None  # of the layout "nibbles"
     order: Tensor | None = None
+    channel: Tensor | None = None
 
     @property
     def device(self) -> torch.device:
@@ -45,7 +49,8 @@ class PackedWeight:
     def nbytes(self) -> int:
         """Bytes held, padding and scales included."""
         held = self.data.numel() * self.data.element_size()  # not .nbytes: an mkldnn tensor has no strides to tell it
-        return held + sum(part.nbytes for part in (self.scale, self.nibble_scale, self.order) if part is not None)
+        beside = (self.scale, self.nibble_scale, self.order, self.channel)
+        return held + sum(part.nbytes for part in beside if part is not None)
 
     def to_plain(self) -> QuantizedWeight:
         """The canonical codes, scales and zeros."""
@@ -73,11 +78,11 @@ def _pad_rows(x: Tensor, multiple: int) -> Tensor:
     return torch.nn.functional.pad(x, (0, 0, 0, rows)) if rows else x
 
 
-# planes: int4 on CUDA
+# planes: 4 bits on CUDA
 
 
 def pack_planes(weight: QuantizedWeight) -> PackedWeight:
-    """int4 codes as int16 words whose tile has the shape and width of a bf16 operand of the tensor core.
+    """4-bit codes as int16 words whose tile has the shape and width of a bf16 operand of the tensor core.
 
         word[n, g, i] = code[k0+i] | code[k0+G/4+i] << 4 | code[k0+2G/4+i] << 8 | code[k0+3G/4+i] << 12
         with k0 = g*G and i < G/4
@@ -95,19 +100,24 @@ def pack_planes(weight: QuantizedWeight) -> PackedWeight:
     words = words.view(-1, PLANE_ROWS, k // g, g // 4).transpose(1, 2).contiguous()
     bits = (weight.scale.float().view(torch.int32) + 0x80) & ~0xFF
     scale = _pad_rows(bits | weight.zero.to(torch.int32), PLANE_ROWS).t().contiguous()
-    return PackedWeight("int4", "planes", (n, k), words, scale, g)
+    return PackedWeight(weight.format, "planes", (n, k), words, scale, g)
 
 
 def unpack_planes(packed: PackedWeight) -> QuantizedWeight:
-    assert packed.scale is not None and packed.group_size is not None
+    assert packed.group_size is not None
     n, k = packed.shape
     words = packed.data.transpose(1, 2).reshape(-1, k // packed.group_size, 1, packed.group_size // 4)[:n]
     shifts = torch.arange(0, 16, 4, device=words.device, dtype=torch.int16).view(1, 1, 4, 1)
     codes = ((words >> shifts) & 15).to(torch.uint8).reshape(n, k)
-    scale = packed.scale.t()[:n].contiguous()
-    return QuantizedWeight(
-        "int4", codes, (scale & ~0xFF).view(torch.float32), (scale & 0xFF).to(torch.uint8), packed.group_size
-    )
+    scale, zero = _planes_grid(packed)
+    return QuantizedWeight(packed.format, codes, scale[:n], zero[:n], packed.group_size)
+
+
+def _planes_grid(packed: PackedWeight) -> tuple[Tensor, Tensor]:
+    """Scale float32 and zero uint8 [N padded, K/G]."""
+    assert packed.scale is not None
+    words = packed.scale.t().contiguous()
+    return (words & ~0xFF).view(torch.float32), (words & 0xFF).to(torch.uint8)
 
 
 # CPU: ATen's packings
@@ -184,7 +194,7 @@ def _pack_int4_cpu(weight: QuantizedWeight) -> PackedWeight:
     scale = _pad_rows(weight.scale, _CPU_ROWS)
     offset = (8 - _pad_rows(weight.zero, _CPU_ROWS).float()) * scale  # ATen: w = (code - 8) * scale + offset
     return PackedWeight(
-        "int4",
+        weight.format,
         "int4pack",
         weight.shape,
         data,
@@ -194,14 +204,19 @@ def _pack_int4_cpu(weight: QuantizedWeight) -> PackedWeight:
 
 
 def _unpack_int4_cpu(packed: PackedWeight) -> QuantizedWeight:
-    assert packed.scale is not None
     n, k = packed.shape
-    scale, offset = packed.scale.float().permute(2, 1, 0)[:, :n].contiguous()
-    zero = (8 - offset / scale).round_()
+    scale, zero = int4pack_grid(packed)
     return QuantizedWeight(
-        "int4", _unpack_tiles(packed.data.view(-1), k, nibble_rows())[:n], scale, zero.to(torch.uint8),
-        packed.group_size,
+        packed.format, _unpack_tiles(packed.data.view(-1), k, nibble_rows())[:n], scale[:n], zero[:n], packed.group_size
     )
+
+
+def int4pack_grid(packed: PackedWeight) -> tuple[Tensor, Tensor]:
+    """Scale float32 and zero uint8 [N padded, K/G]."""
+    assert packed.scale is not None
+    scale, offset = packed.scale.float().permute(2, 1, 0).contiguous()
+    zero = torch.where(scale == 0, 0.0, 8 - offset / scale)  # a row of the padding has no scale
+    return scale, zero.round_().to(torch.uint8)
 
 
 # choosing
@@ -240,6 +255,7 @@ _UNPACK = {
     "nibbles": _unpack_nibbles,
     "int4pack": _unpack_int4_cpu,
 }
+_GRID: dict[str, Callable[[PackedWeight], tuple[Tensor, Tensor]]] = {"planes": _planes_grid, "int4pack": int4pack_grid}
 
 
 def _relabel(packed: PackedWeight) -> PackedWeight:
@@ -252,9 +268,9 @@ def device_layout(format: str, device: torch.device, shape: tuple[int, int]) -> 
     if device.type == "cpu":
         if format == "int8" and n * k > NIBBLES_ABOVE and k < 2048 and _nibble_group(k):
             return "nibbles"
-        layouts = {"int8": "int8pack", "int4": "int4pack", "w8a8": "int8pack", "fp8": "plain"}
+        layouts = {"int8": "int8pack", "int4": "int4pack", "w8a8": "int8pack", "fp8": "plain", "w4a8": "int4pack"}
         return layouts.get(format) or ("mkldnn" if has_mkldnn_linear() else "plain")
-    return "planes" if format == "int4" else "plain"
+    return "planes" if weight_format(format).grouped else "plain"
 
 
 def pack_weight(
@@ -284,6 +300,8 @@ def pack_weight(
     packed = _PACK[layout or device_layout(format, device, weight.shape)](
         QuantizedWeight(format, moved[0], moved[1], moved[2], weight.group_size)
     )
+    if format == "w4a8":
+        packed = replace(packed, channel=channel_scales(*_GRID[packed.layout](packed)))
     return packed if weight.order is None else replace(packed, order=weight.order.to(device))
 
 

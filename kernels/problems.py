@@ -4,7 +4,7 @@ copies."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -61,11 +61,7 @@ def matmul(
     copies = copies or copies_for(WEIGHT_FORMATS[format].nbytes(n, k, group_size))
     scale = first.scale
     weights = [
-        PackedWeight(
-            first.format, first.layout, first.shape, first.data.clone(), None if scale is None else scale.clone(),
-            first.group_size,
-        )
-        for _ in range(copies)
+        replace(first, data=first.data.clone(), scale=None if scale is None else scale.clone()) for _ in range(copies)
     ]
     return Matmul(format, m, n, k, group_size, x, weights)
 

@@ -120,6 +120,15 @@ def plain_config(m: int, n: int, k: int, element_bytes: int) -> SkinnyConfig:
     return SkinnyConfig(block_m, 64, _splits(n, k, 64, 128, 512, 4), 4, 3, 128)
 
 
+def a8w4_config(m: int, n: int, k: int, group_size: int) -> WideConfig:
+    """A8W4, M > 64: the configuration for x [m, k] and a planes weight [n, k]."""
+    found = _tuned("a8w4", m, n, k)
+    if found is not None and group_size == 128:
+        return WideConfig(**found)
+    block_m, rows = (128, -(-m // 128)) if m <= 128 else (256, -(-m // 256))
+    return WideConfig(block_m, 128, _splits(n, k, 128, group_size, 264 // rows, 4), 8, 3)
+
+
 def a8w8_config(m: int, n: int, k: int, integer: bool = True) -> WideConfig:
     """A8W8: the configuration for x [m, k] and w [n, k] in int8, or e4m3, whose second set of sums takes registers."""
     found = _tuned("a8w8", m, n, k)

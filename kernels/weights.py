@@ -5,6 +5,7 @@
     int4   A16W4, asymmetric per group of K:      w ~ (code - zero[n, g]) * scale[n, g],  code and zero in 0..15
     w8a8   A8W8: the codes and scales of int8; the activations of larger steps are int8 too (see `activations`)
     fp8    A8W8: as w8a8 in e4m3 (4 bits of exponent, 3 of mantissa, largest 448): w ~ code * scale[n]
+    w4a8   A8W4: the codes, scales and zeros of int4; larger steps multiply its int8 form, see `requantized`
 
 Scales are rounded to bfloat16 before the codes are chosen, so every device layout holds exactly the same weights; those
 of fp8 stay float32, as `torch._scaled_mm` reads them. Rounding to nearest is the baseline of Nagel et al., "A White
@@ -37,6 +38,8 @@ class WeightFormat:
     grouped: bool
     quantize: Callable[[Tensor, int], QuantizedWeight]
     activations: torch.dtype | None = None  # codes of the activations, None where they stay 16 bit
+    sixteen_bit_rows: int = 0  # up to so many rows of x they stay 16 bit all the same: there the weight's bytes count
+    channel_bytes: int = 0  # per output channel, beside the scales of groups
 
     @property
     def scale_dtype(self) -> torch.dtype:
@@ -46,15 +49,16 @@ class WeightFormat:
     def nbytes(self, n: int, k: int, group_size: int = 128) -> int:
         """Bytes of a packed [n, k] weight with its scales and zeros, before a layout pads n to its tile."""
         scales = n * (k // group_size) if self.grouped else n
-        return n * k * self.code_bits // 8 + scales * self.scale_bytes
+        return n * k * self.code_bits // 8 + scales * self.scale_bytes + n * self.channel_bytes
 
 
 @dataclass(frozen=True)
 class QuantizedWeight:
     """A weight [N, K] in its canonical, device-neutral form.
 
-    codes [N, K]: bfloat16 for bf16, int8 for int8 and w8a8, float8_e4m3fn for fp8, uint8 (0..15) for int4.
-    scale: None, float32 [N] (int8, w8a8, fp8) or float32 [N, K/G] (int4). zero: None, or uint8 [N, K/G] (int4).
+    codes [N, K]: bfloat16 for bf16, int8 for int8 and w8a8, float8_e4m3fn for fp8, uint8 (0..15) for int4 and w4a8.
+    scale: None, float32 [N] (int8, w8a8, fp8) or float32 [N, K/G] (int4, w4a8).
+    zero: None, or uint8 [N, K/G] (int4, w4a8).
     order: int64 [K], column j of the codes belongs to in feature order[j] (GPTQ's activation order, which sorts
         features into groups by importance); None where each column stands in its place.
     """
@@ -90,6 +94,28 @@ class QuantizedWeight:
         n, k = self.shape
         grouped = self.codes.view(n, self.zero.shape[1], -1).to(wide) - self.zero.to(wide)[:, :, None]
         return (grouped * self.scale.to(wide)[:, :, None]).view(n, k).to(dtype)
+
+    def requantized(self) -> QuantizedWeight:
+        """The int8 form of a 4-bit weight, one scale per output channel, by which w4a8 multiplies 8-bit activations:
+
+            code8[n, k] = round((code - zero) * ratio[n, g])      ratio = fp16(scale[n, g] * (1 / channel[n]))
+
+        No scale per group is left to apply to sums, so that they stay in int32. Ties go to the even code; every product
+        above is exact in float32, so each device gets the same codes. Progressive quantization as in Lin et al.,
+        "QServe" (2024), here from the 4-bit side.
+        """
+        assert self.scale is not None and self.zero is not None
+        channel = channel_scales(self.scale, self.zero)
+        ratio = (self.scale.float() * channel.reciprocal()[:, None]).half().float()[:, :, None]
+        grouped = self.codes.unflatten(1, (self.zero.shape[1], -1)).float() - self.zero.float()[:, :, None]
+        return QuantizedWeight("w8a8", (grouped * ratio).round_().to(torch.int8).flatten(1), channel, order=self.order)
+
+
+def channel_scales(scale: Tensor, zero: Tensor) -> Tensor:
+    """float32 [N]: scales under which int8 holds all that 4-bit codes can say with `scale` and `zero` [N, K/G]."""
+    reach = (scale.float().abs() * torch.maximum(zero, 15 - zero)).amax(1)
+    channel = reach / torch.full_like(reach, 127)  # with a plain number CUDA would round twice
+    return torch.where(channel > 0, channel, 1.0)
 
 
 def check_groups(k: int, group_size: int) -> None:
@@ -146,6 +172,10 @@ def _quantize_int4(weight: Tensor, group_size: int) -> QuantizedWeight:
     return QuantizedWeight("int4", codes.view(n, k), scale, zero.to(torch.uint8), group_size)
 
 
+def _quantize_w4a8(weight: Tensor, group_size: int) -> QuantizedWeight:
+    return replace(_quantize_int4(weight, group_size), format="w4a8")
+
+
 WEIGHT_FORMATS: dict[str, WeightFormat] = {
     "bf16": WeightFormat("bf16", "bf16", "16-bit weights, the reference", 16, 0, False, _quantize_bf16),
     "int8": WeightFormat(
@@ -169,6 +199,7 @@ WEIGHT_FORMATS: dict[str, WeightFormat] = {
         False,
         _quantize_w8a8,
         torch.int8,
+        16,
     ),
     "fp8": WeightFormat(
         "fp8",
@@ -179,6 +210,19 @@ WEIGHT_FORMATS: dict[str, WeightFormat] = {
         False,
         _quantize_fp8,
         torch.float8_e4m3fn,
+        16,
+    ),
+    "w4a8": WeightFormat(
+        "w4a8",
+        "w4a8 (A8W4)",
+        "the weights of int4; larger steps round activations to int8 per token, and weights to int8 as they multiply",
+        4,
+        4,
+        True,
+        _quantize_w4a8,
+        torch.int8,
+        64,
+        4,
     ),
 }
 
@@ -193,7 +237,8 @@ def weight_format(name: str) -> WeightFormat:
 def quantize_weight(weight: Tensor, format: str, group_size: int = 128) -> QuantizedWeight:
     """Quantize a floating weight [N, K] on its own device, rounding to nearest.
 
-    ValueError: unknown format; not a matrix; NaN or infinity; K not a multiple of group_size (64 or 128; int4 only).
+    ValueError: unknown format; not a matrix; NaN or infinity; K not a multiple of group_size (64 or 128; int4 and
+        w4a8 only).
     """
     chosen = weight_format(format)
     if weight.dim() != 2 or not weight.is_floating_point():

@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kernels.activations import SIXTEEN_BIT_ROWS
+from kernels import WEIGHT_FORMATS
 from tests.unit.engine.checkpoints import random_model, save, tiny_config
 
 WEIGHTS = "model.safetensors"
+SIXTEEN_BIT_ROWS = WEIGHT_FORMATS["w8a8"].sixteen_bit_rows
 
 
 

@@ -13,13 +13,14 @@ from engine.engine import Engine
 from engine.sampling_params import SamplingParams
 from engine.shapes import SyntheticWeights, synthetic_spec
 from engine.simulated import COMPUTE_EFFICIENCY, GPUS, SimulatedRunner
-from kernels.activations import SIXTEEN_BIT_ROWS
+from kernels import WEIGHT_FORMATS
 from tests.unit.engine.checkpoints import random_model, save, tiny_config
 from tests.unit.engine.support import make_request
 from tests.unit.engine.test_decoder import BF16, CPU, built, random_ids, relative, whole
 from workbench.quality import perplexity
 
 FORMATS = ["w8a8", "fp8"]
+SIXTEEN_BIT_ROWS = WEIGHT_FORMATS["w8a8"].sixteen_bit_rows
 
 
 @pytest.mark.parametrize("weights", FORMATS)

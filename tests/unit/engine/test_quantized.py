@@ -18,7 +18,7 @@ from engine.engine import Engine
 from engine.errors import CheckpointError, ConfigError
 from engine.loader import load_model
 from engine.sampling_params import SamplingParams
-from kernels.activations import SIXTEEN_BIT_ROWS
+from kernels import WEIGHT_FORMATS
 from tests.unit.engine.checkpoints import logits_by_transformers, random_model, save, tiny_config
 from tests.unit.engine.quantized_checkpoints import (
     CASES,
@@ -39,6 +39,7 @@ from tests.unit.engine.quantized_checkpoints import (
 from tests.unit.engine.test_decoder import BF16, random_ids, relative, whole
 
 CPU = torch.device("cpu")
+SIXTEEN_BIT_ROWS = WEIGHT_FORMATS["w8a8"].sixteen_bit_rows
 REFERENCE = 1e-3
 FAST = 1e-2
 ROUNDED = {"w8a8": 0.05, "fp8": 0.1}

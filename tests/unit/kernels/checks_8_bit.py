@@ -4,33 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor
 
 import kernels
 from kernels import activations, elementwise
-from kernels.activations import SIXTEEN_BIT_ROWS, Activations, activation_codes, quantize_rows
+from kernels.activations import Activations, activation_codes, quantize_rows
+from kernels.tuning import WideConfig
 from tests.unit.kernels.checks import generator, normal, poison, relative_error
 
 INT8, E4M3 = torch.int8, torch.float8_e4m3fn
-CODES = {"w8a8": INT8, "fp8": E4M3}
+CODES = {"w8a8": INT8, "fp8": E4M3, "w4a8": INT8}
+SIXTEEN_BIT_ROWS = kernels.WEIGHT_FORMATS["w8a8"].sixteen_bit_rows
+
+
+def multiplied(weight: kernels.PackedWeight, codes: torch.dtype | None) -> Tensor:
+    """The float64 weight [N, K] that activations in `codes` are multiplied by."""
+    plain = weight.to_plain()
+    return (plain if codes is None or plain.zero is None else plain.requantized()).dequantize(torch.float64)
 
 
 def check_linear(
-    m: int, n: int, k: int, format: str, device: str, *, impl: str, layout: str | None = None, bias: bool = False
+    m: int, n: int, k: int, format: str, device: str, *, impl: str, layout: str | None = None, bias: bool = False,
+    group_size: int = 128,
 ) -> None:
     """Against the float64 product of what both sides stand for, activations rounded by the reference where `linear`
     rounds them."""
-    weight = kernels.pack_weight(normal((n, k), 1, device).float() * 0.05 + 0.01, format, device=device, layout=layout)
+    dense = normal((n, k), 1, device).float() * 0.05 + 0.01
+    weight = kernels.pack_weight(dense, format, group_size=group_size, device=device, layout=layout)
     x = normal((m, k), m, device)
     x[1:2] = 0
     b = normal((n,), 3, device) if bias else None
     codes = activation_codes(format, m)
     held = x.double() if codes is None else quantize_rows(x, codes, impl="torch").dequantize(torch.float64)
-    assert (codes is None) == (m <= SIXTEEN_BIT_ROWS)
+    assert (codes is None) == (m <= kernels.WEIGHT_FORMATS[format].sixteen_bit_rows)
     poison(device)
     got = kernels.linear(x, weight, b, impl=impl)
-    want = held @ weight.dequantize(torch.float64).t() + (0 if b is None else b.double())
+    want = held @ multiplied(weight, codes).t() + (0 if b is None else b.double())
     assert got.shape == (m, n) and got.dtype == torch.bfloat16
     rounded_twice = bias or (impl == "torch" and codes is not None)  # before the bias; what the codes stand for
     bound = 6e-3 if rounded_twice else 4e-3
@@ -60,10 +71,82 @@ def check_linear_exact(
         assert torch.equal(got.double(), want), f"{format} M={m} N={n} K={k}: {(got.double() != want).sum()} differ"
 
 
+def any_4_bit(n: int, k: int, group_size: int, device: str) -> kernels.QuantizedWeight:
+    """All codes, zeros at both ends and between, scales a hundredfold apart, one row of zeros."""
+    g = generator(n, device)
+    codes, zero = (
+        torch.randint(0, 16, shape, generator=g, device=device, dtype=torch.uint8)
+        for shape in ((n, k), (n, k // group_size))
+    )
+    zero[: n // 3], zero[n // 3 : n // 2] = 0, 15
+    scale = (torch.rand(n, k // group_size, generator=g, device=device) * 0.02 + 2e-4).bfloat16().float()
+    scale[n // 2] = 0
+    return kernels.QuantizedWeight("w4a8", codes, scale, zero, group_size)
+
+
+def any_codes(m: int, k: int, device: str) -> Activations:
+    g = generator(m, device)
+    codes = torch.randint(-127, 128, (m, k), generator=g, device=device).to(INT8)
+    return Activations(codes, torch.rand(m, generator=g, device=device) * 0.01, torch.bfloat16)
+
+
+def scaled_sums(x: Activations, weight: kernels.QuantizedWeight, columns: slice) -> Tensor:
+    """What a kernel makes of the exact sums over `columns` of K, operation by operation in float32."""
+    assert weight.scale is not None
+    sums = x.codes[:, columns].double() @ weight.codes[:, columns].double().t()
+    return sums.float() * x.scale[:, None] * weight.scale
+
+
+def check_a8w4_exact(m: int, n: int, k: int, group_size: int, device: str, config: WideConfig | None = None) -> None:
+    """The int8 form of a 4-bit weight and sums in int32: every bit of every partial must be right."""
+    from kernels.a8w4 import a8w4_partials
+
+    plain, x = any_4_bit(n, k, group_size, device), any_codes(m, k, device)
+    weight = kernels.pack_weight(plain, "w4a8", device=device, layout="planes")
+    poison(device)
+    got = a8w4_partials(x, weight, config)
+    eight, groups = plain.requantized(), k // group_size
+    assert eight.codes.abs().max() == 127
+    step = -(-groups // (config.splits if config else got.shape[0])) * group_size
+    for split, part in enumerate(got):
+        want = scaled_sums(x, eight, slice(split * step, (split + 1) * step)).to(part.dtype)
+        assert torch.equal(part, want), f"{config} M={m} N={n} K={k} split {split}: {(part != want).sum()} differ"
+    assert got.shape[0] == -(-k // step) and got.dtype == (torch.float32 if len(got) > 1 else torch.bfloat16)
+
+
+def check_requantized_once(m: int, n: int, k: int, group_size: int, device: str, elements: int) -> None:
+    """The int8 form written out, and the product of slices of so many elements."""
+    from kernels import a8w4, matmul_triton
+
+    plain, x = any_4_bit(n, k, group_size, device), any_codes(m, k, device)
+    weight = kernels.pack_weight(plain, "w4a8", device=device, layout="planes")
+    eight = plain.requantized()
+    for first, count in ((0, n), (64, n - 70)):
+        codes = torch.full((count, k), -128, dtype=INT8, device=device)
+        a8w4.requantize_rows(weight, first, codes)
+        assert torch.equal(codes, eight.codes[first : first + count])
+    poison(device)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(matmul_triton, "REQUANTIZED_ELEMENTS", elements)
+        got = matmul_triton.requantized_once(x, weight)
+    assert torch.equal(got, scaled_sums(x, eight, slice(None)).bfloat16())
+
+
+def check_broken_rows(m: int, format: str, device: str, *, impl: str, layout: str | None = None) -> None:
+    """A row of x that is not finite gives no finite products, and leaves the others alone."""
+    weight = kernels.pack_weight(normal((96, 256), 1, device) * 0.05, format, device=device, layout=layout)
+    x = normal((m, 256), m, device)
+    want = kernels.linear(x, weight, impl=impl)
+    for value in (float("nan"), float("inf")):
+        broken = x.clone()
+        broken[-1, 7] = value
+        got = kernels.linear(broken, weight, impl=impl)
+        assert not got[-1].isfinite().any() and torch.equal(got[:-1], want[:-1])
+
+
 def check_splits(m: int, n: int, k: int, format: str, device: str) -> None:
     """Every number of splits, one of which leaves an uneven rest, gives the product."""
     from kernels.matmul_triton import linear_8_bit
-    from kernels.tuning import WideConfig
 
     weight = kernels.pack_weight(normal((n, k), 1, device) * 0.05, format, device=device, layout="plain")
     x = quantize_rows(normal((m, k), m, device), CODES[format], impl="torch")

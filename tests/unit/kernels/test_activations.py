@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import kernels
-from kernels.activations import SIXTEEN_BIT_ROWS, Activations, activation_codes, quantize_rows, quantized_silu_mul
+from kernels.activations import Activations, activation_codes, quantize_rows, quantized_silu_mul
 from kernels.matmul import widen_e4m3
 from tests.unit.kernels import checks_8_bit as checks
+from tests.unit.kernels.checks_8_bit import SIXTEEN_BIT_ROWS
 
 CODES = [torch.int8, torch.float8_e4m3fn]
 
@@ -42,9 +43,10 @@ def test_fused(codes: torch.dtype) -> None:
 @pytest.mark.parametrize("format", kernels.WEIGHT_FORMATS)
 def test_one_function_decides(format: str) -> None:
     eight = kernels.WEIGHT_FORMATS[format].activations
-    assert activation_codes(format, SIXTEEN_BIT_ROWS) is None
-    assert activation_codes(format, SIXTEEN_BIT_ROWS + 1) == eight
-    assert (eight is not None) == (format in ("w8a8", "fp8"))
+    few = {"w8a8": 16, "fp8": 16, "w4a8": 64}.get(format)
+    assert (eight is not None) == (few is not None)
+    assert activation_codes(format, few or 1) is None
+    assert activation_codes(format, (few or 1 << 20) + 1) == eight
 
 
 @pytest.mark.parametrize("format", ["w8a8", "fp8"])

@@ -8,6 +8,7 @@ reach, rounded up.
 
 from __future__ import annotations
 
+import re
 import sys
 
 import pytest
@@ -17,6 +18,7 @@ if sys.platform != "linux":
 
 from kernels import (
     KV_FORMATS,
+    a8w4,
     a8w8,
     a16w4,
     activations_triton,
@@ -129,9 +131,25 @@ def test_a8w8(
 ) -> None:
     pointers = {"x": f"*{element}", "w": f"*{element}", "x_scale": "*fp32", "w_scale": "*bf16", "out": "*bf16"}
     constants = {"BM": block_m, "BN": block_n, "BK": block_k, "BAND": 8, "EVEN": True}
-    built = matmul(a8w8.a8w8_kernel, pointers, constants, "M N K k_per_split", warps, stages)
+    built = matmul(a8w8.a8w8_kernel, pointers, constants, "out_row M N K k_per_split", warps, stages)
     check(built, min(block_m, block_n) * block_k, warps, 2.5)
     assert opcodes(built.loop())[product] > 0 and opcodes(built.loop())["LDG"] == 0
+
+
+@pytest.mark.parametrize(
+    "block_m, block_n, group_size, warps, budget",
+    [(256, 128, 128, 8, 4.5), (128, 256, 128, 8, 3.5), (128, 128, 128, 8, 3.9), (128, 128, 64, 8, 5.0)],
+)
+def test_a8w4(block_m: int, block_n: int, group_size: int, warps: int, budget: float) -> None:
+    """int8 is made in registers and goes from there into the tensor core: nothing is written back or converted."""
+    pointers = {"x": "*i8", "words": "*i16", "scales": "*i32", "x_scale": "*fp32", "channel": "*fp32", "out": "*bf16"}
+    constants = {"ROWS": 64, "BM": block_m, "BN": block_n, "G": group_size}
+    built = matmul(a8w4.a8w4_kernel, pointers, constants, "M N N_PADDED K groups_per_split", warps, 3)
+    check(built, block_n * group_size, warps, budget)
+    loop = built.loop()
+    products = [line for line in loop if "IGMMA" in line]
+    assert len(products) == mma(loop) and all(re.search(r"S8\.S8 R\d+, R\d+, gdesc", line) for line in products)
+    assert not {"STS", "LDG", "SHFL"} & opcodes(loop).keys()
 
 
 @pytest.mark.parametrize("codes, largest", [("i8", 127.0), ("fp8e4nv", 448.0)])

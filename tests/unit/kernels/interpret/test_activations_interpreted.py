@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kernels.tuning import WideConfig
 from tests.unit.kernels import checks_8_bit as checks
 
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")  # NumPy's, of NaN
@@ -20,6 +21,24 @@ def test_linear(format: str, m: int, n: int, k: int) -> None:
 @pytest.mark.parametrize("m", [3, 40])
 def test_linear_integers_exact(format: str, m: int) -> None:
     checks.check_linear_exact(m, 80, 256, format, "cpu", impl="triton", layout="plain")
+
+
+@pytest.mark.parametrize("group_size", [64, 128])
+@pytest.mark.parametrize("m, n, k", [(5, 100, 256), (64, 64, 384), (65, 100, 256), (130, 72, 384)])
+def test_4_bit_weights(group_size: int, m: int, n: int, k: int) -> None:
+    bias = m in (5, 65)
+    checks.check_linear(m, n, k, "w4a8", "cpu", impl="triton", layout="planes", bias=bias, group_size=group_size)
+
+
+@pytest.mark.parametrize("group_size", [64, 128])
+@pytest.mark.parametrize("splits", [1, 2, 3])
+def test_4_bit_weights_bit_for_bit(group_size: int, splits: int) -> None:
+    checks.check_a8w4_exact(70, 150, 640, group_size, "cpu", WideConfig(64, 128, splits, 4, 2))
+
+
+@pytest.mark.parametrize("group_size", [64, 128])
+def test_4_bit_weights_requantized_once(group_size: int) -> None:
+    checks.check_requantized_once(40, 150, 256, group_size, "cpu", 64 * 256)
 
 
 @pytest.mark.parametrize("format", ["w8a8", "fp8"])

@@ -1,0 +1,172 @@
+"""A8W4 matmul: y[M, N] = (x8 @ w8.T) * x_scale (per token) * channel (per output channel), where w8 is the int8 form
+of a 4-bit weight (`QuantizedWeight.requantized`), made in registers.
+
+At a few hundred rows arithmetic and the traffic of x count. In int8 the tensor core is twice as fast as in bf16 and x
+half as large, and since w8 has one scale per output channel sums stay in int32 over all of K. Planes give four codes in
+two words, and fp16 makes them int8 without a conversion:
+
+    lop3    1024 + code, or 64 + code       under the exponent of that bias, in pairs
+    sub     code - zero                     exact
+    fma     1536 + (code - zero) * ratio    rounded to a whole number, ties to even; its low byte is the int8 in two's
+    prmt    four low bytes                  complement, since 1536 is a multiple of 256
+
+The planes of a group side by side, [BN, G], are the left operand, straight from registers: a thread holds the same 4
+bytes of every 16 that it needs there, so that joining planes moves nothing. One product takes a whole group of x.
+
+    w tile   words [BN, G/4]  -->  int8 [BN, G]       x tile   int8 [G, BM], K contiguous       acc   int32 [BN, BM]
+"""
+
+# ruff: noqa: N803
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .activations import Activations
+from .packing import PLANE_ROWS, PackedWeight
+from .triton_common import INTERP, await_previous, early_launch, to_bf16
+from .tuning import WideConfig, a8w4_config
+
+
+@triton.constexpr_function
+def requantizing(plane: int) -> str:
+    """PTX for four codes of one plane ($1, $2) with their biased zeros ($3, $4) and ratios ($5, $6), in pairs."""
+    shift = "shr.u32 a, $1, 8; shr.u32 b, $2, 8;" if plane > 1 else "mov.b32 a, $1; mov.b32 b, $2;"
+    mask, bias = ("0x00f000f0", "0x54005400") if plane % 2 else ("0x000f000f", "0x64006400")
+    return f"""{{ .reg .b32 a, b, magic; mov.b32 magic, 0x66006600; {shift}
+        lop3.b32 a, a, {mask}, {bias}, 0xea; lop3.b32 b, b, {mask}, {bias}, 0xea;
+        sub.f16x2 a, a, $3; sub.f16x2 b, b, $4;
+        fma.rn.f16x2 a, a, $5, magic; fma.rn.f16x2 b, b, $6, magic; prmt.b32 $0, a, b, 0x6420; }}"""
+
+
+@triton.jit
+def int8_plane(words, zero, ratio, PLANE: tl.constexpr, INTERP: tl.constexpr):
+    """int8 round((code - zero) * ratio) of one plane of int16 words. zero, ratio: fp16 of the shape of words; the zero
+    comes with the bias of its plane, see `biased_zeros`."""
+    if INTERP:
+        code = ((words >> (4 * PLANE)) & 15).to(tl.float32) + (64.0 if PLANE % 2 else 1024.0)
+        value = (code - zero.to(tl.float32)) * ratio.to(tl.float32)
+        return ((value + 12582912.0) - 12582912.0).to(tl.int8)  # 1.5 * 2^23: float32 rounds to a whole number
+    return tl.inline_asm_elementwise(
+        requantizing(PLANE), "=r,r,r,r,r,r,r", [words, zero, ratio], dtype=tl.int8, is_pure=True, pack=4
+    )
+
+
+@triton.jit
+def biased_zeros(word):
+    """fp16 1024 + zero for planes 0 and 2, 64 + zero for planes 1 and 3, from scale words."""
+    zero = word & 127
+    low = (zero | 0x6400).to(tl.int16).to(tl.float16, bitcast=True)
+    high = ((zero << 4) | 0x5400).to(tl.int16).to(tl.float16, bitcast=True)
+    return low, high
+
+
+@triton.jit
+def ratios(word, inverse):
+    """fp16 scale / channel, from scale words and 1 / channel."""
+    return ((word & -256).to(tl.float32, bitcast=True) * inverse).to(tl.float16)
+
+
+@triton.jit
+def beside(a, b):
+    """[N, K] and [N, K] as [N, 2K]."""
+    return tl.reshape(tl.permute(tl.join(a, b), (0, 2, 1)), (a.shape[0], 2 * a.shape[1]))
+
+
+@triton.jit(do_not_specialize=["M"])
+def a8w4_kernel(
+    x, words, scales, x_scale, channel, out, M, N, N_PADDED, K, groups_per_split, ROWS: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, G: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr, INTERP: tl.constexpr,
+):
+    await_previous(EARLY)
+    W: tl.constexpr = G // 4
+    tile_m, tile_n, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    groups = K // G
+    m, n = tile_m * BM + tl.arange(0, BM), tile_n * BN + tl.arange(0, BN)
+    i, j = tl.arange(0, W), tl.arange(0, G)
+    first = split * groups_per_split
+    last = tl.minimum(first + groups_per_split, groups)
+    here = n % N_PADDED  # where BN does not divide it, rows past the end repeat others, not stored
+    row = (here // ROWS).to(tl.int64) * groups * ROWS + here % ROWS + first * ROWS  # in units of W words
+    words_at = words + row[:, None] * W + i[None, :]
+    scale_at = scales + first * N_PADDED + here
+    x_at = x + m[None, :].to(tl.int64) * K + j[:, None] + first * G
+    live = (m < M)[None, :]
+    of_channel = tl.load(channel + here)
+    inverse = tl.math.div_rn(1.0, of_channel)
+    acc = tl.zeros((BN, BM), tl.int32)
+    for _ in tl.range(first, last, num_stages=STAGES):
+        w = tl.load(words_at)
+        word = tl.broadcast_to(tl.load(scale_at)[:, None], w.shape)
+        a = tl.load(x_at, mask=live, other=0)
+        zero, zero_high = biased_zeros(word)
+        ratio = ratios(word, inverse[:, None])
+        lower = beside(int8_plane(w, zero, ratio, 0, INTERP), int8_plane(w, zero_high, ratio, 1, INTERP))
+        upper = beside(int8_plane(w, zero, ratio, 2, INTERP), int8_plane(w, zero_high, ratio, 3, INTERP))
+        acc = tl.dot(beside(lower, upper), a, acc, out_dtype=tl.int32)
+        words_at += ROWS * W
+        scale_at += N_PADDED
+        x_at += G
+    y = acc.to(tl.float32) * tl.load(x_scale + m, mask=m < M, other=0.0)[None, :] * of_channel[:, None]
+    out_at = out + (split * M + m[None, :]).to(tl.int64) * N + n[:, None]
+    inside = live & (n < N)[:, None]
+    if out.dtype.element_ty == tl.bfloat16:
+        tl.store(out_at, to_bf16(y, INTERP), mask=inside)
+    else:
+        tl.store(out_at, y, mask=inside)
+
+
+@triton.jit
+def requantize_kernel(
+    words, scales, channel, out, K, N_PADDED, first_row, rows, ROWS: tl.constexpr, G: tl.constexpr,
+    INTERP: tl.constexpr,
+):
+    """One tile of ROWS output features by one group: planes -> int8 [rows, K]."""
+    W: tl.constexpr = G // 4
+    tile, group = tl.program_id(0), tl.program_id(1)
+    r, i = tl.arange(0, ROWS), tl.arange(0, W)
+    n = first_row + tile * ROWS + r
+    w = tl.load(
+        words + ((n // ROWS).to(tl.int64)[:, None] * (K // G) + group) * ROWS * W + (n % ROWS)[:, None] * W + i[None, :]
+    )
+    word = tl.load(scales + group * N_PADDED + n)
+    low, high = biased_zeros(word)
+    ratio = tl.broadcast_to(ratios(word, tl.math.div_rn(1.0, tl.load(channel + n)))[:, None], w.shape)
+    at = out + (tile * ROWS + r)[:, None].to(tl.int64) * K + group * G + i[None, :]
+    inside = (tile * ROWS + r < rows)[:, None]
+    for plane in tl.static_range(4):
+        zero = tl.broadcast_to((high if plane % 2 else low)[:, None], w.shape)
+        tl.store(at + plane * W, int8_plane(w, zero, ratio, plane, INTERP), mask=inside)
+
+
+def a8w4_partials(x: Activations, weight: PackedWeight, config: WideConfig | None = None) -> Tensor:
+    """x [M, K] int8 times a planes weight [N, K] of w4a8 -> float32 partials [SPLITS, M, N] (bf16 [1, M, N] where
+    config has one split)."""
+    assert weight.scale is not None and weight.channel is not None and weight.group_size is not None
+    (m, k), n, g = x.shape, weight.shape[0], weight.group_size
+    config = config or a8w4_config(m, n, k, g)
+    per_split = triton.cdiv(k // g, config.splits)
+    splits = triton.cdiv(k // g, per_split)
+    out = torch.empty(splits, m, n, dtype=torch.float32 if splits > 1 else torch.bfloat16, device=x.device)
+    n_padded, early = weight.scale.shape[1], early_launch()
+    grid = (triton.cdiv(m, config.block_m), triton.cdiv(n_padded, config.block_n), splits)
+    a8w4_kernel[grid](
+        x.codes, weight.data, weight.scale, x.scale, weight.channel, out, m, n, n_padded, k, per_split, PLANE_ROWS,
+        config.block_m, config.block_n, g, config.stages, early, INTERP, num_warps=config.warps,
+        num_stages=config.stages, launch_pdl=early,
+    )
+    return out
+
+
+def requantize_rows(weight: PackedWeight, first: int, out: Tensor) -> None:
+    """Write the int8 form of rows first : first + len(out) of a planes weight into out [rows, K]; `first` is a multiple
+    of 64."""
+    assert weight.scale is not None and weight.channel is not None and weight.group_size is not None
+    rows, k = out.shape
+    grid = (triton.cdiv(rows, PLANE_ROWS), k // weight.group_size)
+    requantize_kernel[grid](
+        weight.data, weight.scale, weight.channel, out, k, weight.scale.shape[1], first, rows, PLANE_ROWS,
+        weight.group_size, INTERP, num_warps=4,
+    )
