@@ -23,6 +23,7 @@ import triton
 from torch import Tensor
 
 from . import problems
+from .a8w4 import a8w4_partials
 from .a8w8 import a8w8_partials
 from .a16w4 import reduce_splits
 from .activations import quantize_rows
@@ -99,6 +100,16 @@ def a8w8_candidates(m: int) -> list[Any]:
     ]
 
 
+def a8w4_candidates(m: int) -> list[Any]:
+    """Each warp multiplies whole rows of 16 weights, 4096 sums at most; two programs share a multiprocessor, or one of
+    8 warps has it."""
+    return [
+        WideConfig(bm, bn, s, w, st)
+        for bm, bn, w, st, s in product((64, 128, 256), (64, 128, 256), (4, 8), (3, 4), (1, 2, 4, 8))
+        if bm < 2 * m and bn >= 16 * w and 1 << 10 <= bm * bn // w <= 1 << 12 and (s <= 2 or m <= 256)
+    ]
+
+
 def decode_candidates(batch: int, kv_heads: int) -> list[Any]:
     wanted = [max(1, round(132 * c / (batch * kv_heads))) for c in (2, 3, 4, 6, 8, 12)]
     return [
@@ -132,6 +143,11 @@ def _runner(op: str, arguments: dict[str, Any]) -> Callable[[Any], problems.Call
         rows = quantize_rows(eight.x, eight.weights[0].data.dtype)
         consume = _consumer(eight)
         return lambda config: [partial(_both, a8w8_partials, rows, weight, config, consume) for weight in eight.weights]
+    if op == "a8w4":
+        four = problems.matmul("w4a8", **arguments)
+        rows = quantize_rows(four.x, torch.int8)
+        consume = _consumer(four)
+        return lambda config: [partial(_both, a8w4_partials, rows, weight, config, consume) for weight in four.weights]
     problem = problems.matmul(**arguments)
     x, consume = problem.x, _consumer(problem)
     return lambda config: [partial(_both, linear_partials, x, weight, config, consume) for weight in problem.weights]
@@ -202,7 +218,7 @@ def tasks(kinds: list[str], most: int) -> list[Task]:
     found: list[Task] = []
     rows = {
         "planes": (1, 16, 32, 64), "wide": (128, 256), "bf16": (1, 16, 32, 64), "int8": (1, 16, 64),
-        "a8w8": (64, 128, 256, 2048),
+        "a8w8": (64, 128, 256, 2048), "a8w4": (128, 192, 256, 512),
     }  # fmt: skip
     for kind in kinds:
         if kind == "decode":
@@ -214,6 +230,11 @@ def tasks(kinds: list[str], most: int) -> list[Task]:
             found += [
                 (kind, {"format": format, "chunk": 512, "context": 4608}, prefill_candidates())
                 for format in KV_FORMATS
+            ]
+        elif kind == "a8w4":
+            found += [
+                (kind, {"m": m, "n": n, "k": k}, a8w4_candidates(m))
+                for m, (n, k) in product(rows[kind], problems.SHAPES.values())
             ]
         elif kind == "a8w8":
             found += [
@@ -278,7 +299,8 @@ def write_entries(found: list[dict[str, Any]], command: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--op", nargs="*", default=["planes", "wide", "bf16", "int8", "a8w8", "decode", "prefill"])
+    kinds = ["planes", "wide", "bf16", "int8", "a8w8", "a8w4", "decode", "prefill"]
+    parser.add_argument("--op", nargs="*", default=kinds)
     parser.add_argument("--json", help="write every timing here")
     parser.add_argument("--write", action="store_true", help="write this GPU's file in kernels/tuned")
     parser.add_argument("--workers", type=int, default=12)

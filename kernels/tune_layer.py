@@ -23,6 +23,7 @@ from .chain import Chain, chain
 from .matmul import linear
 from .tune import write_entries
 from .tuning import table
+from .weights import WEIGHT_FORMATS
 
 Problem = tuple[Any, ...]  # (kind, m, n, k), the key of a tuned entry
 NAMES = ("gate_up", "down", "qkv", "o")
@@ -30,9 +31,10 @@ NAMES = ("gate_up", "down", "qkv", "o")
 
 def kind_of(format: str, m: int) -> str:
     """The kind of tuned entry that a decode product of that format reads."""
+    grouped = WEIGHT_FORMATS[format].grouped
     if activation_codes(format, m) is not None:
-        return "a8w8"
-    return {"int4": "planes", "bf16": "bf16"}.get(format, "int8")
+        return "a8w4" if grouped else "a8w8"
+    return "planes" if grouped else "bf16" if format == "bf16" else "int8"
 
 
 def candidates(records: list[dict[str, Any]], problem: Problem, most: int = 9) -> list[dict[str, int]]:

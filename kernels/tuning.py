@@ -73,7 +73,7 @@ def table() -> dict[tuple[Any, ...], dict[str, int]]:
     return {(entry["kind"], *entry["problem"]): entry["config"] for entry in json.loads(path.read_text())["entries"]}
 
 
-TUNED_ROWS = (1, 8, 16, 32, 64, 128, 256, 2048)
+TUNED_ROWS = (1, 8, 16, 32, 64, 128, 192, 256, 512, 2048)
 """The M that are tuned; each serves down to the one before."""
 
 

@@ -29,6 +29,14 @@ def test_candidates_of_a8w8(m: int) -> None:
     assert m > 256 or {config.splits for config in found} > {1}
 
 
+@pytest.mark.parametrize("m", [128, 192, 256, 512])
+def test_candidates_of_a8w4(m: int) -> None:
+    found = tune.a8w4_candidates(m)
+    assert len(found) >= 24 and len(set(found)) == len(found)
+    for config in found:
+        assert (config.block_m * 128 + config.block_n * 64) * config.stages <= SHARED
+
+
 def test_every_shape_of_a_7b_is_tuned() -> None:
     problems = {(a["m"], a["n"], a["k"]) for _, a, _ in tune.tasks(["a8w8"], 150)}
     assert {(m, n, k) for m in (64, 256, 2048) for n, k in SHAPES.values()} <= problems
@@ -74,7 +82,8 @@ def test_a_layer_tries_the_fastest_the_busiest_and_the_one_in_use(monkeypatch: p
 
 @pytest.mark.parametrize(
     "format, m, kind",
-    [("int4", 64, "planes"), ("bf16", 1, "bf16"), ("w8a8", 1, "int8"), ("w8a8", 64, "a8w8"), ("int8", 64, "int8")],
+    [("int4", 64, "planes"), ("bf16", 1, "bf16"), ("w8a8", 1, "int8"), ("w8a8", 64, "a8w8"), ("int8", 64, "int8"),
+     ("w4a8", 64, "planes"), ("w4a8", 128, "a8w4")],
 )
 def test_the_entry_that_a_format_reads(format: str, m: int, kind: str) -> None:
     assert tune_layer.kind_of(format, m) == kind
