@@ -34,6 +34,7 @@ OPS: dict[str, Callable[[], list[Row]]] = {
     "a8w8": a8w8_rows,
     "w8a8": lambda: eight_bit_rows("w8a8", (16, 32, 64, 256, 2048)),
     "fp8": lambda: eight_bit_rows("fp8", (1, 16, 32, 64, 256, 2048)),
+    "w4a8": lambda: eight_bit_rows("w4a8", (16, 64, 128, 256, 512, 2048)),
     "decode": decode_rows,
     "prefill": prefill_rows,
     "elementwise": elementwise_rows,

@@ -11,10 +11,11 @@ from torch import Tensor
 from .. import problems
 from ..activations import Activations, activation_codes, quantize_rows
 from ..matmul import linear
-from ..matmul_triton import linear_8_bit, linear_fused
+from ..matmul_triton import linear_8_bit, linear_fused, requantized_once
 from ..packing import PackedWeight
 from ..timing import microseconds
 from ..tuning import a8w8_config
+from ..weights import WEIGHT_FORMATS
 from .row import Row, checked, print_row, relative_error
 
 
@@ -41,21 +42,24 @@ def a8w8_rows() -> list[Row]:
 
 
 def eight_bit_rows(format: str, rows: tuple[int, ...]) -> list[Row]:
-    """w8a8 or fp8 as `linear` computes it from bf16, the rounding of activations included where it rounds them. Beside
-    it the two ways apart, to see where the crossover lies, and cuBLAS in bf16."""
+    """w8a8, fp8 or w4a8 as `linear` computes it from bf16, the rounding of activations included where it rounds them.
+    Beside it the two ways apart, to see where the crossover lies, cuBLAS in bf16, and for w4a8 the product of w8a8."""
     found = []
     codes = activation_codes(format, 1 << 20)
     assert codes is not None
+    grouped = WEIGHT_FORMATS[format].grouped
     for name, (n, k) in problems.SHAPES.items():
         for m in rows:
             problem = problems.matmul(format, m, n, k)
-            weight = problem.weights[0].dequantize()
+            plain, rounded = problem.weights[0].to_plain(), activation_codes(format, m) is not None
+            weight = (plain.requantized() if grouped and rounded else plain).dequantize()
+            del plain
             eight = quantize_rows(problem.x, codes)
 
             def run(x: Tensor, w: PackedWeight) -> Tensor:
                 return linear(x, w)
 
-            held = problem.x.float() if activation_codes(format, m) is None else eight.dequantize(torch.float32)
+            held = eight.dequantize(torch.float32) if rounded else problem.x.float()
             got = run(problem.x, problem.weights[0])
             error = checked(relative_error(got, held @ weight.t()), 5e-3, f"{format} {name} M={m}")
             us = microseconds(problem.calls(run))
@@ -63,8 +67,10 @@ def eight_bit_rows(format: str, rows: tuple[int, ...]) -> list[Row]:
             if format == "fp8":  # which is cuBLAS's
                 ours = a8w8_config(m, n, k, integer=False)
                 others["ours"] = microseconds([partial(linear_8_bit, eight, w, None, ours) for w in problem.weights])
-            if m <= 64:
-                others["A16W8"] = microseconds(problem.calls(linear_fused))
+            if grouped:
+                others |= beside_4_bit(eight, problem)
+            if m <= (256 if grouped else 64):
+                others["A16W4" if grouped else "A16W8"] = microseconds(problem.calls(linear_fused))
             dense = [weight.bfloat16() for _ in range(max(2, min(6, (512 << 20) // (2 * n * k))))]
             others["cuBLAS bf16"] = microseconds([partial(F.linear, problem.x, w) for w in dense])
             tera_ops = problem.flops / us / 1e6 if m > 64 else None
@@ -73,3 +79,12 @@ def eight_bit_rows(format: str, rows: tuple[int, ...]) -> list[Row]:
             )
             print_row(found[-1])
     return found
+
+
+def beside_4_bit(x: Activations, problem: problems.Matmul) -> dict[str, float]:
+    """The same x times a weight that is int8 already, and times one that becomes int8 before the product."""
+    known = problems.matmul("w8a8", problem.m, problem.n, problem.k)
+    return {
+        "w8a8 product": microseconds([partial(linear_8_bit, x, w) for w in known.weights]),
+        "int8 form first": microseconds([partial(requantized_once, x, w) for w in problem.weights]),
+    }
