@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -102,13 +102,8 @@ class Engine:
 
     @property
     def description(self) -> str:
-        return f"{self.runner.description}; {self._loop}"
-
-    @property
-    def _loop(self) -> str:
-        if not self._overlaps:
-            return "one step at a time"
-        return "steps are prepared while another runs, except with log-probabilities or repetition penalties"
+        beside = "steps are prepared while another runs, except with log-probabilities or repetition penalties"
+        return f"{self.runner.description}; {beside if self._overlaps else 'one step at a time'}"
 
     @property
     def _overlaps(self) -> bool:
@@ -210,17 +205,13 @@ class Engine:
         if len(each) != len(prompts):
             raise RequestError(f"{len(prompts)} prompts came with {len(each)} sampling params; give one, or one each")
         names: list[str] = []
-        done: dict[str, RequestOutput] = {}
         try:
             for prompt, p in zip(prompts, each, strict=True):
                 names.append(self.add_request(prompt, p))
-            mine = set(names)
-            with tqdm(total=len(names), disable=not progress, desc="requests", unit="req") as bar:
-                while len(done) < len(names):
-                    for output in self._step_or_wait():
-                        if output.finished and output.request_id in mine:
-                            done[output.request_id] = output
-                            bar.update()
+            last: Iterable[RequestOutput] = self._outputs(names, last_only=True)
+            if progress:
+                last = tqdm(last, total=len(names), desc="requests", unit="req")
+            done = {output.request_id: output for output in last}
         except BaseException:
             self._abandon(names)
             raise
@@ -230,12 +221,7 @@ class Engine:
         """Outputs of one prompt as they come; leaving the loop early aborts it."""
         name = self.add_request(prompt, params)
         try:
-            finished = False
-            while not finished:
-                for output in self._step_or_wait():
-                    if output.request_id == name:
-                        finished = output.finished
-                        yield output
+            yield from self._outputs([name])
         finally:
             self._abandon([name])
 
@@ -283,6 +269,16 @@ class Engine:
     ) -> None:
         self.close()
 
+    def _outputs(self, names: Sequence[str], *, last_only: bool = False) -> Iterator[RequestOutput]:
+        """Outputs of these requests as they come, or the last one of each."""
+        awaited = set(names)
+        while awaited:
+            for output in self._step_or_wait():
+                if (output.finished or not last_only) and output.request_id in awaited:
+                    if output.finished:
+                        awaited.remove(output.request_id)
+                    yield output
+
     def _step_or_wait(self) -> list[RequestOutput]:
         wakeup = self.next_wakeup()
         if wakeup is not None:
@@ -315,7 +311,8 @@ class Engine:
         self._apply_aborts()  # what was asked for while the step ran
         step.host_seconds += result.host_seconds + self.clock.now() - known
         span = max(step.start, self._last_end), known
-        self._events.append(step.event(self._num_steps, result, span, told, self._num_finished, self.scheduler))
+        if self.observers:
+            self._events.append(step.event(self._num_steps, result, span, told, self._num_finished, self.scheduler))
         self._num_steps, self._num_finished, self._last_end = self._num_steps + 1, 0, known
 
     def _complete(self, batch: ScheduledBatch, result: StepResult, now: float) -> int:

@@ -1,9 +1,8 @@
 """Decode steps as CUDA graphs: one launch for the whole network instead of hundreds.
 
-A graph replays fixed kernels on fixed addresses. So every pair of padded batch size and block-table width has a graph
-of its own, with inputs that never move: one pinned buffer on the host and one on the device serve all graphs, and one
-copy fills them per step. Padding rows are inert: slot -1 writes nothing, length 0 attends to nothing. Kernels read
-lengths on the device, so these two numbers are all that the choice of launches depends on.
+Every pair of padded batch size and block-table width has a graph of its own. Padding rows are inert: slot -1 writes
+nothing, length 0 attends to nothing. Kernels read lengths on the device, so these two numbers are all that the choice
+of launches depends on.
 
 Tokens that the step before sampled never leave the device: a graph begins by gathering them, and ends by putting the
 most likely tokens where the next step finds them. A second graph of the same size is captured where the logits
@@ -13,22 +12,17 @@ themselves are wanted, to draw from or to return probabilities of: it copies the
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from engine.captured import Captured, CapturedSteps
 from engine.decoder import Decoder
 from engine.readback import Readback
-from engine.sampler import highest_logits
-from engine.step_inputs import Arrays, StepInputs, lay_out, view_as
+from engine.step_inputs import Arrays, StepInputs
 from kernels import KVLayer
-
-INERT = {"feed": 0, "tokens": 0, "positions": 0, "slots": -1, "block_tables": 0, "lengths": 0}
-PLAN_BYTES = 64
-"""Per row, for the arrays of a sampling plan, which travel with the inputs: six of eight bytes and their alignment."""
 
 
 def padded_size(batch: int) -> int:
@@ -53,37 +47,16 @@ class GraphKey(NamedTuple):
     logits: bool
 
 
-@dataclass(slots=True)
-class _Graph:
-    """One captured step. `arrays` view the pinned buffer, `step` the device's; `nbytes` of both are its inputs."""
-
-    arrays: Arrays
-    step: StepInputs
-    feed: Tensor
-    nbytes: int
-    graph: torch.cuda.CUDAGraph
-
-
-class DecodeGraphs:
-    """Replays decode steps of one decoder over one KV pool. The eager decoder stays the oracle and the other switch."""
+class DecodeGraphs(CapturedSteps):
+    """Replays decode steps, and captures what is missing when it is first needed."""
 
     def __init__(
         self, decoder: Decoder, kv: Sequence[KVLayer], cos_sin: Tensor, readback: Readback, max_blocks: int
     ) -> None:
         """readback: where sampled tokens stand, with rows for the largest padded batch; max_blocks: of one request."""
-        self._decoder, self._kv, self._cos_sin = decoder, kv, cos_sin
-        self._readback = readback
-        self._graphs: dict[GraphKey, _Graph] = {}
-        self._pool = torch.cuda.graph_pool_handle()
-        self._copied = torch.cuda.Event()
-        rows = len(readback.ids)
-        _, total = lay_out(_inert(rows, padded_width(max_blocks)))
-        total += PLAN_BYTES * rows + 1024
-        self._pinned = torch.zeros(total, dtype=torch.uint8, pin_memory=True)
-        self._moved = torch.zeros(total, dtype=torch.uint8, device=decoder.device)
+        super().__init__(decoder, kv, cos_sin, readback, _inert(len(readback.ids), padded_width(max_blocks)))
+        self._graphs: dict[GraphKey, Captured] = {}
         self._logits: Tensor | None = None
-        self.nbytes = 0
-        """Device memory that captured graphs hold: their intermediate results and, where kept, the logits."""
 
     @property
     def captured(self) -> list[GraphKey]:
@@ -97,9 +70,7 @@ class DecodeGraphs:
             if key not in self._graphs:
                 self.capture(key)
 
-    def __call__(
-        self, arrays: Arrays, extra: Arrays, *, logits: bool
-    ) -> tuple[Tensor | None, Mapping[str, Tensor]]:
+    def __call__(self, arrays: Arrays, extra: Arrays, *, logits: bool) -> tuple[Tensor | None, Mapping[str, Tensor]]:
         """Replay a step of decodes; the most likely tokens are then in the readback.
 
         arrays: of `step_arrays`, and "feed" of `feed_rows` where tokens are pending. extra: arrays of a sampling plan
@@ -109,79 +80,46 @@ class DecodeGraphs:
         batch, blocks = arrays["block_tables"].shape
         key = GraphKey(padded_size(batch), padded_width(blocks), logits)
         graph = self._graphs.get(key) or self.capture(key)
-        staged = self._fill(graph, arrays, extra)
+        if "feed" not in arrays:  # every token is the host's own
+            arrays = {**arrays, "feed": np.arange(batch) + len(self._readback.ids)}
+        staged = self._send(graph, arrays, extra)
         graph.graph.replay()
-        return self._logits[:batch] if logits and self._logits is not None else None, staged
+        return None if graph.logits is None else graph.logits[:batch], staged
 
-    def _fill(self, graph: _Graph, arrays: Arrays, extra: Arrays) -> dict[str, Tensor]:
-        self._copied.synchronize()  # the copy of the step before still reads the pinned buffer
-        batch, blocks = arrays["block_tables"].shape
-        for name, to in graph.arrays.items():
-            if name == "block_tables":
-                to[:batch, :blocks] = arrays[name]
-                to[:batch, blocks:] = 0
-            elif name in arrays:
-                to[:batch] = arrays[name]
-            else:  # no feed: every token is the host's own
-                to[:batch] = np.arange(batch) + len(self._readback.ids)
-            if batch < len(to):
-                to[batch:] = INERT[name]
-        offsets, total = lay_out(extra, graph.nbytes)
-        for name, array in extra.items():
-            view_as(self._pinned, offsets[name], array).numpy()[:] = array
-        self._moved[:total].copy_(self._pinned[:total], non_blocking=True)
-        self._copied.record()
-        return {name: view_as(self._moved, offsets[name], array) for name, array in extra.items()}
+    def capture(self, key: GraphKey) -> Captured:
+        """The graph of this size; see `CapturedSteps._record` for what it takes."""
+        inert = _inert(key.size, key.width)
+        graph = self._buffers(inert)
+        if key.logits:
+            graph.logits = self._room_for_logits()[: key.size]
+        none = torch.zeros(0, dtype=torch.int64, device=self._moved.device)
+        inputs = {name: view for name, view in graph.inputs.items() if name != "feed"}
 
-    def capture(self, key: GraphKey) -> _Graph:
-        """Run an inert step once, which compiles what is missing, then record it.
+        def compute() -> None:
+            """From staged inputs to the readback. Holds no result, so that graphs share their memory."""
+            tokens = self._readback.feed(inputs["tokens"], graph.inputs["feed"])
+            step = StepInputs(**{**inputs, "tokens": tokens}, query_starts=none, rows=none, num_decodes=key.size)
+            logits = self._compute(step)
+            if graph.logits is not None:
+                graph.logits.copy_(logits)
 
-        Takes tens of milliseconds, and seconds where kernels must be compiled. A step on its way is waited for, and the
-        tokens that it sampled stay.
-        """
-        torch.cuda.synchronize()
-        if key.logits and self._logits is None:
-            shape = len(self._readback.ids), self._decoder.spec.vocab_size
-            self._logits = torch.empty(shape, dtype=self._decoder.dtype, device=self._decoder.device)
-            self.nbytes += self._logits.nbytes
-        graph = self._buffers(key)
-        self._fill(graph, {name: array[:0] for name, array in graph.arrays.items()}, {})
-        kept = self._readback.buffer.clone()
-        self._compute(graph, key)
-        self._readback.buffer.copy_(kept)
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()  # capturing does so too, and what it gives back is not the graph's
-        before = torch.cuda.memory_reserved()
-        with torch.cuda.graph(graph.graph, pool=self._pool):
-            self._compute(graph, key)
-        self.nbytes += max(torch.cuda.memory_reserved() - before, 0)
+        self._send(graph, inert, {})
+        self._record(graph.graph, compute)
         self._graphs[key] = graph
         return graph
 
-    def _compute(self, graph: _Graph, key: GraphKey) -> None:
-        """One step from staged inputs to the readback. Holds no result, so that graphs share their memory."""
-        readback = self._readback
-        step = replace(graph.step, tokens=readback.feed(graph.step.tokens, graph.feed))
-        logits = self._decoder.logits(self._decoder(step, self._kv, self._cos_sin))
-        highest, tokens = highest_logits(logits)
-        readback.store(tokens, highest)
-        if key.logits:
-            assert self._logits is not None
-            self._logits[: key.size].copy_(logits)
-
-    def _buffers(self, key: GraphKey) -> _Graph:
-        like = _inert(key.size, key.width)
-        offsets, total = lay_out(like)
-        arrays = {name: view_as(self._pinned, offsets[name], array).numpy() for name, array in like.items()}
-        views = {name: view_as(self._moved, offsets[name], array) for name, array in like.items()}
-        none = torch.zeros(0, dtype=torch.int64, device=self._moved.device)
-        feed = views.pop("feed")
-        step = StepInputs(**views, query_starts=none, rows=none, num_decodes=key.size)
-        return _Graph(arrays, step, feed, total, torch.cuda.CUDAGraph())
+    def _room_for_logits(self) -> Tensor:
+        """One place for all graphs that keep them, made when the first one is captured."""
+        if self._logits is None:
+            shape = len(self._readback.ids), self._decoder.spec.vocab_size
+            self._logits = torch.empty(shape, dtype=self._decoder.dtype, device=self._decoder.device)
+            self.nbytes += self._logits.nbytes
+        return self._logits
 
 
 def _inert(size: int, width: int) -> Arrays:
     """A step of `size` padding rows."""
-    shapes = {"block_tables": (size, width)}
-    kinds = {"block_tables": np.int32, "lengths": np.int32}
-    return {name: np.full(shapes.get(name, size), INERT[name], kinds.get(name, np.int64)) for name in INERT}
+    kinds = {"feed": np.int64, "tokens": np.int64, "positions": np.int64, "slots": np.int64}
+    arrays: Arrays = {name: np.zeros(size, kind) for name, kind in kinds.items()}
+    arrays["slots"][:] = -1
+    return {**arrays, "block_tables": np.zeros((size, width), np.int32), "lengths": np.zeros(size, np.int32)}

@@ -9,7 +9,7 @@ from itertools import compress
 from engine.batch import ScheduledBatch
 from engine.request import Request
 from engine.sampler import SamplingPlan
-from engine.step_inputs import Arrays, BlockTables, feed_rows, step_arrays
+from engine.step_inputs import Arrays, BlockTables, feed_rows, prompt_arrays, step_arrays
 
 
 @dataclass(slots=True)
@@ -38,8 +38,14 @@ class Preparation:
     def __call__(self, batch: ScheduledBatch) -> PreparedStep:
         items, decodes = batch.items, batch.decodes
         samples = [True] * len(decodes) + [item.samples for item in batch.prefills] if batch.prefills else None
-        sampled = [item[0] for item in (items if samples is None else compress(items, samples))]
-        arrays = step_arrays(items, len(decodes), self._block_size, self._tables)
+        if samples is None or all(samples):
+            samples, sampled = None, [item[0] for item in items]
+        else:
+            sampled = [item[0] for item in compress(items, samples)]
+        if decodes or len(items) > 1:
+            arrays = step_arrays(items, len(decodes), self._block_size, self._tables)
+        else:
+            arrays = prompt_arrays(items[0], self._block_size)
         feed = feed_rows(decodes, len(arrays["tokens"]), self._sampled, self._rows)
         if feed is not None:
             arrays["feed"] = feed

@@ -7,15 +7,15 @@ captured inside a request. Padding tokens are inert: slot -1 writes nothing, and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from engine.captured import Captured, CapturedSteps
 from engine.decoder import Decoder
-from engine.step_inputs import Arrays, StepInputs, inert_prompts, lay_out, view_as
+from engine.readback import Readback
+from engine.step_inputs import Arrays, StepInputs, inert_prompts
 from kernels import KVLayer
 
 STEP = 64
@@ -25,28 +25,16 @@ WIDTH = 16
 """Blocks of a request's table that a graph reads: longer contexts run eagerly."""
 
 
-@dataclass(slots=True)
-class _Graph:
-    arrays: Arrays
-    step: StepInputs
-    nbytes: int
-    graph: torch.cuda.CUDAGraph
-    logits: Tensor
+class PromptGraphs(CapturedSteps):
+    """Replays steps of one prompt."""
 
-
-class PromptGraphs:
-    """Replays steps of one prompt of one decoder over one KV pool."""
-
-    def __init__(self, decoder: Decoder, kv: Sequence[KVLayer], cos_sin: Tensor, block_size: int) -> None:
-        self._decoder, self._kv, self._cos_sin, self._block_size = decoder, kv, cos_sin, block_size
-        self._graphs: dict[int, _Graph] = {}
-        self._pool = torch.cuda.graph_pool_handle()
-        self._copied = torch.cuda.Event()
-        _, total = lay_out(self._inert(MOST_TOKENS))
-        self._pinned = torch.zeros(total, dtype=torch.uint8, pin_memory=True)
-        self._moved = torch.zeros(total, dtype=torch.uint8, device=decoder.device)
-        self.nbytes = 0
-        """Device memory that captured graphs hold."""
+    def __init__(
+        self, decoder: Decoder, kv: Sequence[KVLayer], cos_sin: Tensor, readback: Readback, block_size: int
+    ) -> None:
+        """readback: where sampled tokens stand."""
+        super().__init__(decoder, kv, cos_sin, readback, _inert(MOST_TOKENS, block_size))
+        self._block_size = block_size
+        self._graphs: dict[int, Captured] = {}
 
     def warm_up(self, num_tokens: int) -> None:
         """Capture every size up to `num_tokens`, largest first."""
@@ -55,53 +43,34 @@ class PromptGraphs:
             if size not in self._graphs:
                 self._capture(size)
 
-    def __call__(self, arrays: Arrays) -> Tensor | None:
-        """Logits [1, vocab] after the last token of `step_arrays` of one prompt, valid until the next call; None where
-        no graph fits."""
-        size = graph_size(arrays)
-        graph = self._graphs.get(size or 0)
-        if graph is None:
-            return None
-        self._fill(graph, arrays)
+    def fits(self, arrays: Arrays) -> bool:
+        """Whether a graph was captured for the step that these arrays of `step_arrays` describe."""
+        return graph_size(arrays) in self._graphs
+
+    def __call__(self, arrays: Arrays, extra: Arrays, *, logits: bool) -> tuple[Tensor | None, Mapping[str, Tensor]]:
+        """Replay a step that `fits`; the most likely token is then in the readback. As `DecodeGraphs.__call__`, but the
+        logits [1, vocab] are there whether asked for or not."""
+        graph = self._graphs[graph_size(arrays) or 0]
+        staged = self._send(graph, arrays, extra)
         graph.graph.replay()
-        return graph.logits
-
-    def _inert(self, size: int) -> Arrays:
-        arrays = inert_prompts(1, size, self._block_size)
-        return {**arrays, "block_tables": np.zeros((1, WIDTH), np.int32)}
-
-    def _fill(self, graph: _Graph, arrays: Arrays) -> None:
-        self._copied.synchronize()  # the copy of the step before still reads the pinned buffer
-        for name, to in graph.arrays.items():
-            given = arrays[name]
-            if name == "block_tables":
-                to[:, : given.shape[1]], to[:, given.shape[1] :] = given, 0
-            else:
-                to[: len(given)] = given
-                to[len(given) :] = -1 if name == "slots" else 0
-        self._moved[: graph.nbytes].copy_(self._pinned[: graph.nbytes], non_blocking=True)
-        self._copied.record()
+        return graph.logits, staged
 
     def _capture(self, size: int) -> None:
-        inert = self._inert(size)
-        offsets, nbytes = lay_out(inert)
-        arrays = {name: view_as(self._pinned, offsets[name], array).numpy() for name, array in inert.items()}
-        views = {name: view_as(self._moved, offsets[name], array) for name, array in inert.items()}
-        step = StepInputs(**views, num_decodes=0)
-        graph = _Graph(arrays, step, nbytes, torch.cuda.CUDAGraph(), torch.empty(0))
-        torch.cuda.synchronize()
-        self._fill(graph, inert)
-        self._compute(step)
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()  # capturing does so too, and what it gives back is not the graph's
-        before = torch.cuda.memory_reserved()
-        with torch.cuda.graph(graph.graph, pool=self._pool):
+        inert = _inert(size, self._block_size)
+        graph = self._buffers(inert)
+        step = StepInputs(**graph.inputs, num_decodes=0)
+
+        def compute() -> None:
             graph.logits = self._compute(step)
-        self.nbytes += max(torch.cuda.memory_reserved() - before, 0)
+
+        self._send(graph, inert, {})
+        self._record(graph.graph, compute)
         self._graphs[size] = graph
 
-    def _compute(self, step: StepInputs) -> Tensor:
-        return self._decoder.logits(self._decoder(step, self._kv, self._cos_sin))
+
+def _inert(size: int, block_size: int) -> Arrays:
+    """A prompt of `size` tokens that writes nothing."""
+    return {**inert_prompts(1, size, block_size), "block_tables": np.zeros((1, WIDTH), np.int32)}
 
 
 def graph_size(arrays: Arrays) -> int | None:

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+EXPONENTS = {torch.float32: (torch.int32, 0x7F800000), torch.bfloat16: (torch.int16, 0x7F80)}
+"""Bits that are all set in a number that is not finite. NumPy knows no bfloat16, and calling torch for a few numbers
+right after the host has waited costs more than everything else that is done with them."""
 
 
 class Slot:
@@ -12,7 +18,10 @@ class Slot:
     def __init__(self, readback: Readback) -> None:
         on_gpu = readback.buffer.device.type == "cuda"
         self._host = torch.zeros(readback.buffer.numel(), dtype=torch.uint8, pin_memory=on_gpu)
-        self.ids, self.highest = readback.split(self._host)
+        ids, highest = readback.split(self._host)
+        bits, self._exponent = EXPONENTS[highest.dtype]
+        self._ids: NDArray[np.int64] = ids.numpy()
+        self._highest: NDArray[np.signedinteger] = highest.view(bits).numpy()
         self._events = [torch.cuda.Event(enable_timing=timed) for timed in (True, True, False)] if on_gpu else []
 
     def begin(self) -> None:
@@ -34,6 +43,16 @@ class Slot:
         begin, end, copied = self._events
         copied.synchronize()
         return float(begin.elapsed_time(end)) / 1e3
+
+    def tokens(self, count: int) -> list[int]:
+        """Of the first rows, once they are here."""
+        ids: list[int] = self._ids[:count].tolist()
+        return ids
+
+    def finite(self, count: int) -> NDArray[np.bool_]:
+        """Whether the largest logit of each of the first rows is a number."""
+        finite: NDArray[np.bool_] = (self._highest[:count] & self._exponent) != self._exponent
+        return finite
 
 
 class Readback:
@@ -58,6 +77,10 @@ class Readback:
         """The slot for a new step."""
         self._slots.reverse()
         return self._slots[0]
+
+    def rows(self, count: int) -> tuple[Tensor, Tensor]:
+        """highest and ids of the first `count` rows, to be written."""
+        return self.highest[:count], self.ids[:count]
 
     def store(self, tokens: Tensor, highest: Tensor) -> None:
         self.ids[: len(tokens)] = tokens

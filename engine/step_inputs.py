@@ -73,6 +73,24 @@ def step_arrays(
     }
 
 
+def prompt_arrays(item: ScheduledRequest, block_size: int) -> Arrays:
+    """`step_arrays` of a single prompt chunk, whose first token waits for this: nothing is looked up token by token."""
+    request, start, num_new = item
+    stop = start + num_new
+    table = np.array([request.block_ids[: -(-stop // block_size)]], np.int32)
+    first = start // block_size
+    slots = table[0, first:, None] * np.int64(block_size) + np.arange(block_size)
+    return {
+        "tokens": np.array(request.token_range(start, stop), np.int64),
+        "positions": np.arange(start, stop),
+        "slots": slots.ravel()[start - first * block_size : stop - first * block_size],
+        "block_tables": table,
+        "lengths": np.array([stop], np.int32),
+        "query_starts": np.array([0, num_new], np.int32),
+        "rows": np.array([num_new - 1] if item.samples else [], np.int64),
+    }
+
+
 def inert_prompts(count: int, length: int, block_size: int) -> Arrays:
     """A step of `count` prompts of `length` tokens that writes nothing: every slot is -1. It reads block 0."""
     return {

@@ -70,8 +70,9 @@ class TorchRunner:
         self._prompt_graphs: PromptGraphs | None = None
         if config.graphs and self.device.type == "cuda" and config.impl != "torch":
             longest = -(-length // self._memory.block_size)
-            self._graphs = DecodeGraphs(decoder, self._kv, self._cos_sin, self._readback, longest)
-            self._prompt_graphs = PromptGraphs(decoder, self._kv, self._cos_sin, self._memory.block_size)
+            held = decoder, self._kv, self._cos_sin, self._readback
+            self._graphs = DecodeGraphs(*held, longest)
+            self._prompt_graphs = PromptGraphs(*held, self._memory.block_size)
         self._baseline = torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -153,10 +154,9 @@ class TorchRunner:
         slot.begin()
         logits: Tensor | None
         known: list[float] = []
-        if self._graphs is not None and not batch.prefills:
-            logits = self._replayed(self._graphs, step.arrays, plan)
-        elif not batch.decodes and not scored and (logits := self._prompt(step)) is not None:
-            self._readback.store(*sample(logits, plan, self._staging(plan.arrays) if plan.arrays else {}))
+        graphs = None if scored else self._replays(step)
+        if graphs is not None:
+            logits = self._replayed(graphs, step.arrays, plan)
         else:
             logits, known = self._eager(step, scored)
         slot.fetch(self._readback.buffer)
@@ -199,12 +199,16 @@ class TorchRunner:
         step = StepInputs(**{name: staged[name] for name in _STEP_FIELDS}, num_decodes=0)
         self._decoder.logits(self._decoder(step, self._kv, self._cos_sin))
 
-    def _prompt(self, step: PreparedStep) -> Tensor | None:
-        """The logits of a step of one short prompt by a graph, or None where there is none."""
-        return None if self._prompt_graphs is None else self._prompt_graphs(step.arrays)
+    def _replays(self, step: PreparedStep) -> DecodeGraphs | PromptGraphs | None:
+        """Who computes this step as a graph, if anybody does."""
+        if step.num_decodes == len(step.arrays["lengths"]):
+            return self._graphs
+        if self._prompt_graphs is not None and not step.num_decodes and self._prompt_graphs.fits(step.arrays):
+            return self._prompt_graphs
+        return None
 
-    def _replayed(self, graphs: DecodeGraphs, arrays: Arrays, plan: SamplingPlan) -> Tensor | None:
-        """A step of decodes as a graph; the logits where somebody needs them."""
+    def _replayed(self, graphs: DecodeGraphs | PromptGraphs, arrays: Arrays, plan: SamplingPlan) -> Tensor | None:
+        """A step as a graph, which chooses greedily; the logits where somebody needs them."""
         penalized = "penalized" in plan.arrays
         extra = {} if penalized else plan.arrays
         logits, staged = graphs(arrays, extra, logits=bool(plan.arrays) or plan.logprobs)

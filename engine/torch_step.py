@@ -34,8 +34,8 @@ class TorchStep:
     def result(self) -> StepResult:
         seconds = self.slot.wait()
         count = len(self.sampled)
-        tokens: Sequence[int | None] = self.slot.ids[:count].tolist()
-        finite = self.slot.highest[:count].isfinite()
+        tokens: Sequence[int | None] = self.slot.tokens(count)
+        finite = self.slot.finite(count)
         if not finite.all():
             answered = zip(self.sampled, finite.tolist(), strict=True)
             raise NonFiniteLogitsError([request.request_id for request, yes in answered if not yes])

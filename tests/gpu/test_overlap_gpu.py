@@ -13,6 +13,7 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.runner import Pending
 from engine.sampling_params import SamplingParams
+from engine.step_inputs import inert_prompts
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -112,6 +113,25 @@ def test_one_copy_to_the_device_per_step(params: list[SamplingParams]) -> None:
     copies = Counter(event.name.split("(")[0].strip() for event in profile.events() if event.name.startswith("Memcpy"))
     assert copies["Memcpy HtoD"] == len(events)
     assert copies["Memcpy DtoH"] == len(events)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_one_copy_to_the_device_per_replayed_prompt(temperature: float) -> None:
+    config = EngineConfig(model="synthetic:tiny", memory_limit=1 << 30, max_batch_size=4, prefix_caching=False)
+    with Engine(config) as engine:
+        engine.warm_up()
+        params = SamplingParams(max_tokens=1, ignore_eos=True, temperature=temperature, seed=1)
+        prompts = [[(3 * i + length) % 500 for i in range(length)] for length in (40, 64, 200, 300)]
+        graphs: Any = engine.runner._prompt_graphs  # type: ignore[attr-defined]
+        assert all(graphs.fits(inert_prompts(1, len(prompt), engine.block_size)) for prompt in prompts)
+        for prompt in prompts:
+            engine.generate([prompt], params)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            for prompt in prompts:
+                engine.generate([prompt], params)
+            torch.cuda.synchronize()
+    copies = Counter(event.name.split("(")[0].strip() for event in profile.events() if event.name.startswith("Memcpy"))
+    assert copies["Memcpy HtoD"] == copies["Memcpy DtoH"] == len(prompts)
 
 
 def test_host_time_is_hidden() -> None:

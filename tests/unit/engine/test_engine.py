@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import Any
 
 import pytest
+from tqdm import tqdm
 
 from engine.batch import ScheduledBatch, StepEvent
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import ConfigError, NonFiniteLogitsError, RequestError
+from engine.request import RequestOutput
 from engine.runner import Pending
 from engine.sampling_params import SamplingParams
 from tests.unit.engine.support import StubModel, tiny_spec
@@ -34,6 +38,21 @@ def test_outputs_come_in_the_order_of_the_prompts(engine: Engine) -> None:
     assert [output.prompt_token_ids[0] for output in outputs] == list(range(20))
     assert {output.finish_reason for output in outputs} == {"length"}
     engine.check_integrity()
+
+
+def test_progress_counts_requests_and_is_not_made_for_nothing(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    bars: list[tqdm[RequestOutput]] = []
+
+    def kept(outputs: Iterator[RequestOutput], **options: Any) -> tqdm[RequestOutput]:
+        bars.append(tqdm(outputs, file=io.StringIO(), **options))
+        return bars[-1]
+
+    monkeypatch.setattr("engine.engine.tqdm", kept)
+    params = [SamplingParams(max_tokens=1 + i) for i in range(5)]
+    engine.generate([[1, 2]] * 5, params)
+    assert not bars
+    engine.generate([[1, 2]] * 5, params, progress=True)
+    assert [(bar.n, bar.total) for bar in bars] == [(5, 5)]
 
 
 def test_a_simulated_run_repeats_exactly() -> None:

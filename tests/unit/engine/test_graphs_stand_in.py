@@ -1,4 +1,4 @@
-"""Decode graphs without a GPU: a stand-in for CUDA records what a step computes and computes it again at each replay.
+"""Graphs without a GPU: a stand-in for CUDA records what a step computes and computes it again at each replay.
 
 What a graph's inputs are, which graph serves which batch, where sampled tokens stand and what is kept of the logits is
 then the real code; tests/gpu has the rest.
@@ -6,30 +6,32 @@ then the real code; tests/gpu has the rest.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 
+from engine import torch_runner
 from engine.batch import StepEvent
+from engine.captured import CapturedSteps
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.graphs import DecodeGraphs, GraphKey
 from engine.loader import LoadedModel, load_model
+from engine.prompt_graphs import PromptGraphs
 from engine.sampling_params import SamplingParams
 
 OPTIONS: dict[str, Any] = {"model": "synthetic:tiny", "device": "cpu", "impl": "torch", "memory_limit": 64 << 20}
 
 
 class Recorded:
-    """A graph that holds the computation itself; while it is recorded, nothing is computed."""
+    """A graph that holds the computation itself."""
 
     def __init__(self) -> None:
         self.compute: Any = None
         self.replays = 0
-        self.recording = False
 
     def replay(self) -> None:
         self.replays += 1
@@ -44,17 +46,11 @@ class Instant:
 
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    @contextmanager
-    def record(graph: Recorded, pool: object) -> Iterator[None]:
-        graph.recording = True
-        yield
-        graph.recording = False
-
     for name, value in {
         "graph_pool_handle": lambda: 0,
         "Event": Instant,
         "CUDAGraph": Recorded,
-        "graph": record,
+        "graph": lambda graph, pool: nullcontext(),
         "synchronize": lambda: None,
         "empty_cache": lambda: None,
         "memory_reserved": lambda: 0,
@@ -62,14 +58,15 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, name, value)
     zeros = torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda *shape, pin_memory=False, **options: zeros(*shape, **options))
-    compute = DecodeGraphs._compute
+    record = CapturedSteps._record
 
-    def kept(self: DecodeGraphs, graph: Any, key: GraphKey) -> None:
-        graph.graph.compute = lambda: compute(self, graph, key)
-        if not graph.graph.recording:
-            compute(self, graph, key)
+    def kept(self: CapturedSteps, graph: Any, compute: Callable[[], None]) -> None:
+        """While it is recorded, nothing is computed: only the run before, which compiles, happens."""
+        runs = iter([compute])
+        record(self, graph, lambda: next(runs, lambda: None)())
+        graph.compute = compute
 
-    monkeypatch.setattr(DecodeGraphs, "_compute", kept)
+    monkeypatch.setattr(CapturedSteps, "_record", kept)
 
 
 @pytest.fixture(scope="module")
@@ -142,3 +139,69 @@ def test_warm_up_asks_for_no_more_than_a_session_may_hold(stand_in: None, model:
         graphs = with_graphs(engine)
         engine.warm_up(100_000)
         assert {key.width for key in graphs.captured} == {16}
+
+
+def with_prompt_graphs(engine: Engine) -> PromptGraphs:
+    runner: Any = engine.runner
+    with torch.inference_mode():
+        graphs = PromptGraphs(runner._decoder, runner._kv, runner._cos_sin, runner._readback, engine.block_size)
+        graphs.warm_up(256)
+    runner._prompt_graphs = graphs
+    return graphs
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(max_tokens=3, ignore_eos=True),
+        SamplingParams(max_tokens=3, temperature=0.9, top_p=0.9, seed=1, ignore_eos=True),
+        SamplingParams(max_tokens=3, repetition_penalty=1.3, ignore_eos=True),
+        SamplingParams(max_tokens=3, logprobs=2, ignore_eos=True),
+    ],
+    ids=["greedy", "drawn", "penalized", "logprobs"],
+)
+def test_replayed_prompts_give_the_tokens_of_eager_ones(
+    stand_in: None, model: LoadedModel, params: SamplingParams
+) -> None:
+    """With and without padding, the longer ones first: what they leave in the inputs must not count. A prompt that
+    finds a prefix, one that is too short and one that is too long are among them."""
+    prompts = [[(7 * i + 3 * length) % 500 for i in range(length)] for length in (256, 200, 33, 64, 65, 100, 20, 270)]
+    prompts.append(prompts[1] + prompts[2] + [9] * 7)
+    options = {**OPTIONS, "block_size": 16}
+    with Engine(EngineConfig(**options), model=model) as engine:
+        plain = [engine.generate([prompt], params)[0] for prompt in prompts]
+    with Engine(EngineConfig(**options), model=model) as engine:
+        graphs = with_prompt_graphs(engine)
+        events: list[StepEvent] = []
+        engine.observers.append(events.append)
+        replayed = [engine.generate([prompt], params)[0] for prompt in prompts]
+        assert [output.token_ids for output in replayed] == [output.token_ids for output in plain]
+        assert [output.logprobs for output in replayed] == [output.logprobs for output in plain]
+        replays = sum(graph.graph.replays for graph in graphs._graphs.values())  # type: ignore[attr-defined]
+        prefills = [event.num_prefill_tokens for event in events if event.num_prefills]
+        assert prefills == [256, 200, 33, 64, 65, 100, 20, 270, 48] and replays == 7
+
+
+def test_a_replayed_greedy_prompt_leaves_nothing_to_launch(
+    stand_in: None, model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = SamplingParams(max_tokens=1, ignore_eos=True)
+    with Engine(EngineConfig(**OPTIONS), model=model) as engine:
+        want = engine.generate([[3] * 90], params)[0].token_ids
+        engine.reset_prefix_cache()
+        with_prompt_graphs(engine)
+        monkeypatch.setattr(torch_runner, "sample", None)
+        assert engine.generate([[3] * 90], params)[0].token_ids == want
+
+
+def test_capturing_prompts_keeps_tokens_that_are_pending(stand_in: None, model: LoadedModel) -> None:
+    params = SamplingParams(max_tokens=9, ignore_eos=True)
+    with Engine(EngineConfig(**OPTIONS), model=model) as engine:
+        want = engine.generate([[4, 5, 6]], params)[0].token_ids
+        with_graphs(engine)
+        engine.add_request([4, 5, 6], params)
+        engine.step()
+        engine.step()
+        with_prompt_graphs(engine)
+        last = [output for _ in range(20) for output in engine.step()][-1]
+        assert last.token_ids == want

@@ -17,7 +17,7 @@ from engine.readback import Readback
 from engine.request import Request, RequestStatus
 from engine.sampler import SamplingPlan
 from engine.sampling_params import SamplingParams
-from engine.step_inputs import BlockTables, block_tables, feed_rows, step_arrays
+from engine.step_inputs import BlockTables, block_tables, feed_rows, prompt_arrays, step_arrays
 from tests.unit.engine.support import make_request, make_scheduler
 
 SIZE = 4
@@ -73,6 +73,18 @@ def test_arrays_of_a_run_with_and_without_memory() -> None:
             if request.num_output >= request.max_tokens:
                 scheduler.finish(request, RequestStatus.LENGTH, 0.0)
     assert mixed > 3
+
+
+@pytest.mark.parametrize("start, num_new", [(0, 1), (0, 4), (0, 13), (3, 1), (4, 4), (7, 9), (12, 8)])
+@pytest.mark.parametrize("rest", [0, 2])
+def test_a_prompt_alone_has_the_arrays_of_any_step(start: int, num_new: int, rest: int) -> None:
+    request = held_by(make_request("a", range(50, 50 + start + num_new + rest)), 7, random.Random(start))
+    item = ScheduledRequest(request, start, num_new)
+    quick, any_step = prompt_arrays(item, SIZE), step_arrays([item], 0, SIZE)
+    assert quick.keys() == any_step.keys()
+    for name, array in any_step.items():
+        assert np.array_equal(quick[name], array) and quick[name].dtype == array.dtype, name
+    assert len(quick["rows"]) == (rest == 0)
 
 
 def test_pending_tokens_are_fed_from_the_rows_of_the_step_before() -> None:
@@ -134,8 +146,21 @@ def test_results_come_back_from_two_steps_at_once() -> None:
         slots[-1].fetch(board.buffer)
     for number, slot in zip((1, 2), slots, strict=True):
         assert slot.wait() is None, "a CPU has no device time of its own"
-        assert slot.ids[:2].tolist() == [number, 10 * number]
-        assert slot.highest[:2].isfinite().tolist() == [True, False]
+        assert slot.tokens(2) == [number, 10 * number]
+        assert slot.finite(2).tolist() == [True, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_numbers_that_are_not_finite_are_told_by_their_bits(dtype: torch.dtype) -> None:
+    limits = torch.finfo(dtype)
+    values = [0.0, -0.0, 1.5, limits.max, limits.min, limits.tiny, -limits.tiny / 2]
+    values += [float("inf"), -float("inf"), float("nan"), -float("nan")]
+    board = Readback(len(values), dtype, torch.device("cpu"))
+    highest = torch.tensor(values, dtype=dtype)
+    board.store(torch.zeros(len(values), dtype=torch.int64), highest)
+    slot = board.take()
+    slot.fetch(board.buffer)
+    assert slot.finite(len(values)).tolist() == highest.isfinite().tolist() == [True] * 7 + [False] * 4
 
 
 @pytest.mark.parametrize(("kv", "impl"), [("bf16", "torch"), ("int8", "auto")])
