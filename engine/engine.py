@@ -21,7 +21,7 @@ from engine.loader import LoadedModel, load_model
 from engine.request import Request, RequestOutput, RequestStatus
 from engine.runner import Done, Runner
 from engine.sampling_params import SamplingParams
-from engine.scheduler import Scheduler, SchedulerConfig
+from engine.scheduler import FINISHED, Scheduler, SchedulerConfig
 from engine.simulated import SimulatedRunner
 from engine.torch_runner import TorchRunner
 
@@ -347,7 +347,7 @@ class Engine:
     def _deliver(self, request: Request, num_new: int = 0) -> None:
         """Queue an output for the caller; it stays queued if the step breaks off before it is handed over."""
         name = request.request_id
-        finished = request.is_finished
+        finished = request.status >= FINISHED
         stop = len(request.output_token_ids)
         self._undelivered.append(RequestOutput(finished, request, self._detokenizers[name], stop - num_new, stop))
         if finished:
