@@ -216,7 +216,7 @@ class Decoder(nn.Module):
     def matrix_formats(self) -> dict[str, int]:
         """Number of the layers' matrices by format as computed: {"int4 group 128": 7, "bf16": 1}."""
         packed = [matrix for layer in self._layers for matrix in layer.matrices().values()]
-        return dict(Counter(m.format if m.format != "int4" else f"int4 group {m.group_size}" for m in packed))
+        return dict(Counter(WeightPlan(m.format).label(m.group_size or 0) for m in packed))
 
     def weight_bytes(self) -> dict[str, int]:
         """Bytes really held, by part. On a CPU a tied lm_head counts where oneDNN needs its own layout of the table."""
@@ -298,8 +298,8 @@ def _plain(weight: Tensor) -> PackedWeight:
 
 def _exact(weight: QuantizedWeight, device: torch.device) -> PackedWeight:
     """Codes of a checkpoint with scales as the checkpoint held them, where a fast layout would round them to bf16."""
-    if weight.format == "int4":
-        return pack_weight(weight, "int4", device=device, layout="planes")
+    if weight.zero is not None:
+        return pack_weight(weight, weight.format, device=device, layout="planes")
     assert weight.scale is not None
     return PackedWeight(weight.format, "plain", weight.shape, weight.codes.to(device), weight.scale.to(device))
 

@@ -105,13 +105,13 @@ def _note(scheme: Scheme, inputs: Mapping[str, Any] | None) -> str:
     """What the user should know of the activations of one config group; "" where they are computed as it says."""
     if not inputs:
         return ROUNDED_TOO if scheme.kind == "fp8" else ""
-    if scheme.kind not in ("w8a8", "fp8"):
+    if WEIGHT_FORMATS[KINDS[scheme.kind].weights].activations is None:
         return BF16_ACTIVATIONS
     return "" if inputs.get("dynamic") is True and inputs.get("strategy") == "token" else SCALED_PER_TOKEN
 
 
 def _in_int8(inputs: object) -> bool:
-    """Whether activations are meant to be what `w8a8` makes of them, but for where their scales come from."""
+    """Whether activations are meant to be what `w8a8` and `w4a8` make of them, but for where their scales come from."""
     if not isinstance(inputs, dict):
         return False
     kind = inputs.get("num_bits"), inputs.get("type", "int"), inputs.get("symmetric", True)
@@ -158,7 +158,8 @@ def _compressed_scheme(form: str, args: Mapping[str, Any], *, integer_inputs: bo
     if form == "pack-quantized":
         _only_bits(bits, (4, 8))
         if bits == 4:
-            return Scheme("packed4", _group(args.get("group_size") if strategy == "group" else -1), symmetric)
+            group = _group(args.get("group_size") if strategy == "group" else -1)
+            return Scheme("packed4a8" if integer_inputs else "packed4", group, symmetric)
     elif form in ("int-quantized", "float-quantized"):
         _only_bits(bits, (8,))
     else:

@@ -4,6 +4,7 @@
     awq (gemm)          qweight, qzeros, scales                         int4
     gptq                qweight, qzeros, scales, g_idx                  int4, activation order kept
     compressed-tensors  weight_packed, weight_scale, weight_zero_point  int4; of 8 bits per channel int8
+                        (the same)                                      w4a8 where activations are int8
                         weight (int8), weight_scale                     int8; w8a8 where activations are int8 too
                         weight (float8_e4m3fn), weight_scale            fp8
 
@@ -13,7 +14,7 @@ Each format has a function that says what its tensors must be and one that reads
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -198,7 +199,7 @@ def read_gptq(leaves: Leaves, scheme: Scheme, shape: tuple[int, int]) -> Matrix:
 
 
 def packed_tensors(scheme: Scheme, module: str, n: int, k: int) -> dict[str, Wanted]:
-    four = scheme.kind == "packed4"
+    four = scheme.kind != "packed8"
     groups = scheme.groups(k) if four else 1
     scale = Wanted(((n, groups), (1,)) if groups == 1 and not four else ((n, groups),), tuple(FLOATS))
     leaves = {
@@ -235,7 +236,8 @@ def read_packed(leaves: Leaves, scheme: Scheme, shape: tuple[int, int]) -> Matri
     if not scheme.symmetric:
         zero = _unpack(leaves["weight_zero_point"].t(), 4).t()[:n]
     order = _order(leaves.get("weight_g_idx"), scale.shape[1])
-    return _grouped(codes if order is None else codes[:, order], scale, zero, order)
+    four = _grouped(codes if order is None else codes[:, order], scale, zero, order)
+    return replace(four, format=KINDS[scheme.kind].weights)
 
 
 def eight_bit_tensors(scheme: Scheme, module: str, n: int, k: int) -> dict[str, Wanted]:
@@ -304,6 +306,7 @@ KINDS = {
     "gptq": Kind("int4", gptq_tensors, read_gptq),
     "gptq_v2": Kind("int4", gptq_tensors, read_gptq),
     "packed4": Kind("int4", packed_tensors, read_packed),
+    "packed4a8": Kind("w4a8", packed_tensors, read_packed),
     "packed8": Kind("int8", packed_tensors, read_packed),
     "int8": Kind("int8", eight_bit_tensors, read_int8),
     "w8a8": Kind("w8a8", eight_bit_tensors, read_int8),

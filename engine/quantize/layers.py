@@ -1,8 +1,8 @@
 """How a layer is quantized: the methods, and the pass through the layers that gives each its inputs.
 
 Two steps on a layer: `prepare` moves scale between norms and weights and leaves the float function as it is (AWQ,
-SmoothQuant); `to_int4` turns a matrix into 4-bit codes (RTN, HQQ, AWQ's clipping, GPTQ). Matrices to which a plan gives
-another format are rounded to nearest in it, as the engine does when it loads.
+SmoothQuant); `to_int4` turns a matrix into 4-bit codes (RTN, HQQ, AWQ's clipping, GPTQ), for w4a8 too. Matrices to
+which a plan gives another format are rounded to nearest in it, as the engine does when it loads.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from engine.quantize.rescale import awq, smoothquant
 from engine.quantized import Matrix
 from engine.rope import cos_sin_table
 from engine.weight_plan import MODULES, WeightPlan
-from kernels import QuantizedWeight, quantize_weight
+from kernels import WEIGHT_FORMATS, QuantizedWeight, quantize_weight
 from kernels.gptq import gptq
 from kernels.quantize import clipped, hqq
 
@@ -114,13 +114,13 @@ def _matrices(
         moments = None
         if carried is not None:
             carried = [layer.input_of(name, part) for part in carried]
-            if chosen == "int4":
+            if WEIGHT_FORMATS[chosen].grouped:
                 moments = _moments(carried)
         weight = layer.tensors[name]
         try:
-            if chosen == "int4":
+            if WEIGHT_FORMATS[chosen].grouped:
                 assert method.to_int4 is not None
-                matrix = method.to_int4(weight, moments, options)
+                matrix = replace(method.to_int4(weight, moments, options), format=chosen)
             else:
                 matrix = quantize_weight(weight, chosen, options.group_size)
         except ValueError as error:

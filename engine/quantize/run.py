@@ -32,6 +32,7 @@ from engine.quantize.save import QuantizedWeights, check_folder, save
 from engine.quantize.write import LAYOUTS, choose_layout
 from engine.quantized import Matrix
 from engine.weight_plan import MODULES, WeightPlan, Weights
+from kernels import WEIGHT_FORMATS
 from kernels.gptq import ORDERS
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -111,8 +112,10 @@ def _check(method: str, options: Options, calibration: str | None) -> Method:
     if options.plan.head not in (None, "bf16"):
         raise ConfigError(f"weights of lm_head is {options.plan.head!r}; a saved checkpoint keeps it at 'bf16'")
     chosen = METHODS[method]
-    if chosen.to_int4 is None and "int4" in options.plan.formats:
-        raise ConfigError(f"weights is '{options.plan}'; {method} prepares formats of 8 or 16 bits, not int4")
+    grouped = [name for name in options.plan.formats if WEIGHT_FORMATS[name].grouped]
+    if chosen.to_int4 is None and grouped:
+        refused = " and ".join(sorted(grouped))
+        raise ConfigError(f"weights is '{options.plan}'; {method} prepares formats of 8 or 16 bits, not {refused}")
     if chosen.prepare is None and options.plan == WeightPlan("bf16"):
         raise ConfigError(f"weights is 'bf16': {method} would change nothing")
     if chosen.calibrated and not calibration:
@@ -131,7 +134,7 @@ def _check_model(model: LoadedModel, options: Options, *, saved: bool) -> None:
     if options.group_size not in GROUP_SIZES:
         raise ConfigError(f"group_size is {options.group_size}; it must be one of {', '.join(map(str, GROUP_SIZES))}")
     for name, (_, k) in spec.matrices().items():
-        if name.startswith("layers.") and options.plan[name] == "int4" and k % options.group_size:
+        if name.startswith("layers.") and WEIGHT_FORMATS[options.plan[name]].grouped and k % options.group_size:
             raise ConfigError(f"group_size is {options.group_size}; it does not divide the {k} in features of {name}")
 
 
@@ -161,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{name}: {method.label}" for name, method in METHODS.items()))
     parser.add_argument("--weights", default="int4", type=_plan, help="a format, or a plan as JSON: "
                         '\'{"default": "int4", "layers.0.down": "int8"}\'')
-    parser.add_argument("--group-size", type=int, default=128, help="of int4: 64 or 128")
+    parser.add_argument("--group-size", type=int, default=128, help="of int4 and w4a8: 64 or 128")
     parser.add_argument("--calibration", metavar="FILE", nargs="+", type=Path, help="text like that the model will see")
     parser.add_argument("--budget", type=int, default=BUDGET, help="most calibration tokens (default %(default)s)")
     parser.add_argument("--out", metavar="DIR", help="folder to write; without it the work is only timed")

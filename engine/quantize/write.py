@@ -3,7 +3,7 @@
     layout               formats                              who reads it besides this engine
     awq (gemm)           int4 in groups that are neighbours   AutoAWQ, transformers, vLLM, LMDeploy
     gptq (v2)            int4, also in activation order       GPTQModel, transformers, vLLM
-    compressed-tensors   int4, int8, w8a8, fp8, also mixed    transformers with that library, vLLM, LMDeploy (int4)
+    compressed-tensors   all, also mixed                      transformers with that library, vLLM, LMDeploy (int4)
     plain                bf16                                 everyone
 
 Each function gives the tensors of one module by leaf; `quantization_config` what config.json must say of them.
@@ -20,13 +20,12 @@ from torch import Tensor
 from engine.errors import CheckpointError, ConfigError
 from engine.quantized import AWQ_ORDER
 from engine.weight_plan import WeightPlan
-from kernels import QuantizedWeight
+from kernels import WEIGHT_FORMATS, QuantizedWeight
 
-EIGHT_BITS = ("int8", "w8a8", "fp8")
 LAYOUTS: dict[str, tuple[str, ...]] = {
     "awq": ("int4",),
     "gptq": ("int4",),
-    "compressed-tensors": ("int4", "bf16", *EIGHT_BITS),
+    "compressed-tensors": tuple(WEIGHT_FORMATS),
     "plain": ("bf16",),
 }
 """The weight formats that each layout holds."""
@@ -39,9 +38,11 @@ def choose_layout(asked: str | None, plan: WeightPlan, *, with_order: bool = Fal
     """
     if asked is not None and asked not in LAYOUTS:
         raise ConfigError(f"layout is {asked!r}; it must be one of {', '.join(LAYOUTS)}")
-    eight = [name for name in EIGHT_BITS if name in plan.formats]
-    if len(eight) > 1:
-        raise ConfigError(f"weights is '{plan}': a checkpoint holds one 8-bit format, not {' and '.join(eight)}")
+    for bits in (8, 4):  # whose tensors look alike
+        alike = [name for name, form in WEIGHT_FORMATS.items() if name in plan.formats and form.code_bits == bits]
+        if len(alike) > 1:
+            names = " and ".join(alike)
+            raise ConfigError(f"weights is '{plan}': a checkpoint holds one {bits}-bit format, not {names}")
     fitting = [
         name for name, formats in LAYOUTS.items() if plan.formats <= set(formats) and (name == "gptq" or not with_order)
     ]
@@ -134,6 +135,7 @@ _PACKED: dict[str, Callable[[QuantizedWeight], dict[str, Tensor]]] = {
     "int8": write_packed8,
     "w8a8": write_plain8,
     "fp8": write_plain8,
+    "w4a8": write_packed4,
 }
 
 
@@ -189,20 +191,19 @@ def _config_group(name: str, modules: Mapping[str, str], group_size: int) -> dic
     several = len(set(modules.values()) - {"bf16"}) > 1
     targets = [module for module, held in modules.items() if held == name] if several else ["Linear"]
     number = "float" if name == "fp8" else "int"
+    chosen = WEIGHT_FORMATS[name]
     weights = {
-        "num_bits": 4 if name == "int4" else 8,
+        "num_bits": chosen.code_bits,
         "type": number,
-        "symmetric": name != "int4",
-        "strategy": "group" if name == "int4" else "channel",
-        "group_size": group_size if name == "int4" else None,
+        "symmetric": not chosen.grouped,
+        "strategy": "group" if chosen.grouped else "channel",
+        "group_size": group_size if chosen.grouped else None,
         "dynamic": False,
     }
     inputs = {"num_bits": 8, "type": number, "symmetric": True, "strategy": "token", "dynamic": True}
     return {
         "targets": targets,
         "weights": weights,
-        "input_activations": inputs if name in ("w8a8", "fp8") else None,
-        "format": {"int4": "pack-quantized", "int8": "pack-quantized", "w8a8": "int-quantized"}.get(
-            name, "float-quantized"
-        ),
+        "input_activations": None if chosen.activations is None else inputs,
+        "format": {"w8a8": "int-quantized", "fp8": "float-quantized"}.get(name, "pack-quantized"),
     }

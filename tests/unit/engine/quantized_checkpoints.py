@@ -163,6 +163,21 @@ CASES = {
     "packed, per channel": Case(
         packed, compressed("pack-quantized", **{**INT4, "group_size": None, "strategy": "channel"}), -1, True
     ),
+    "packed, int8 activations": Case(
+        packed, compressed("pack-quantized", activations=INT8_INPUTS, **INT4), symmetric=True, dtype=torch.bfloat16,
+        label="8 matrices w4a8 group 128, lm_head bf16, KV",
+    ),
+    "packed, int8 activations, activation order": Case(
+        packed_in_order, compressed("pack-quantized", activations=INT8_INPUTS, **{**INT4, "group_size": 64}), 64, True,
+        True, label="8 matrices w4a8 group 64",
+    ),
+    "packed, static int8 activations": Case(
+        packed_with_zeros,
+        compressed(
+            "pack-quantized", activations={**INT8_INPUTS, "dynamic": False, "strategy": "tensor"},
+            **{**INT4, "symmetric": False},
+        ), label="8 matrices w4a8 group 128, lm_head bf16 (activations scaled per token",
+    ),
     "packed, 8 bits": Case(
         packed8, compressed("pack-quantized", **INT8), -1, signed=True, label="8 matrices int8"
     ),

@@ -19,7 +19,7 @@ from tests.unit.engine.support import make_request
 from tests.unit.engine.test_decoder import BF16, CPU, built, random_ids, relative, whole
 from workbench.quality import perplexity
 
-FORMATS = ["w8a8", "fp8"]
+FORMATS = ["w8a8", "fp8", "w4a8"]
 SIXTEEN_BIT_ROWS = WEIGHT_FORMATS["w8a8"].sixteen_bit_rows
 
 
@@ -29,7 +29,8 @@ def test_bytes_held_equal_the_plan(weights: str, family: str, tmp_path: Path) ->
     save(random_model(tiny_config(family)), tmp_path)
     decoder = built(tmp_path, weights, "auto")
     assert decoder.weight_bytes() == decoder.spec.weight_bytes(weights, 64)
-    assert decoder.matrix_formats() == {weights: 8} and decoder.lm_head.format == "int8"
+    label = "w4a8 group 64" if weights == "w4a8" else weights
+    assert decoder.matrix_formats() == {label: 8} and decoder.lm_head.format == "int8"
 
 
 def test_a_7b_takes_half_the_bytes() -> None:
@@ -46,10 +47,11 @@ def test_fast_path_against_its_dequantized_reference(weights: str) -> None:
     spec = synthetic_spec("tiny")
     fast, dense = (
         build_decoder(spec, SyntheticWeights(spec, 0), weights=name, group_size=64, device=CPU, impl=impl)
-        for name, impl in ((weights, "auto"), ("bf16", "torch"))
+        for name, impl in ((weights, "auto"), ("int4" if weights == "w4a8" else "bf16", "torch"))
     )
-    ids = random_ids(3 * SIXTEEN_BIT_ROWS, vocab=spec.vocab_size)
-    few = ids[:SIXTEEN_BIT_ROWS]
+    rows = WEIGHT_FORMATS[weights].sixteen_bit_rows
+    ids = random_ids(rows + 32, vocab=spec.vocab_size)
+    few = ids[:rows]
     assert relative(whole(fast, few), whole(fast.reference(), few)) < BF16
     expected = whole(dense, ids)
     quick, readable = (relative(whole(decoder, ids), expected) for decoder in (fast, fast.reference()))
@@ -72,13 +74,13 @@ def bundled(weights: str) -> Engine:
 def test_heldout_perplexity_of_the_bundled_model() -> None:
     """Steps of 2,048 tokens, so every activation is rounded. The bar of w8a8 is 1.5 %."""
     measured = {}
-    for weights in ("bf16", *FORMATS):
+    for weights in ("bf16", "int4", *FORMATS):
         with bundled(weights) as engine:
             measured[weights] = perplexity(engine, max_tokens=2048)
-    for weights, bar in (("w8a8", 1.015), ("fp8", 1.03)):
-        ratio, _ = measured[weights].ratio(measured["bf16"])
+    for weights, base, bar in (("w8a8", "bf16", 1.015), ("fp8", "bf16", 1.03), ("w4a8", "int4", 1.02)):
+        ratio, _ = measured[weights].ratio(measured[base])
         assert 0.99 < ratio <= bar, f"{weights}: {ratio:.4f}"
-        assert measured[weights].window_nll != measured["bf16"].window_nll
+        assert measured[weights].window_nll != measured[base].window_nll
 
 
 def seconds(weights: str, gpu: str, tokens: int) -> float:

@@ -59,6 +59,9 @@ CASES: dict[str, dict[str, Any]] = {
     "compressed int8": {"method": "rtn", "weights": "int8"},
     "compressed w8a8": {"method": "smoothquant", "weights": "w8a8"},
     "compressed fp8": {"method": "rtn", "weights": "fp8"},
+    "compressed w4a8": {"method": "gptq", "weights": "w4a8"},
+    "w4a8, group 64": {"method": "awq", "weights": "w4a8", "group_size": 64},
+    "mixed w4a8": {"method": "hqq", "weights": WeightPlan.of({"default": "w4a8", "layers.0.down": "w8a8"})},
     "mixed int8": {"method": "gptq", "weights": mixed("int8")},
     "mixed fp8": {"method": "rtn", "weights": mixed("fp8")},
     "plain": {"method": "smoothquant", "weights": "bf16"},
@@ -69,6 +72,9 @@ SAID = {
     "compressed int8": ("compressed-tensors", "pack-quantized"),
     "compressed w8a8": ("compressed-tensors", "int-quantized"),
     "compressed fp8": ("compressed-tensors", "float-quantized"),
+    "compressed w4a8": ("compressed-tensors", "pack-quantized"),
+    "w4a8, group 64": ("compressed-tensors", "pack-quantized"),
+    "mixed w4a8": ("compressed-tensors", "mixed-precision"),
     "mixed int8": ("compressed-tensors", "pack-quantized"), "mixed fp8": ("compressed-tensors", "mixed-precision"),
 }  # fmt: skip
 

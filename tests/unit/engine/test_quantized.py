@@ -42,7 +42,7 @@ CPU = torch.device("cpu")
 SIXTEEN_BIT_ROWS = WEIGHT_FORMATS["w8a8"].sixteen_bit_rows
 REFERENCE = 1e-3
 FAST = 1e-2
-ROUNDED = {"w8a8": 0.05, "fp8": 0.1}
+ROUNDED = {"w8a8": 0.05, "fp8": 0.1, "packed": 0.05}
 
 
 def built(folder: Path, impl: str, weights: str = "bf16") -> Decoder:
@@ -136,12 +136,16 @@ def test_fp8_keeps_codes_and_scales(inputs: dict[str, Any] | None, note: str, tm
         built(tmp_path, "auto", "int8")
 
 
-@pytest.mark.parametrize("form", ["w8a8", "fp8"])
+@pytest.mark.parametrize(
+    "form", ["w8a8", "fp8", "packed, int8 activations", "packed, int8 activations, activation order"]
+)
 def test_long_texts_are_computed_with_rounded_activations(form: str, tmp_path: Path) -> None:
     """The fast path strays no further from the dequantized model than the reference, which rounds the same way: where
     bfloat16 moves an activation across the edge of a code, both err as much, but differently."""
-    model = write(tmp_path, CASES["w8a8"]) if form == "w8a8" else write_fp8(tmp_path, FP8_INPUTS)
-    ids = random_ids(2 * SIXTEEN_BIT_ROWS + 8)
+    model = write_fp8(tmp_path, FP8_INPUTS) if form == "fp8" else write(tmp_path, CASES[form])
+    form = form.partition(",")[0]
+    rows = WEIGHT_FORMATS["w4a8" if form == "packed" else form].sixteen_bit_rows
+    ids = random_ids(rows + 24)
     expected = logits_by_transformers(model, ids)
     reference, fast = whole(built(tmp_path, "torch"), ids), whole(built(tmp_path, "auto"), ids)
     cost = relative(reference, expected)
