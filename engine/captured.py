@@ -16,7 +16,7 @@ from torch import Tensor
 from engine.decoder import Decoder
 from engine.readback import Readback
 from engine.sampler import highest_logits
-from engine.step_inputs import Arrays, StepInputs, lay_out, view_as
+from engine.step_inputs import Arrays, StepInputs, lay_out, view_as, write
 from kernels import KVLayer
 
 PLAN_BYTES = 64
@@ -52,6 +52,7 @@ class CapturedSteps:
         self._copied = torch.cuda.Event()
         room = lay_out(largest)[1] + PLAN_BYTES * len(readback.ids) + 1024
         self._pinned = torch.zeros(room, dtype=torch.uint8, pin_memory=True)
+        self._host = self._pinned.numpy()
         self._moved = torch.zeros(room, dtype=torch.uint8, device=decoder.device)
         self.nbytes = 0
         """Device memory that captured graphs hold: their intermediate results and, where kept, the logits."""
@@ -79,8 +80,7 @@ class CapturedSteps:
             if rows < len(to):
                 to[rows:] = -1 if name == "slots" else 0
         offsets, total = lay_out(extra, step.nbytes)
-        for name, array in extra.items():
-            view_as(self._pinned, offsets[name], array).numpy()[:] = array
+        write(self._host, offsets, extra)
         moved, pinned = self._bytes(total) if extra else step.bytes
         moved.copy_(pinned, non_blocking=True)
         self._copied.record()

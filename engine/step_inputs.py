@@ -16,6 +16,7 @@ from engine.request import Request
 
 Arrays = dict[str, NDArray[Any]]
 _ALIGN = 16  # bytes: any dtype may begin there
+_DTYPES = {np.int32: torch.int32, np.int64: torch.int64, np.float32: torch.float32, np.float64: torch.float64}
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,9 +215,7 @@ class Staging:
         """The arrays side by side in one buffer on the device, each behind a view of its own dtype and shape."""
         offsets, total = lay_out(arrays)
         pinned = self._buffer(total)
-        host = pinned.numpy()
-        for name, array in arrays.items():
-            host[offsets[name] : offsets[name] + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        write(pinned.numpy(), offsets, arrays)
         moved = pinned[:total].to(self.device, non_blocking=True)
         if self._copied is not None:
             self._copied.record()
@@ -241,7 +240,12 @@ def lay_out(arrays: Mapping[str, NDArray[Any]], start: int = 0) -> tuple[dict[st
     return offsets, total
 
 
+def write(host: NDArray[np.uint8], offsets: Mapping[str, int], arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Lay arrays side by side."""
+    for name, array in arrays.items():
+        host[offsets[name] : offsets[name] + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
 def view_as(moved: Tensor, offset: int, array: NDArray[Any]) -> Tensor:
     """The bytes of `moved` from `offset` on, with dtype and shape of `array`."""
-    dtype = torch.from_numpy(np.empty(0, array.dtype)).dtype
-    return moved[offset : offset + array.nbytes].view(dtype).view(array.shape)
+    return moved[offset : offset + array.nbytes].view(_DTYPES[array.dtype.type]).view(array.shape)
