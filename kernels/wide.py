@@ -80,9 +80,10 @@ def wide_kernel(
     m, n, i = tile_m * BM + tl.arange(0, BM), tile_n * BN + tl.arange(0, BN), tl.arange(0, W)
     first = split * groups_per_split
     last = tl.minimum(first + groups_per_split, groups)
-    row = (n // ROWS).to(tl.int64) * groups * ROWS + n % ROWS + first * ROWS
+    here = n % N_PADDED  # where BN does not divide it, rows past the end repeat others, not stored
+    row = (here // ROWS).to(tl.int64) * groups * ROWS + here % ROWS + first * ROWS
     words_at = words + row[:, None] * W + i[None, :]
-    scale_at = scales + first * N_PADDED + n
+    scale_at = scales + first * N_PADDED + here
     x_at = x + m[None, :].to(tl.int64) * K + i[:, None] + first * G
     live = (m < M)[None, :]
     acc = tl.zeros((BN, BM), tl.float32)

@@ -129,7 +129,7 @@ def _peer_rows() -> dict[str, dict[str, Any]]:
         for run in _read(ENGINE / path)["suites"]["peers"]:
             name = f"weights {run['config']['weights']}, KV {run['config']['kv']}"
             found.setdefault(name, {}).update({part: run[part] for part in PARTS if part in run})
-    order = ("bf16", "int8", "w8a8", "fp8", "int4")
+    order = ("bf16", "int8", "w8a8", "fp8", "int4", "w4a8")
     return dict(sorted(found.items(), key=lambda item: order.index(item[0].split()[1].rstrip(","))))
 
 

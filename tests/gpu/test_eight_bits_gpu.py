@@ -11,6 +11,7 @@ import torch
 import kernels
 from kernels import library
 from kernels.activations import quantize_rows
+from kernels.tuning import WideConfig
 from tests.unit.kernels import checks_8_bit as checks
 from tests.unit.kernels.checks import normal, relative_error
 
@@ -41,6 +42,45 @@ def test_splits_of_k(m: int, n: int, k: int, format: str) -> None:
     checks.check_splits(m, n, k, format, "cuda")
 
 
+@pytest.mark.parametrize("group_size", [64, 128])
+@pytest.mark.parametrize("m", [1, 16, 64, 65, 100, 256, 512, 513, 1000])
+@pytest.mark.parametrize("n, k", [(4096, 4096), (1000, 2304), (6144, 1024)])
+def test_4_bit_weights(m: int, n: int, k: int, group_size: int) -> None:
+    checks.check_linear(m, n, k, "w4a8", "cuda", impl="triton", bias=m in (64, 65), group_size=group_size)
+
+
+TILES = [
+    (64, 64, 4), (64, 256, 8), (128, 64, 4), (128, 128, 4), (128, 128, 8), (128, 256, 8), (256, 64, 4), (256, 128, 8),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("block_m, block_n, warps", TILES)
+@pytest.mark.parametrize("m, n, k, splits", [(65, 4096, 1024, 1), (100, 1008, 4096, 3), (256, 72, 14336, 4)])
+def test_4_bit_weights_bit_for_bit(
+    m: int, n: int, k: int, splits: int, block_m: int, block_n: int, warps: int
+) -> None:
+    """The register operand of the warp-group product in every tile shape."""
+    checks.check_a8w4_exact(m, n, k, 128, "cuda", WideConfig(block_m, block_n, splits, warps, 3))
+
+
+@pytest.mark.parametrize("m", [65, 128, 200, 256, 512])
+@pytest.mark.parametrize("n, k", [(6144, 4096), (4096, 14336)])
+@pytest.mark.parametrize("group_size", [64, 128])
+def test_4_bit_weights_bit_for_bit_as_tuned(m: int, n: int, k: int, group_size: int) -> None:
+    checks.check_a8w4_exact(m, n, k, group_size, "cuda")
+
+
+@pytest.mark.parametrize("group_size", [64, 128])
+def test_4_bit_weights_requantized_once(group_size: int) -> None:
+    checks.check_requantized_once(300, 1000, 2304, group_size, "cuda", 256 * 2304)
+
+
+@pytest.mark.parametrize("format", ["w8a8", "fp8", "w4a8"])
+@pytest.mark.parametrize("m", [100, 600])
+def test_rows_that_are_not_finite(format: str, m: int) -> None:
+    checks.check_broken_rows(m, format, "cuda", impl="triton")
+
+
 @pytest.mark.parametrize("codes", CODES)
 @pytest.mark.parametrize("rows, width", [(6, 300), (1, 4096), (300, 14336)])
 def test_quantize_rows(rows: int, width: int, codes: torch.dtype) -> None:
@@ -53,8 +93,8 @@ def test_fused(rows: int, width: int, codes: torch.dtype) -> None:
     checks.check_fused(rows, width, codes, "cuda", impl="triton")
 
 
-@pytest.mark.parametrize("format", ["w8a8", "fp8"])
-@pytest.mark.parametrize("m", [8, 64])
+@pytest.mark.parametrize("format", ["w8a8", "fp8", "w4a8"])
+@pytest.mark.parametrize("m", [8, 64, 100])
 def test_captured_in_a_graph(format: str, m: int) -> None:
     """The operators, and what they call, on changing inputs of one CUDA graph."""
     ops = library.register()
@@ -70,7 +110,7 @@ def test_captured_in_a_graph(format: str, m: int) -> None:
         graph.replay()
         codes = kernels.activations.activation_codes(format, m)
         held = fresh.double() if codes is None else quantize_rows(fresh, codes, impl="torch").dequantize(torch.float64)
-        assert relative_error(out, held @ weight.dequantize(torch.float64).t()) < 4e-3
+        assert relative_error(out, held @ checks.multiplied(weight, codes).t()) < 4e-3
 
 
 def test_a_compiled_step_keeps_one_operator_each() -> None:

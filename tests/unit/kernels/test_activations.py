@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -20,6 +22,64 @@ CODES = [torch.int8, torch.float8_e4m3fn]
 @pytest.mark.parametrize("n, k", [(192, 256), (100, 336)])
 def test_linear(m: int, n: int, k: int, format: str, impl: str) -> None:
     checks.check_linear(m, n, k, format, "cpu", impl=impl, bias=m in (5, 17))
+
+
+@pytest.mark.parametrize("impl", ["aten", "torch"])
+@pytest.mark.parametrize("group_size", [64, 128])
+@pytest.mark.parametrize("m", [1, 64, 65, 100, 256, 1000])
+@pytest.mark.parametrize("n, k", [(192, 256), (100, 384)])
+def test_4_bit_weights(m: int, n: int, k: int, group_size: int, impl: str) -> None:
+    checks.check_linear(m, n, k, "w4a8", "cpu", impl=impl, bias=m in (64, 65), group_size=group_size)
+
+
+@pytest.mark.parametrize("format", ["w8a8", "fp8", "w4a8"])
+@pytest.mark.parametrize("impl", ["aten", "torch"])
+def test_rows_that_are_not_finite(format: str, impl: str) -> None:
+    checks.check_broken_rows(70, format, "cpu", impl=impl)
+
+
+def test_the_int8_form_of_4_bits() -> None:
+    """Against float64, code by code: half a step of the channel away at most, but for the ratio's own rounding; the
+    largest that a group can say takes 127, whichever side of its zero that is."""
+    for zero, largest in ((0, 15), (15, 0), (7, 15), (8, 0)):
+        codes = torch.arange(128, dtype=torch.uint8).view(1, -1) % 16
+        scale, zeros = torch.tensor([[0.02, 0.0004]]), torch.tensor([[zero, zero]], dtype=torch.uint8)
+        weight = kernels.QuantizedWeight("w4a8", codes, scale, zeros, 64)
+        eight = weight.requantized()
+        assert eight.scale is not None and eight.codes.dtype == torch.int8
+        error = (eight.dequantize(torch.float64) - weight.dequantize(torch.float64)).abs()
+        assert (error <= eight.scale.double() * (0.5 + 127 * 2**-11)).all() and error.max() > 0
+        assert eight.codes[0, largest].abs() == 127 == eight.codes.abs().max()
+        assert (eight.codes[codes == zero] == 0).all()  # no weight of zero becomes another
+        exact = (codes[:, :64].double() - zero) * (scale[:, :1] / eight.scale[:, None]).half().double()
+        assert torch.equal(eight.codes[:, :64].double(), exact.round())
+
+
+@pytest.mark.parametrize("layout", ["planes", "int4pack"])
+def test_rows_of_zeros_have_an_int8_form(layout: str) -> None:
+    weight = checks.any_4_bit(72, 256, 64, "cpu")
+    assert weight.scale is not None
+    packed = kernels.pack_weight(weight, "w4a8", device="cpu", layout=layout)
+    assert packed.channel is not None and (packed.channel > 0).all() and packed.channel.isfinite().all()
+    dead = (weight.scale == 0).all(1)
+    assert dead.sum() == 1 and (packed.to_plain().requantized().codes[dead] == 0).all()
+    assert packed.nbytes - replace(packed, channel=None).nbytes == packed.channel.nbytes
+    assert torch.equal(packed.channel[:72], kernels.weights.channel_scales(weight.scale, weight.zero))
+
+
+@pytest.mark.parametrize("impl", ["aten", "torch"])
+def test_columns_in_activation_order(impl: str) -> None:
+    """Codes of x from the operation before come in the order of the features, and so do those that `linear` makes."""
+    dense = torch.randn(72, 256)
+    order = torch.randperm(256)
+    plain = kernels.quantize_weight(dense[:, order], "w4a8", 64)
+    weight = kernels.pack_weight(replace(plain, order=order), "w4a8", device="cpu")
+    x = torch.randn(80, 256).bfloat16()
+    eight = quantize_rows(x, torch.int8)
+    want = eight.dequantize(torch.float64) @ checks.multiplied(weight, torch.int8).t()
+    for given in (x, eight):
+        assert checks.relative_error(kernels.linear(given, weight, impl=impl), want) < 4e-3
+    assert checks.relative_error(weight.dequantize(), dense) < 0.15
 
 
 @pytest.mark.parametrize("impl", ["aten", "torch"])
@@ -107,11 +167,13 @@ def eight(codes: torch.dtype = torch.int8) -> Activations:
 
 
 def packed(format: str) -> kernels.PackedWeight:
-    return kernels.pack_weight(torch.randn(64, 64), format, device="cpu")
+    return kernels.pack_weight(torch.randn(64, 64), format, group_size=64, device="cpu")
 
 
 BAD = [
     (lambda: kernels.linear(eight(), packed("fp8")), "torch.int8 do not go with weights of fp8"),
+    (lambda: kernels.linear(eight(), packed("int4")), "torch.int8 do not go with weights of int4"),
+    (lambda: kernels.linear(eight(torch.float8_e4m3fn), packed("w4a8")), "e4m3fn do not go with weights of w4a8"),
     (lambda: kernels.linear(eight(), packed("int8")), "torch.int8 do not go with weights of int8"),
     (lambda: kernels.linear(eight(), packed("w8a8"), impl="triton"), "needs CUDA tensors"),
     (lambda: quantize_rows(torch.randn(2, 4), torch.uint8), "torch.int8.*not torch.uint8"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kernels import matmul_triton
 from kernels.tuning import WideConfig
 from tests.unit.kernels import checks_8_bit as checks
 
@@ -39,6 +40,12 @@ def test_4_bit_weights_bit_for_bit(group_size: int, splits: int) -> None:
 @pytest.mark.parametrize("group_size", [64, 128])
 def test_4_bit_weights_requantized_once(group_size: int) -> None:
     checks.check_requantized_once(40, 150, 256, group_size, "cpu", 64 * 256)
+
+
+@pytest.mark.parametrize("m", [70, 90])
+def test_rows_that_are_not_finite(m: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matmul_triton, "REQUANTIZED_ROWS", 80)
+    checks.check_broken_rows(m, "w4a8", "cpu", impl="triton", layout="planes")
 
 
 @pytest.mark.parametrize("format", ["w8a8", "fp8"])
