@@ -128,8 +128,7 @@ class DecoderLayer(nn.Module):
 
     def mlp(self, x: Operand) -> Tensor:
         """Normed hidden states [T, hidden] -> what the MLP adds to the residual, maybe as partials."""
-        gate_up = linear(x, self.gate_up, self.gate_up_bias, partial=True, impl=self.impl)
-        inner = gated(gate_up, self.down, impl=self.impl)
+        inner = gated(x, self.gate_up, self.gate_up_bias, self.down, impl=self.impl)
         return linear(inner, self.down, self.down_bias, partial=True, impl=self.impl)
 
 

@@ -6,6 +6,7 @@ Every operation takes `impl`: "torch" (readable oracle), "aten" (CPU), "triton" 
 from .activations import Operand
 from .attention import AttentionPlan, decode_attention, plan_attention, prefill_attention
 from .elementwise import add_rms_norm, rms_norm, rope, rotation, silu_mul
+from .gated import gated_linear
 from .kv_cache import KV_FORMATS, KVFormat, KVLayer, allocate_kv, read_kv, write_kv
 from .matmul import linear
 from .operands import add_normed, gated, normed
@@ -28,6 +29,7 @@ __all__ = [
     "allocate_kv",
     "decode_attention",
     "gated",
+    "gated_linear",
     "linear",
     "normed",
     "pack_weight",

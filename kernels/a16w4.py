@@ -27,7 +27,19 @@ import triton.language as tl
 from torch import Tensor
 
 from .packing import PLANE_ROWS, PackedWeight
-from .triton_common import INTERP, await_previous, dot, early_launch, minus_bf16, nibbles_bf16, to_bf16
+from .triton_common import (
+    INTERP,
+    admission,
+    admit_next,
+    await_previous,
+    dot,
+    early_launch,
+    feature_rows,
+    minus_bf16,
+    nibbles_bf16,
+    store_product,
+    to_bf16,
+)
 from .tuning import SkinnyConfig
 
 
@@ -41,19 +53,21 @@ def plane(words, zero, SHIFT: tl.constexpr, SUBTRACT: tl.constexpr, INTERP: tl.c
 @triton.jit(do_not_specialize=["M", "groups_per_split"])
 def a16w4_kernel(
     x, words, scales, sums, out, M, N, N_PADDED, K, groups_per_split, ROWS: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, G: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr, INTERP: tl.constexpr,
+    BN: tl.constexpr, G: tl.constexpr, GATED: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
+    INTERP: tl.constexpr,
 ):
     await_previous(EARLY)
     W: tl.constexpr = G // 4
     SUBTRACT: tl.constexpr = sums is None
     tile_n, tile_m, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     groups = K // G
-    m, n, i = tile_m * BM + tl.arange(0, BM), tile_n * BN + tl.arange(0, BN), tl.arange(0, W)
+    m, n, i = tile_m * BM + tl.arange(0, BM), feature_rows(tile_n, N, BN, GATED), tl.arange(0, W)
     first = split * groups_per_split
     last = tl.minimum(first + groups_per_split, groups)
-    row = (n // ROWS).to(tl.int64) * groups * ROWS + n % ROWS + first * ROWS  # in units of W words
+    here = n % N_PADDED  # where BN does not divide it, rows past the end repeat others, not stored
+    row = (here // ROWS).to(tl.int64) * groups * ROWS + here % ROWS + first * ROWS  # in units of W words
     words_at = words + row[:, None] * W + i[None, :]
-    scale_at = scales + first * N_PADDED + n
+    scale_at = scales + first * N_PADDED + here
     x_at = x + m[None, :].to(tl.int64) * K + i[:, None] + first * G
     live = (m < M)[None, :]
     acc = tl.zeros((BN, BM), tl.float32)
@@ -78,12 +92,8 @@ def a16w4_kernel(
         words_at += ROWS * W
         scale_at += N_PADDED
         x_at += G
-    out_at = out + (split * M + m[None, :]).to(tl.int64) * N + n[:, None]
-    inside = live & (n < N)[:, None]
-    if out.dtype.element_ty == tl.bfloat16:
-        tl.store(out_at, to_bf16(acc, INTERP), mask=inside)
-    else:
-        tl.store(out_at, acc, mask=inside)
+    admit_next(EARLY)
+    store_product(out, acc, tile_n, split, m, M, N, BN, BM, GATED, INTERP)
 
 
 @triton.jit
@@ -134,20 +144,24 @@ def reduce_splits(partial: Tensor, bias: Tensor | None = None) -> Tensor:
     return out
 
 
-def a16w4_partials(x: Tensor, weight: PackedWeight, config: SkinnyConfig, sums: Tensor | None = None) -> Tensor:
+def a16w4_partials(
+    x: Tensor, weight: PackedWeight, config: SkinnyConfig, sums: Tensor | None = None, gated: bool = False
+) -> Tensor:
     """x [M, K] bf16 times a planes weight [N, K] -> float32 partials [SPLITS, M, N] (bf16 [1, M, N] where config has
-    one split). sums: float32 [K/G, M], of x over each group."""
+    one split). sums: float32 [K/G, M], of x over each group. gated: bf16 silu(gate) * up [1, M, N/2] of a fused weight
+    by a config of one split, N/2 a multiple of half its block_n."""
     assert weight.scale is not None and weight.group_size is not None
     (m, k), n, g = x.shape, weight.shape[0], weight.group_size
     per_split = triton.cdiv(k // g, config.splits)
     splits = triton.cdiv(k // g, per_split)  # none is empty, so every partial is written
-    out = torch.empty(splits, m, n, dtype=torch.float32 if splits > 1 else torch.bfloat16, device=x.device)
-    n_padded, early = weight.scale.shape[1], early_launch()
-    grid = (triton.cdiv(n_padded, config.block_n), triton.cdiv(m, config.block_m), splits)
+    width = n // 2 if gated else n
+    out = torch.empty(splits, m, width, dtype=torch.float32 if splits > 1 else torch.bfloat16, device=x.device)
+    n_padded, early = weight.scale.shape[1], admission(config.late)
+    grid = (triton.cdiv(n if gated else n_padded, config.block_n), triton.cdiv(m, config.block_m), splits)
     a16w4_kernel[grid](
         x, weight.data, weight.scale, sums, out, m, n, n_padded, k, per_split, PLANE_ROWS, config.block_m,
-        config.block_n, g, config.stages, early, INTERP, num_warps=config.warps, num_stages=config.stages,
-        launch_pdl=early,
+        config.block_n, g, gated, config.stages, early, INTERP, num_warps=config.warps, num_stages=config.stages,
+        launch_pdl=early > 0,
     )
     return out
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .activations import Activations
 from .packing import PLANE_ROWS, PackedWeight
-from .triton_common import INTERP, await_previous, early_launch, to_bf16
+from .triton_common import INTERP, admission, admit_next, await_previous, to_bf16
 from .tuning import WideConfig, a8w4_config
 
 
@@ -109,6 +109,7 @@ def a8w4_kernel(
         words_at += ROWS * W
         scale_at += N_PADDED
         x_at += G
+    admit_next(EARLY)
     y = acc.to(tl.float32) * tl.load(x_scale + m, mask=m < M, other=0.0)[None, :] * of_channel[:, None]
     out_at = out + (split * M + m[None, :]).to(tl.int64) * N + n[:, None]
     inside = live & (n < N)[:, None]
@@ -150,12 +151,12 @@ def a8w4_partials(x: Activations, weight: PackedWeight, config: WideConfig | Non
     per_split = triton.cdiv(k // g, config.splits)
     splits = triton.cdiv(k // g, per_split)
     out = torch.empty(splits, m, n, dtype=torch.float32 if splits > 1 else torch.bfloat16, device=x.device)
-    n_padded, early = weight.scale.shape[1], early_launch()
+    n_padded, early = weight.scale.shape[1], admission(config.late)
     grid = (triton.cdiv(m, config.block_m), triton.cdiv(n_padded, config.block_n), splits)
     a8w4_kernel[grid](
         x.codes, weight.data, weight.scale, x.scale, weight.channel, out, m, n, n_padded, k, per_split, PLANE_ROWS,
         config.block_m, config.block_n, g, config.stages, early, INTERP, num_warps=config.warps,
-        num_stages=config.stages, launch_pdl=early,
+        num_stages=config.stages, launch_pdl=early > 0,
     )
     return out
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .activations import Activations
 from .packing import PackedWeight
-from .triton_common import INTERP, await_previous, early_launch, to_bf16
+from .triton_common import INTERP, admission, admit_next, await_previous, to_bf16
 from .tuning import WideConfig, a8w8_config
 
 
@@ -55,6 +55,7 @@ def a8w8_kernel(
             acc = tl.dot(a, tl.trans(b), acc, max_num_imprecise_acc=BK)
         x_at += BK
         w_at += BK
+    admit_next(EARLY)
     y = acc.to(tl.float32) * tl.load(x_scale + m % M)[:, None] * tl.load(w_scale + n % N).to(tl.float32)[None, :]
     at = out + (split * M + m[:, None]).to(tl.int64) * out_row + n[None, :]
     inside = (m < M)[:, None] & (n < N)[None, :]
@@ -85,11 +86,11 @@ def a8w8_partials(
     splits = triton.cdiv(k, per_split)
     if out is None:
         out = torch.empty(splits, m, n, dtype=torch.float32 if splits > 1 else torch.bfloat16, device=x.device)
-    early = early_launch()
+    early = admission(config.late)
     grid = (triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n), splits)
     a8w8_kernel[grid](
         x.codes, weight.data, x.scale, weight.scale, out, out.stride(1), m, n, k, per_split, config.block_m,
         config.block_n, bk, 8, k % bk == 0, config.stages, early, INTERP, num_warps=config.warps,
-        num_stages=config.stages, launch_pdl=early,
+        num_stages=config.stages, launch_pdl=early > 0,
     )
     return out

@@ -42,7 +42,7 @@ class Chain:
             attended = decode_attention(q, kv, self.tables, self.lengths, HEAD_DIM**-0.5)
             y = linear(attended.flatten(1), weights["o"], partial=True)
             x, residual = add_normed(y, residual, self.norm, 1e-5, weights["gate_up"])
-            inner = gated(linear(x, weights["gate_up"], partial=True), weights["down"])
+            inner = gated(x, weights["gate_up"], None, weights["down"])
             y = linear(inner, weights["down"], partial=True)
             if i + 1 < len(self.layers):
                 x, residual = add_normed(y, residual, self.norm, 1e-5, self.layers[i + 1][0]["qkv"])

@@ -27,10 +27,11 @@ from .kv_cache import KVLayer
 from .kv_cache_triton import scale_strides
 from .triton_common import (
     INTERP,
+    admission,
+    admit_next,
     await_previous,
     bits_of,
     dot,
-    early_launch,
     has_low,
     next_power_of_2,
     operand_bias,
@@ -221,6 +222,7 @@ def decode_kernel(
             top, total, largest, shift, a0, a1, a2, a3 = accumulate(
                 s, v, vs, vl, top, total, largest, shift, a0, a1, a2, a3, VALUE, INTERP
             )
+        admit_next(EARLY)
         row = b.to(tl.int64) * H + head
         factor = tl.full((ROWS,), 1.0, tl.float32)
         if VALUE != "bf16":
@@ -270,7 +272,7 @@ def decode_triton(
     group = heads // layer.kv_heads
     config = config or decode_config(layer.format.name, batch, layer.kv_heads, block_tables.shape[1] * layer.block_size)
     out = torch.empty(batch, heads, d, dtype=q.dtype, device=q.device)
-    splits, early = config.splits, early_launch()
+    splits, early = config.splits, admission(late=True)
     partial = torch.empty(batch, heads, splits, d, dtype=torch.float32, device=q.device) if splits > 1 else out
     partial_ml = torch.empty(batch, heads, splits, 2, dtype=torch.float32, device=q.device) if splits > 1 else out
     grid = (splits, layer.kv_heads * triton.cdiv(group, ROWS), batch)
@@ -279,11 +281,11 @@ def decode_triton(
         scale * LOG2_E, q.stride(0), q.stride(1), block_tables.stride(0), *layer.key.stride()[:3],
         *layer.value.stride()[:3], *scale_strides(layer), heads, group, d, reading(layer.format.key.name),
         reading(layer.format.value.name), layer.block_size, config.tile, splits > 1, config.min_split, ROWS,
-        config.stages, early, INTERP, num_warps=config.warps, num_stages=config.stages, launch_pdl=early,
+        config.stages, early, INTERP, num_warps=config.warps, num_stages=config.stages, launch_pdl=early > 0,
     )
     if splits > 1:
         combine_kernel[(batch * heads,)](
             partial, partial_ml, lengths, out, heads, splits, d, config.tile, next_power_of_2(splits), config.min_split,
-            early, INTERP, num_warps=2 if splits <= 16 else 4, launch_pdl=early,
+            early, INTERP, num_warps=2 if splits <= 16 else 4, launch_pdl=early > 0,
         )
     return out

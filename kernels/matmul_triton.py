@@ -11,15 +11,15 @@ from .a8w8 import a8w8_partials
 from .a16w4 import a16w4_partials, dequantize_rows, reduce_splits
 from .activations import Activations, Operand, SummedRows
 from .packing import PLANE_ROWS, PackedWeight
-from .skinny import skinny_partials
+from .skinny import skinny_partials, widen_rows
 from .triton_common import INTERP
-from .tuning import SkinnyConfig, WideConfig, a8w8_config, plain_config, planes_config, wide_config
+from .tuning import SkinnyConfig, WideConfig, a8w8_config, gated_config, plain_config, planes_config, wide_config
 from .weights import WEIGHT_FORMATS, weight_format
 from .wide import wide_partials
 
 # Up to these rows a kernel of ours streams the weight; above, it is dequantized once (in slices) and multiplied by
 # cuBLAS. bf16 goes to cuBLAS directly; where a format has 8-bit activations, they have 8 bits there.
-FUSED_ROWS = {"bf16": 64, "int8": 64, "int4": 256}
+FUSED_ROWS = {"bf16": 64, "int8": 256, "int4": 256}
 FUSED_ROWS |= {name: form.sixteen_bit_rows for name, form in WEIGHT_FORMATS.items() if form.activations}
 # w4a8: up to here the weight becomes int8 in registers (`a8w4`), above once (in slices), for the product of w8a8.
 REQUANTIZED_ROWS = 512
@@ -109,6 +109,25 @@ def linear_fused(
     return _summed(linear_partials(x, weight, config), bias)
 
 
+def gated_fused(x: Tensor, weight: PackedWeight) -> Tensor | None:
+    """bf16 silu(gate) * up [M, I] of x [M, K] bf16 and a fused weight [2I, K], by one kernel; None where M is large, or
+    its tiles are better split over K or do not fit."""
+    (m, k), n = x.shape, weight.shape[0]
+    if not 0 < m <= SKINNY_ROWS or x.dtype != torch.bfloat16:
+        return None
+    if weight.layout == "planes":
+        assert weight.group_size is not None
+        kind, config = "planes", planes_config(m, n, k, weight.group_size)
+    else:
+        kind = "bf16" if weight.format == "bf16" else "int8"
+        config = plain_config(m, n, k, weight.data.element_size())
+    config = gated_config(kind, m, n, k, config)
+    if config.splits > 1 or n % config.block_n:
+        return None
+    run = a16w4_partials if weight.layout == "planes" else skinny_partials
+    return run(x.contiguous(), weight, config, gated=True)[0]
+
+
 def _summed(partials: Tensor, bias: Tensor | None, partial: bool = False) -> Tensor:
     if partials.shape[0] > 1:
         return partials if partial and bias is None else reduce_splits(partials, bias)
@@ -130,7 +149,6 @@ def _dequantize_once(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Te
         if weight.layout == "planes":
             dequantize_rows(weight, first, dense[:count])
         else:
-            assert weight.scale is not None
-            torch.mul(weight.data[first : first + count], weight.scale[first : first + count, None], out=dense[:count])
+            widen_rows(weight, first, dense[:count])
         torch.mm(x, dense[:count].t(), out=y[:, first : first + count])
     return y if bias is None else y.add_(bias)

@@ -17,7 +17,9 @@ from .activations import (
     quantized_rms_norm,
     quantized_silu_mul,
 )
-from .elementwise import add_rms_norm, rms_norm, silu_mul
+from .elementwise import add_rms_norm, rms_norm
+from .gated import gated_linear
+from .matmul import linear
 from .packing import PackedWeight
 
 
@@ -37,8 +39,10 @@ def add_normed(
     return add_rms_norm(x, residual, weight, eps, impl=impl)
 
 
-def gated(gate_up: Tensor, reader: PackedWeight, *, impl: str = "auto") -> Operand:
-    """`silu_mul` of gate_up [T, 2I], or of `linear`'s partials of it, for a product with `reader`."""
-    if (codes := activation_codes(reader.format, gate_up.shape[-2])) is not None:
-        return quantized_silu_mul(gate_up, codes, impl=impl)
-    return silu_mul(gate_up, impl=impl)
+def gated(
+    x: Operand, gate_up: PackedWeight, bias: Tensor | None, reader: PackedWeight, *, impl: str = "auto"
+) -> Operand:
+    """`gated_linear` of x [T, K] and a fused weight [2I, K] for a product with `reader`."""
+    if (codes := activation_codes(reader.format, x.shape[0])) is not None:
+        return quantized_silu_mul(linear(x, gate_up, bias, partial=True, impl=impl), codes, impl=impl)
+    return gated_linear(x, gate_up, bias, impl=impl)

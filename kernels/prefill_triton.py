@@ -20,11 +20,11 @@ from .triton_common import INTERP, bits_of, next_power_of_2, reading
 from .tuning import PrefillConfig, prefill_config
 
 
-@triton.jit(do_not_specialize=["table_row", "B"])
+@triton.jit(do_not_specialize=["table_row", "T", "B"])
 def prefill_kernel(
     q, key, value, key_scale, value_scale, tables, query_starts, lengths, out, scale, q_row, q_head, table_row,
-    key_block, key_token, key_head, value_block, value_token, value_head, scale_block, scale_token, scale_head, B, H,
-    GROUP: tl.constexpr, D: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, BLOCK: tl.constexpr,
+    key_block, key_token, key_head, value_block, value_token, value_head, scale_block, scale_token, scale_head, T, B,
+    H, GROUP: tl.constexpr, D: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, BLOCK: tl.constexpr,
     BQ: tl.constexpr, TILE: tl.constexpr, B_PADDED: tl.constexpr, STAGES: tl.constexpr, INTERP: tl.constexpr,
 ):
     VW: tl.constexpr = D * bits_of(VALUE) // 16
@@ -36,6 +36,11 @@ def prefill_kernel(
     query_start = tl.load(query_starts + b)
     queries = tl.load(query_starts + b + 1) - query_start
     first = (t - (query_start // BQ + b)) * BQ
+    if b == B - 1:  # tiles that run past the last sequence cover the padding rows
+        row, i = first + tl.arange(0, BQ), tl.arange(0, D)
+        padding = (row >= queries) & (query_start + row < T)
+        at = out + ((query_start + row).to(tl.int64) * H + head)[:, None] * D + i[None, :]
+        tl.store(at, tl.zeros((BQ, D), tl.bfloat16), mask=padding[:, None])
     if first < queries:
         length = tl.load(lengths + b)
         tables += b.to(tl.int64) * table_row
@@ -122,12 +127,12 @@ def prefill_triton(
     if config is None and worth_expanding(t, batch, block_tables.shape[1], layer):
         layer, block_tables = expand_blocks(layer, block_tables, lengths)
     config = config or prefill_config(layer.format.name, d)
-    out = torch.zeros(t, heads, d, dtype=q.dtype, device=q.device)  # padding rows give zeros
+    out = torch.empty(t, heads, d, dtype=q.dtype, device=q.device)
     grid = (heads, triton.cdiv(t, config.block_q) + batch)
     prefill_kernel[grid](
         q, layer.key, layer.value, layer.key_scale, layer.value_scale, block_tables, query_starts, lengths, out,
         scale * LOG2_E, q.stride(0), q.stride(1), block_tables.stride(0), *layer.key.stride()[:3],
-        *layer.value.stride()[:3], *scale_strides(layer), batch, heads, heads // layer.kv_heads, d,
+        *layer.value.stride()[:3], *scale_strides(layer), t, batch, heads, heads // layer.kv_heads, d,
         reading(layer.format.key.name), reading(layer.format.value.name), layer.block_size, config.block_q, config.tile,
         max(LEAST_PADDED, next_power_of_2(batch)), config.stages, INTERP, num_warps=config.warps,
         num_stages=config.stages,

@@ -1,4 +1,5 @@
-"""bf16 and A16W8 (int8, e4m3) matmul for small M: y[M, N] = x[M, K] @ w[N, K].T, a stream over the weight rows.
+"""bf16 and A16W8 (int8, e4m3) matmul for M up to a few hundred: y[M, N] = x[M, K] @ w[N, K].T, a stream over the weight
+rows; and the dequantizer for more.
 
 At M <= 16 the time is the weight's bytes over the bandwidth, so all that counts is bytes in flight: many small
 programs, deep pipelines, and splits of K where N alone gives too few programs. int8 codes become bf16 by Triton's own
@@ -18,18 +19,27 @@ import triton.language as tl
 from torch import Tensor
 
 from .packing import PackedWeight
-from .triton_common import INTERP, await_previous, dot, early_launch, to_bf16
+from .triton_common import (
+    INTERP,
+    admission,
+    admit_next,
+    await_previous,
+    dot,
+    feature_rows,
+    store_product,
+    to_bf16,
+)
 from .tuning import SkinnyConfig, WideConfig
 
 
 @triton.jit(do_not_specialize=["M"])
 def skinny_kernel(
     x, w, scale, out, M, N, K, k_per_split, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
-    STAGES: tl.constexpr, EARLY: tl.constexpr, INTERP: tl.constexpr,
+    GATED: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr, INTERP: tl.constexpr,
 ):
     await_previous(EARLY)
     tile_n, tile_m, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    m, n, i = tile_m * BM + tl.arange(0, BM), tile_n * BN + tl.arange(0, BN), tl.arange(0, BK)
+    m, n, i = tile_m * BM + tl.arange(0, BM), feature_rows(tile_n, N, BN, GATED), tl.arange(0, BK)
     first = split * k_per_split
     last = tl.minimum(first + k_per_split, K)
     x_at = x + m[None, :].to(tl.int64) * K + i[:, None]
@@ -50,28 +60,46 @@ def skinny_kernel(
         else:
             a = a.to(tl.bfloat16)
         acc = dot(a, b, acc, INTERP)
+    admit_next(EARLY)
     if scale is not None:
         acc *= tl.load(scale + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
-    at = out + (split * M + m[None, :]).to(tl.int64) * N + n[:, None]
-    inside = live_m & (n < N)[:, None]
-    if out.dtype.element_ty == tl.bfloat16:
-        tl.store(at, to_bf16(acc, INTERP), mask=inside)
-    else:
-        tl.store(at, acc, mask=inside)
+    store_product(out, acc, tile_n, split, m, M, N, BN, BM, GATED, INTERP)
 
 
-def skinny_partials(x: Tensor, weight: PackedWeight, config: SkinnyConfig | WideConfig) -> Tensor:
+def skinny_partials(
+    x: Tensor, weight: PackedWeight, config: SkinnyConfig | WideConfig, gated: bool = False
+) -> Tensor:
     """x [M, K] bf16 times a plain bf16, int8 or fp8 weight -> float32 partials [SPLITS, M, N] (bf16 [1, M, N] where
-    config has one split)."""
+    config has one split). gated: as in `a16w4_partials`."""
     (m, k), n = x.shape, weight.shape[0]
     bk = config.block_k
     per_split = triton.cdiv(triton.cdiv(k, bk), config.splits) * bk
     splits = triton.cdiv(k, per_split)
-    out = torch.empty(splits, m, n, dtype=torch.float32 if splits > 1 else torch.bfloat16, device=x.device)
+    width, early = n // 2 if gated else n, admission(config.late)
+    out = torch.empty(splits, m, width, dtype=torch.float32 if splits > 1 else torch.bfloat16, device=x.device)
     grid = (triton.cdiv(n, config.block_n), triton.cdiv(m, config.block_m), splits)
     skinny_kernel[grid](
         x, weight.data, weight.scale, out, m, n, k, per_split, config.block_m, config.block_n, bk, k % bk == 0,
-        config.stages, early_launch(), INTERP, num_warps=config.warps, num_stages=config.stages,
-        launch_pdl=early_launch(),
+        gated, config.stages, early, INTERP, num_warps=config.warps, num_stages=config.stages, launch_pdl=early > 0,
     )
     return out
+
+
+@triton.jit
+def widen_kernel(codes, scale, out, K, ROWS: tl.constexpr, BK: tl.constexpr, INTERP: tl.constexpr):
+    """One tile of 8-bit codes times the scale of each row -> bf16."""
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    i = tl.program_id(1) * BK + tl.arange(0, BK)
+    at = n[:, None].to(tl.int64) * K + i[None, :]
+    code = tl.load(codes + at, mask=(i < K)[None, :], other=0.0).to(tl.float32)
+    tl.store(out + at, to_bf16(code * tl.load(scale + n).to(tl.float32)[:, None], INTERP), mask=(i < K)[None, :])
+
+
+def widen_rows(weight: PackedWeight, first: int, out: Tensor) -> None:
+    """Write rows first : first + len(out) of a plain 8-bit weight as bf16 into out [rows, K]. ATen's product of int8
+    and bf16 takes four times as long."""
+    assert weight.scale is not None
+    rows, k = out.shape
+    codes, scale = weight.data[first : first + rows], weight.scale[first : first + rows]
+    height = next(height for height in (16, 4, 1) if rows % height == 0)
+    widen_kernel[(rows // height, triton.cdiv(k, 512))](codes, scale, out, k, height, 512, INTERP, num_warps=4)

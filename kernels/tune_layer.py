@@ -1,9 +1,10 @@
-"""python -m kernels.tune_layer: choose among the fastest tiles of `kernels.tune` by the time of whole decoder layers.
+"""python -m kernels.tune_layer: choose tiles by the time of whole decoder layers.
 
 A product alone tells half of it: the splits of K are paid for by the kernel that reads them, and how evenly programs
 spread over the multiprocessors depends on the kernel before (4096 x 14336 in int4 at M = 1 by 256 programs: 10 us
-behind a norm, 15 behind SiLU-mul, where 1024 small ones take 10 behind either, on an H200). So here a chain of layers
-is replayed as a graph, as the engine does, and one product's tiles are changed at a time.
+behind a norm, 15 behind SiLU-mul, where 1024 small ones take 10 behind either, on an H200) and on when that one lets
+them in. So here a chain of layers is replayed as a graph, as the engine does, and one product's tiles are changed at a
+time: to the fastest of `kernels.tune`, where its records are given, and to neighbours of those in use.
 """
 
 from __future__ import annotations
@@ -20,63 +21,101 @@ import torch
 from . import problems
 from .activations import activation_codes, quantize_rows
 from .chain import Chain, chain
+from .gated import gated_linear
 from .matmul import linear
 from .tune import write_entries
 from .tuning import table
-from .weights import WEIGHT_FORMATS
 
 Problem = tuple[Any, ...]  # (kind, m, n, k), the key of a tuned entry
-NAMES = ("gate_up", "down", "qkv", "o")
+Config = dict[str, Any]
+NAMES = ("gate_up", "gated", "down", "qkv", "o")
+"""The products of a layer; "gated" is gate_up with SiLU-mul in the same kernel."""
+APART = {"block_m": 16, "block_n": 64, "splits": 2, "warps": 4, "stages": 2}
+"""The entry of a gated product that is better computed by two kernels: one that splits K, which it cannot."""
 
 
 def kind_of(format: str, m: int) -> str:
     """The kind of tuned entry that a decode product of that format reads."""
-    grouped = WEIGHT_FORMATS[format].grouped
     if activation_codes(format, m) is not None:
-        return "a8w4" if grouped else "a8w8"
-    return "planes" if grouped else "bf16" if format == "bf16" else "int8"
+        return {"w4a8": "a8w4"}.get(format, "a8w8")
+    return {"int4": "planes", "w4a8": "planes", "bf16": "bf16"}.get(format, "int8")
 
 
-def candidates(records: list[dict[str, Any]], problem: Problem, most: int = 9) -> list[dict[str, int]]:
-    """The configurations of a problem worth a try: the fastest alone, the fastest of those with many warps in flight,
-    and the one in use."""
-    kind, m, n, _ = problem
-    known = [r for r in records if (r["op"], r.get("n"), r.get("k")) == (kind, n, problem[3])]
+def problem_of(name: str, format: str, m: int) -> Problem | None:
+    """The key of a product's tuned entry; None for one that the format does not have at that M."""
+    kind = kind_of(format, m)
+    if name != "gated":
+        return (kind, m, *problems.SHAPES[name])
+    return (f"gated {kind}", m, *problems.SHAPES["gate_up"]) if activation_codes(format, m) is None else None
+
+
+def neighbours(config: Config, gated: bool) -> list[Config]:
+    """One field changed at a time."""
+    changes: list[Config] = [{"late": not config.get("late", False)}]
+    for name in ("block_n", "splits", "warps"):
+        changes += [{name: config[name] * 2}, {name: config[name] // 2}]
+    changes += [{"stages": config["stages"] + 1}, {"stages": config["stages"] - 1}]
+    found = [config | change for change in changes]
+    return [
+        c for c in found
+        if 32 <= c["block_n"] <= 256 and 1 <= c["warps"] <= 8 and 1 <= c["splits"] <= 16 and 2 <= c["stages"] <= 6
+        and c["block_n"] >= 16 * c["warps"] and not (gated and c["splits"] > 1)
+    ]  # fmt: skip
+
+
+def candidates(records: list[dict[str, Any]], problem: Problem, most: int = 9) -> list[Config]:
+    """The configurations of a problem worth a try: the one in use and its neighbours, the fastest alone, and the
+    fastest of those with many warps in flight."""
+    kind, m, n, k = problem
+    gated = kind.startswith("gated ")
+    known = [r for r in records if (r["op"], r.get("n"), r.get("k")) == (kind, n, k)]
     at = m if any(r["m"] == m for r in known) else min((r["m"] for r in known if r["m"] < m), default=m)
     ranked = [r["config"] for r in sorted(known, key=lambda r: r["us"]) if r["m"] == at]
     many = [c for c in ranked if -(-n // c["block_n"]) * c["splits"] * c["warps"] >= 900]
-    found = [c for c in [table().get(problem)] if c is not None]
-    for config in ranked[:most] + many[: most // 2]:
+    used = table().get(problem) or (table().get((kind.removeprefix("gated "), m, n, k)) if gated else None)
+    start = [] if used is None else [used | {"splits": 1} if gated else used]
+    found: list[Config] = [APART] if gated else []
+    for config in start + [c for one in start for c in neighbours(one, gated)] + ranked[:most] + many[: most // 2]:
         if config not in found:
             found.append(config)
     return found
 
 
-def _compile(job: tuple[str, list[tuple[Problem, dict[str, int]]]]) -> None:
+def _compile(job: tuple[str, list[tuple[Problem, Config]]]) -> None:
     """Compile what a chain will use, in a process of its own: Triton keeps it on disk."""
     format, configs = job
     for problem, config in configs:
-        _, m, n, k = problem
+        kind, m, n, k = problem
         table()[problem] = config
         one = problems.matmul(format, m, n, k, copies=1)
         codes = activation_codes(format, m)
         try:
-            linear(one.x if codes is None else quantize_rows(one.x, codes), one.weights[0], partial=True)
+            if kind.startswith("gated "):
+                gated_linear(one.x, one.weights[0])
+            else:
+                linear(one.x if codes is None else quantize_rows(one.x, codes), one.weights[0], partial=True)
         except Exception as error:  # more shared memory than there is; the timing pass leaves it out
             print(f"skipped {problem} {config}: {str(error)[:80]}", flush=True)
     torch.cuda.synchronize()
 
 
-def descend(built: Chain, format: str, m: int, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Change one product's configuration at a time, twice around, keeping what makes the layer faster."""
-    kind = kind_of(format, m)
+def descend(
+    built: Chain, format: str, m: int, records: list[dict[str, Any]], rounds: int = 2
+) -> list[dict[str, Any]]:
+    """Change one product's configuration at a time, `rounds` times around, keeping what makes the layer faster."""
     best, entries = built.microseconds(), {}
     first = best
-    for _ in range(2):
+    for _ in range(rounds):
         for name in NAMES:
-            problem = (kind, m, *problems.SHAPES[name])
+            problem = problem_of(name, format, m)
+            if problem is None:
+                continue
+            tried = candidates(records, problem)
             held = table().get(problem)
-            for config in candidates(records, problem):
+            if name == "gated" and held is None:  # said in any case: without an entry that of a larger M is taken
+                table()[problem] = held = APART
+                best = built.microseconds()
+            for config in tried:
                 table()[problem] = config
                 try:
                     us = built.microseconds()
@@ -86,16 +125,19 @@ def descend(built: Chain, format: str, m: int, records: list[dict[str, Any]]) ->
                     continue
                 if us < best * 0.998:
                     best, held = us, config
-            if held is not None:
+            if held is None:
+                table().pop(problem, None)
+            else:
                 table()[problem] = held
-                entries[problem] = {"kind": kind, "problem": list(problem[1:]), "config": held, "us": round(best, 2)}
+                entries[problem] = {"kind": problem[0], "problem": list(problem[1:]), "config": held}
     print(f"{format} M={m}: a layer takes {best:.2f} us, before {first:.2f}", flush=True)
-    return list(entries.values())
+    return [{**entry, "us": round(best, 2)} for entry in entries.values()]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--records", nargs="+", required=True, help="JSON files of `kernels.tune --json`")
+    parser.add_argument("--records", nargs="*", default=[], help="JSON files of `kernels.tune --json`")
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--runs", nargs="+", default=["int4:1", "int4:8", "int4:16", "int4:64", "bf16:1", "bf16:16"])
     parser.add_argument("--write", action="store_true", help="write this GPU's file in kernels/tuned")
     parser.add_argument("--workers", type=int, default=12)
@@ -109,7 +151,8 @@ def main() -> None:
     jobs = [
         (format, [(problem, config) for config in candidates(records, problem)])
         for format, m in runs
-        for problem in ((kind_of(format, m), m, *problems.SHAPES[name]) for name in NAMES)
+        for name in NAMES
+        if (problem := problem_of(name, format, m)) is not None
     ]
     with ProcessPoolExecutor(chosen.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         list(pool.map(_compile, jobs))
@@ -117,7 +160,7 @@ def main() -> None:
     found = []
     with torch.inference_mode():
         for format, m in runs:
-            found += descend(chain(format, m, 2 if format == "bf16" else 4), format, m, records)
+            found += descend(chain(format, m, 2 if format == "bf16" else 4), format, m, records, chosen.rounds)
     print(f"done in {time.time() - begin:.0f} s", flush=True)
     if chosen.write:
         write_entries(found, "python -m kernels.tune_layer --write; us: of a whole decoder layer")

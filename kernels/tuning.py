@@ -20,7 +20,8 @@ TUNED = Path(__file__).parent / "tuned"
 
 @dataclass(frozen=True)
 class SkinnyConfig:
-    """Tiles of a small-M matmul. block_k is read by the plain kernel only (planes step by one group)."""
+    """Tiles of a small-M matmul. block_k is read by the plain kernel only (planes step by one group). late: the next
+    kernel is let in after the loop, see `triton_common.admit_next`."""
 
     block_m: int
     block_n: int
@@ -28,11 +29,12 @@ class SkinnyConfig:
     warps: int
     stages: int
     block_k: int = 128
+    late: bool = False
 
 
 @dataclass(frozen=True)
 class WideConfig:
-    """Tiles of a large-M matmul. block_k is read by A8W8 only (planes step by one group)."""
+    """Tiles of a large-M matmul. block_k is read by A8W8 only (planes step by one group). late: as in SkinnyConfig."""
 
     block_m: int
     block_n: int
@@ -40,6 +42,7 @@ class WideConfig:
     warps: int
     stages: int
     block_k: int = 128
+    late: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class PrefillConfig:
 
 
 @lru_cache(maxsize=1)
-def table() -> dict[tuple[Any, ...], dict[str, int]]:
+def table() -> dict[tuple[Any, ...], dict[str, Any]]:
     """The tuned entries of this GPU by (kind, problem); empty where there is no file."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     path = TUNED / f"{name.replace(' ', '_')}.json"
@@ -77,7 +80,7 @@ TUNED_ROWS = (1, 8, 16, 32, 64, 128, 192, 256, 512, 2048)
 """The M that are tuned; each serves down to the one before."""
 
 
-def _tuned(kind: str, m: int, n: int, k: int) -> dict[str, int] | None:
+def _tuned(kind: str, m: int, n: int, k: int) -> dict[str, Any] | None:
     """The entry for m rows of a problem, or where there is none, that of the next larger M, whose tiles fit too."""
     fitting = [rows for rows in TUNED_ROWS if m <= rows] or TUNED_ROWS[-1:]
     return next((found for rows in fitting if (found := table().get((kind, rows, n, k))) is not None), None)
@@ -114,10 +117,17 @@ def plain_config(m: int, n: int, k: int, element_bytes: int) -> SkinnyConfig:
     found = _tuned("bf16" if element_bytes == 2 else "int8", m, n, k)
     if found is not None:
         return SkinnyConfig(**found)
-    block_m = 16 if m <= 16 else 32 if m <= 32 else 64
+    block_m = 16 if m <= 16 else 32 if m <= 32 else 64 if m <= 64 else 128
     if element_bytes == 2:
         return SkinnyConfig(block_m, 32, _splits(n, k, 32, 128, 640, 4), 2, 3, 128)
     return SkinnyConfig(block_m, 64, _splits(n, k, 64, 128, 512, 4), 4, 3, 128)
+
+
+def gated_config(kind: str, m: int, n: int, k: int, plain: SkinnyConfig) -> SkinnyConfig:
+    """The configuration for a product that ends in SiLU-mul: a tuned one, which does not split K, or that of the
+    product alone, which may."""
+    found = _tuned(f"gated {kind}", m, n, k)
+    return plain if found is None else SkinnyConfig(**found)
 
 
 def a8w4_config(m: int, n: int, k: int, group_size: int) -> WideConfig:

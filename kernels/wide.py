@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .packing import PLANE_ROWS, PackedWeight
-from .triton_common import INTERP, await_previous, dot, early_launch, to_bf16
+from .triton_common import INTERP, admission, admit_next, await_previous, dot, to_bf16
 from .tuning import WideConfig
 
 
@@ -103,6 +103,7 @@ def wide_kernel(
         words_at += ROWS * W
         scale_at += N_PADDED
         x_at += G
+    admit_next(EARLY)
     out_at = out + (split * M + m[None, :]).to(tl.int64) * N + n[:, None]
     inside = live & (n < N)[:, None]
     if out.dtype.element_ty == tl.bfloat16:
@@ -121,9 +122,9 @@ def wide_partials(x: Tensor, weight: PackedWeight, config: WideConfig) -> Tensor
     out = torch.empty(splits, m, n, dtype=torch.float32 if splits > 1 else torch.bfloat16, device=x.device)
     n_padded = weight.scale.shape[1]
     grid = (triton.cdiv(m, config.block_m), triton.cdiv(n_padded, config.block_n), splits)
-    early = early_launch()
+    early = admission(config.late)
     wide_kernel[grid](
         x, weight.data, weight.scale, out, m, n, n_padded, k, per_split, PLANE_ROWS, config.block_m, config.block_n, g,
-        config.stages, early, INTERP, num_warps=config.warps, num_stages=config.stages, launch_pdl=early,
+        config.stages, early, INTERP, num_warps=config.warps, num_stages=config.stages, launch_pdl=early > 0,
     )
     return out

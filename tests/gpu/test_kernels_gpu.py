@@ -81,3 +81,12 @@ def test_rope_write(
 def test_operands(format: str, group_size: int, rows: int, splits: int) -> None:
     layout = "planes" if format == "int4" else "plain"
     checks_fused.check_operands(format, group_size, rows, splits, "cuda", impl="triton", layout=layout)
+
+
+@pytest.mark.parametrize(
+    "format, group_size", [("bf16", 128), ("int8", 128), ("int4", 128), ("int4", 64), ("w8a8", 128)]
+)
+@pytest.mark.parametrize("rows", [1, 5, 16, 33, 64, 70])
+@pytest.mark.parametrize("inner, k", [(14336, 4096), (4864, 896), (208, 1024)])
+def test_gated(format: str, group_size: int, rows: int, inner: int, k: int) -> None:
+    checks_fused.check_gated(format, group_size, rows, inner, k, "cuda", impl="triton")

@@ -73,7 +73,7 @@ def check_rope_write(
 def check_operands(
     format: str, group_size: int, rows: int, splits: int, device: str, *, impl: str, layout: str
 ) -> None:
-    """What `normed`, `add_normed` and `gated` make for a weight gives the product that plain rows give it."""
+    """What `normed` and `add_normed` make for a weight gives the product that plain rows give it."""
     width, n = 512, 96  # SiLU-mul takes two programs for a row
     weight = kernels.pack_weight(
         normal((n, width), 1, device).float() * 0.05 + 0.01, format, group_size=group_size, device=device, layout=layout
@@ -89,7 +89,6 @@ def check_operands(
     pairs: tuple[tuple[kernels.Operand, Tensor], ...] = (
         (kernels.normed(residual, norm, 1e-5, weight, impl=impl), kernels.rms_norm(residual, norm, 1e-5, impl=impl)),
         (added, plain),
-        (kernels.gated(gate_up, weight, impl=impl), kernels.silu_mul(gate_up, impl=impl)),
     )
     if weight.layout == "planes":
         from kernels.elementwise_triton import summed_add_rms_norm, summed_rms_norm, summed_silu_mul
@@ -99,10 +98,33 @@ def check_operands(
         pairs += (
             (summed, plain),
             (summed_rms_norm(residual, norm, 1e-5, group_size), pairs[0][1]),
-            (summed_silu_mul(gate_up, group_size), pairs[2][1]),
+            (summed_silu_mul(gate_up, group_size), kernels.silu_mul(gate_up, impl=impl)),
         )
     dense = weight.dequantize(torch.float64).t()
     bound = {"w8a8": 2e-2, "fp8": 5e-2}.get(format, 4e-3)  # activations of 8 bits
     for operand, rows16 in pairs:
         got = kernels.linear(operand, weight, impl=impl)
         assert got.shape == (rows, n) and relative_error(got, rows16.double() @ dense) < bound
+
+
+def check_gated(
+    format: str, group_size: int, rows: int, inner: int, k: int, device: str, *, impl: str, layout: str | None = None
+) -> None:
+    """silu(gate) * up of a fused weight against float64, for a reader of 16 bits and for one of 8."""
+    x = normal((rows, k), 1, device)
+    fused = normal((2 * inner, k), 2, device).float() * 0.05
+    weight = kernels.pack_weight(fused, format, group_size=group_size, device=device, layout=layout)
+    gate, up = (x.double() @ weight.dequantize(torch.float64).t()).chunk(2, 1)
+    want = gate / (1 + torch.exp(-gate)) * up
+    for reader, bound in (("bf16", 6e-3), ("w8a8", 6e-2)):  # 8 bits over rows with few large elements
+        reading = kernels.pack_weight(normal((16, inner), 3, device), reader, device=device, layout="plain")
+        poison(device)
+        got = kernels.gated(x, weight, None, reading, impl=impl)
+        got = got if isinstance(got, Tensor) else got.dequantize()
+        bound = max(bound, {"w8a8": 3e-2, "fp8": 6e-2}.get(format, 0) if rows > 16 else 0)
+        assert got.shape == (rows, inner) and relative_error(got, want) < bound
+    bias = normal((2 * inner,), 4, device)
+    gate, up = (x.double() @ weight.dequantize(torch.float64).t() + bias.double()).chunk(2, 1)
+    bound = {"w8a8": 3e-2, "fp8": 6e-2}.get(format, 1e-2) if rows > 16 else 1e-2
+    biased = kernels.gated_linear(x, weight, bias, impl=impl)
+    assert relative_error(biased, gate / (1 + torch.exp(-gate)) * up) < bound

@@ -58,18 +58,22 @@ def check(built: Compiled, elements: int, warps: int, budget: float, conversions
 
 
 @pytest.mark.parametrize(
-    "summed, block_m, block_n, group_size, warps, stages, budget",
+    "summed, gated, block_m, block_n, group_size, warps, stages, budget",
     [
-        (True, 8, 64, 128, 1, 4, 1.9), (True, 8, 64, 128, 2, 3, 2.2), (True, 8, 64, 64, 1, 4, 2.4),
-        (True, 16, 64, 128, 2, 3, 2.5), (True, 16, 128, 128, 2, 3, 2.3), (False, 8, 64, 128, 1, 4, 2.4),
-        (False, 8, 64, 64, 1, 4, 2.9), (False, 16, 64, 128, 2, 3, 2.9), (False, 64, 128, 128, 4, 3, 3.2),
+        (True, False, 8, 64, 128, 1, 4, 1.9), (True, False, 8, 64, 128, 2, 3, 2.2), (True, False, 8, 64, 64, 1, 4, 2.4),
+        (True, False, 16, 64, 128, 2, 3, 2.5), (True, False, 16, 128, 128, 2, 3, 2.3),
+        (False, False, 8, 64, 128, 1, 4, 2.4), (False, False, 8, 64, 64, 1, 4, 2.9),
+        (False, False, 16, 64, 128, 2, 3, 2.9), (False, False, 64, 128, 128, 4, 3, 3.2),
+        (False, True, 8, 64, 128, 1, 4, 2.4), (False, True, 64, 128, 128, 4, 3, 3.2),
     ],
-)
+)  # fmt: skip
 def test_a16w4(
-    summed: bool, block_m: int, block_n: int, group_size: int, warps: int, stages: int, budget: float
+    summed: bool, gated: bool, block_m: int, block_n: int, group_size: int, warps: int, stages: int, budget: float
 ) -> None:
-    pointers = {"x": "*bf16", "words": "*i16", "scales": "*i32", "out": "*fp32"} | ({"sums": "*fp32"} if summed else {})
-    constants = {"ROWS": 64, "BM": block_m, "BN": block_n, "G": group_size} | ({} if summed else {"sums": None})
+    pointers = {"x": "*bf16", "words": "*i16", "scales": "*i32", "out": "*bf16" if gated else "*fp32"}
+    pointers |= {"sums": "*fp32"} if summed else {}
+    constants = {"ROWS": 64, "BM": block_m, "BN": block_n, "G": group_size, "GATED": gated}
+    constants |= {} if summed else {"sums": None}
     integers = "M N N_PADDED K groups_per_split"
     built = matmul(a16w4.a16w4_kernel, pointers, constants, integers, warps, stages)
     check(built, block_n * group_size, warps, budget)
@@ -77,13 +81,17 @@ def test_a16w4(
 
 
 @pytest.mark.parametrize(
-    "element, block_n, block_k, warps, stages, budget",
-    [("bf16", 32, 128, 2, 3, 3.0), ("i8", 64, 128, 4, 3, 6.2), ("fp8e4nv", 64, 128, 4, 3, 4.5)],
-)
-def test_skinny(element: str, block_n: int, block_k: int, warps: int, stages: int, budget: float) -> None:
+    "element, gated, block_n, block_k, warps, stages, budget",
+    [
+        ("bf16", False, 32, 128, 2, 3, 3.0), ("i8", False, 64, 128, 4, 3, 6.2), ("fp8e4nv", False, 64, 128, 4, 3, 4.5),
+        ("bf16", True, 32, 128, 2, 3, 3.0), ("i8", True, 64, 128, 4, 3, 6.4),
+    ],
+)  # fmt: skip
+def test_skinny(element: str, gated: bool, block_n: int, block_k: int, warps: int, stages: int, budget: float) -> None:
     scale = {"bf16": None, "i8": "*bf16", "fp8e4nv": "*fp32"}[element]
-    pointers = {"x": "*bf16", "w": f"*{element}", "out": "*fp32"} | ({"scale": scale} if scale else {})
-    constants = {"BM": 16, "BN": block_n, "BK": block_k, "EVEN": True} | ({} if scale else {"scale": None})
+    pointers = {"x": "*bf16", "w": f"*{element}", "out": "*bf16" if gated else "*fp32"}
+    constants = {"BM": 16, "BN": block_n, "BK": block_k, "EVEN": True, "GATED": gated}
+    pointers, constants = (pointers | {"scale": scale}, constants) if scale else (pointers, constants | {"scale": None})
     built = matmul(skinny.skinny_kernel, pointers, constants, "M N K k_per_split", warps, stages)
     check(built, block_n * block_k, warps, budget)
     assert opcodes(built.loop())["LDG"] == 0  # every load of the loop is asynchronous
@@ -247,5 +255,6 @@ def test_kv(format: str, op: str) -> None:
 def test_prefill(format: str) -> None:
     tile = 32 if format == "fp8" else 64
     constants = {"TILE": tile, "BQ": 64, "B_PADDED": 4}
-    built = attention(prefill_triton.prefill_kernel, format, constants, {"query_starts": "*i32"}, "table_row B", 4, 3)
+    more = {"query_starts": "*i32", "T": "i32"}
+    built = attention(prefill_triton.prefill_kernel, format, constants, more, "table_row T B", 4, 3)
     check(built, 2 * tile * 128, 4, 8.0)

@@ -20,6 +20,15 @@ def test_rope_write(format: str, rows: int, norm: bool) -> None:
     checks_fused.check_rope_write(format, rows, 6, 2, 64, 1, norm, "cpu", impl="aten")
 
 
+@pytest.mark.parametrize("format", list(kernels.WEIGHT_FORMATS))
+@pytest.mark.parametrize("rows", [3, 20])
+@pytest.mark.parametrize("impl", ["torch", "aten"])
+def test_gated(format: str, rows: int, impl: str) -> None:
+    checks_fused.check_gated(
+        format, 128, rows, 192, 256, "cpu", impl=impl, layout="plain" if format == "fp8" else None
+    )
+
+
 def test_shapes_that_do_not_fit() -> None:
     layer = kernels.allocate_kv("bf16", 2, 16, 2, 64, "cpu")
     turn = torch.zeros(3, 2, 64)

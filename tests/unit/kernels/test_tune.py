@@ -75,9 +75,24 @@ def test_a_layer_tries_the_fastest_the_busiest_and_the_one_in_use(monkeypatch: p
     ]
     records.append({"op": "planes", "m": 16, "n": 4096, "k": 4096, "us": 1.0, "config": slow})  # another problem
     monkeypatch.setattr(tune_layer, "table", lambda: {problem: held})
-    assert tune_layer.candidates(records, problem, most=2) == [held, fast, slow, busy]
+    found = tune_layer.candidates(records, problem, most=2)
+    assert found[0] == held and [c for c in found[1:] if c in (fast, slow, busy)] == [fast, slow, busy]
+    near = [c for c in found[1:] if c not in (fast, slow, busy)]
+    assert near and all(sum(c[name] != held[name] for name in held) == 1 for c in near)
+    assert held | {"late": True} in near and all(SkinnyConfig(**c) for c in near)
     eight = ("planes", 8, 4096, 4096)  # nothing was timed at 8 rows: those of fewer are tried
     assert tune_layer.candidates(records, eight, most=2) == [fast, slow, busy]
+
+
+def test_gated_products_are_tried_whole_and_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = asdict(SkinnyConfig(8, 128, 2, 2, 4))
+    monkeypatch.setattr(tune_layer, "table", lambda: {("planes", 1, 28672, 4096): plain})
+    problem = tune_layer.problem_of("gated", "int4", 1)
+    assert problem == ("gated planes", 1, 28672, 4096)
+    found = tune_layer.candidates([], problem)
+    assert found[0] == tune_layer.APART and found[1] == plain | {"splits": 1} and len(found) > 6
+    assert all(config["splits"] == 1 for config in found[1:])
+    assert tune_layer.problem_of("gated", "w8a8", 64) is None  # SiLU-mul rounds to 8 bits there, over the whole row
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import kernels
+from kernels import matmul_triton
 from kernels.elementwise_triton import summed_rms_norm
 from tests.unit.kernels import checks_fused
 
@@ -33,6 +36,23 @@ def test_rope_write_wide_heads() -> None:
 @pytest.mark.parametrize("rows, splits", [(3, 2), (20, 1)])
 def test_operands(format: str, group_size: int, layout: str, rows: int, splits: int) -> None:
     checks_fused.check_operands(format, group_size, rows, splits, "cpu", impl="triton", layout=layout)
+
+
+@pytest.mark.parametrize(
+    "format, group_size, layout",
+    [("bf16", 128, "plain"), ("int8", 128, "plain"), ("int4", 128, "planes"), ("int4", 64, "planes")],
+)
+@pytest.mark.parametrize("rows, inner", [(3, 128), (17, 192), (2, 80)])
+def test_gated(
+    format: str, group_size: int, layout: str, rows: int, inner: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """192 and 80 are no multiples of every tile's half; 80 of none."""
+    fused = []
+    monkeypatch.setattr(
+        matmul_triton, "gated_config", lambda kind, m, n, k, plain: fused.append(n) or replace(plain, splits=1)
+    )
+    checks_fused.check_gated(format, group_size, rows, inner, 256, "cpu", impl="triton", layout=layout)
+    assert fused == [2 * inner] * (2 if rows <= 16 else 1)  # not for a reader in 8 bits, nor with a bias
 
 
 def test_sums_of_other_groups_are_refused() -> None:
