@@ -75,6 +75,17 @@ def beside(a, b):
     return tl.reshape(tl.permute(tl.join(a, b), (0, 2, 1)), (a.shape[0], 2 * a.shape[1]))
 
 
+@triton.jit
+def int8_group(w, word, inverse, INTERP: tl.constexpr):
+    """int8 [N, G] of a group's words [N, G/4]. word: its scale words [N, 1]; inverse: 1 / channel [N, 1]."""
+    word = tl.broadcast_to(word, w.shape)
+    zero, zero_high = biased_zeros(word)
+    ratio = ratios(word, inverse)
+    lower = beside(int8_plane(w, zero, ratio, 0, INTERP), int8_plane(w, zero_high, ratio, 1, INTERP))
+    upper = beside(int8_plane(w, zero, ratio, 2, INTERP), int8_plane(w, zero_high, ratio, 3, INTERP))
+    return beside(lower, upper)
+
+
 @triton.jit(do_not_specialize=["M", "groups_per_split"])
 def a8w4_kernel(
     x, words, scales, x_scale, channel, out, M, N, N_PADDED, K, groups_per_split, ROWS: tl.constexpr, BM: tl.constexpr,
@@ -99,13 +110,9 @@ def a8w4_kernel(
     acc = tl.zeros((BN, BM), tl.int32)
     for _ in tl.range(first, last, num_stages=STAGES):
         w = tl.load(words_at)
-        word = tl.broadcast_to(tl.load(scale_at)[:, None], w.shape)
+        word = tl.load(scale_at)[:, None]
         a = tl.load(x_at, mask=live, other=0)
-        zero, zero_high = biased_zeros(word)
-        ratio = ratios(word, inverse[:, None])
-        lower = beside(int8_plane(w, zero, ratio, 0, INTERP), int8_plane(w, zero_high, ratio, 1, INTERP))
-        upper = beside(int8_plane(w, zero, ratio, 2, INTERP), int8_plane(w, zero_high, ratio, 3, INTERP))
-        acc = tl.dot(beside(lower, upper), a, acc, out_dtype=tl.int32)
+        acc = tl.dot(int8_group(w, word, inverse[:, None], INTERP), a, acc, out_dtype=tl.int32)
         words_at += ROWS * W
         scale_at += N_PADDED
         x_at += G
@@ -127,19 +134,15 @@ def requantize_kernel(
     """One tile of ROWS output features by one group: planes -> int8 [rows, K]."""
     W: tl.constexpr = G // 4
     tile, group = tl.program_id(0), tl.program_id(1)
-    r, i = tl.arange(0, ROWS), tl.arange(0, W)
+    r, i, j = tl.arange(0, ROWS), tl.arange(0, W), tl.arange(0, G)
     n = first_row + tile * ROWS + r
     w = tl.load(
         words + ((n // ROWS).to(tl.int64)[:, None] * (K // G) + group) * ROWS * W + (n % ROWS)[:, None] * W + i[None, :]
     )
-    word = tl.load(scales + group * N_PADDED + n)
-    low, high = biased_zeros(word)
-    ratio = tl.broadcast_to(ratios(word, tl.math.div_rn(1.0, tl.load(channel + n)))[:, None], w.shape)
-    at = out + (tile * ROWS + r)[:, None].to(tl.int64) * K + group * G + i[None, :]
-    inside = (tile * ROWS + r < rows)[:, None]
-    for plane in tl.static_range(4):
-        zero = tl.broadcast_to((high if plane % 2 else low)[:, None], w.shape)
-        tl.store(at + plane * W, int8_plane(w, zero, ratio, plane, INTERP), mask=inside)
+    word = tl.load(scales + group * N_PADDED + n)[:, None]
+    inverse = tl.math.div_rn(1.0, tl.load(channel + n))[:, None]
+    at = out + (tile * ROWS + r)[:, None].to(tl.int64) * K + group * G + j[None, :]
+    tl.store(at, int8_group(w, word, inverse, INTERP), mask=(tile * ROWS + r < rows)[:, None])
 
 
 def a8w4_partials(x: Activations, weight: PackedWeight, config: WideConfig | None = None) -> Tensor:
