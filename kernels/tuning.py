@@ -153,23 +153,29 @@ def decode_config(format: str, batch: int, kv_heads: int, max_tokens: int, multi
     """The configuration for a batch whose block tables hold max_tokens; lengths are not known on the host.
 
     The fewer (sequence, head) pairs there are, the more the context is split: down to 128 tokens a split, or to 64
-    where hardly any program would run besides. For codes one warp a program has no barriers, and eight programs hide
-    each other's latency; where there are pairs enough without splits, two warps share a tile."""
+    where hardly any program would run besides. For codes one warp a program has no barriers, and many programs with
+    five tiles on their way hide each other's latency; 4-bit codes leave so little to wait for that two programs share
+    a context until there are 11 pairs a multiprocessor."""
     pairs = batch * kv_heads
-    least = 64 if pairs <= 16 else 128
-    few = pairs < multiprocessors // 2 if format == "bf16" else pairs <= 16
+    few, many = pairs <= multiprocessors // (4 if format == "int4" else 2), pairs > 3 * multiprocessors
+    crowded = pairs > 11 * multiprocessors
+
+    def splits(programs: int) -> int:
+        """For so many programs a multiprocessor."""
+        return round(multiprocessors * programs / pairs)
+
     if format == "bf16":
-        programs, tile, warps, stages = (3, 64, 4, 3) if few else (4, 32, 2, 3)
+        wanted, tile, warps, stages = (splits(3), 64, 4, 3) if few else (splits(4), 64, 2, 3)
     elif few:
-        programs, tile, warps, stages = 3, 64, 2, 3
-    elif pairs < 2 * multiprocessors or format == "int4":
-        programs, tile, warps, stages = 8, 64 if format == "int4" else 32, 1, 4
+        wanted, tile, warps, stages = splits(3), 64, 2, 3 if pairs <= 16 else 5
+    elif not many:
+        wanted, tile, warps, stages = splits(8 if format == "int4" else 5), 32, 1, 5
+    elif format in ("int4", "k8v4"):
+        wanted, tile, warps, stages = 1 if crowded else 2, 64 if format == "int4" else 32, 1, 6
     else:
-        programs, tile, warps, stages = 4, 64, 2, 4
-    splits = max(1, min(round(multiprocessors * programs / pairs), -(-max_tokens // least), 128))
-    if not few and (splits == 1 or format == "int4"):
-        tile = 64 if splits <= 4 else 32
-    return DecodeConfig(tile, splits, least, warps, stages)
+        wanted, tile, warps, stages = (1, 32, 1, 5) if crowded else (1, 64, 2, 5)
+    least = 64 if few else 128
+    return DecodeConfig(tile, max(1, min(wanted, -(-max_tokens // least), 128)), least, warps, stages)
 
 
 def prefill_config(format: str, head_dim: int) -> PrefillConfig:

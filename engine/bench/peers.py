@@ -60,10 +60,10 @@ def run_peers(
             roofline = Roofline.of(engine, measured_bandwidth(config.device))
             print(card(engine, roofline), flush=True)
             report |= {"description": engine.description, "roofline": roofline.as_dict()}
-            if "tpot" in parts:
-                report["tpot"] = [_tpot(engine, roofline, sizes, batch, repeats, seed) for batch in sizes.batches]
             if "ttft" in parts:
                 report["ttft"] = _ttft(engine, fixed_work(vocab, 1, sizes.prompt, 1, seed), repeats)
+            if "tpot" in parts:
+                report["tpot"] = [_tpot(engine, roofline, sizes, batch, repeats, seed) for batch in sizes.batches]
             if "offline" in parts:
                 report["offline"] = _offline(engine, uniform_work(vocab, *sizes.offline, seed))
             report["measured_memory"] = engine.measured_memory()
