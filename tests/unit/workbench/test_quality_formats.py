@@ -205,10 +205,23 @@ def test_quantized_copies_are_compared_with_what_they_were_made_from(tmp_path):
     assert "has a vocabulary of 320, the baseline one of 4,096" in found["another"].error
 
 
+def of_loss(name, nats):
+    return FormatQuality(name, CONFIG, 1, 1, Perplexity.of([[-nats] * 159] * 3))
+
+
 def test_a_bar_can_be_missed(comparison):
-    worse = Perplexity.of([[-4.0] * 159] * 3)
-    rows = [FormatQuality("KV int8", CONFIG, 1, 1, worse) if row.name == "KV int8" else row for row in comparison.rows]
+    rows = [of_loss("KV int8", 4.0) if row.name == "KV int8" else row for row in comparison.rows]
     assert not quality_formats.Comparison(tuple(rows), 64).bars()["KV int8"]["met"]
+
+
+@pytest.mark.parametrize("nats, met", [(0.01, True), (0.02, False)])
+def test_the_bar_of_w4a8_is_what_it_loses_beyond_int4(nats, met):
+    bf16, int4 = of_loss("bf16", 3.0), of_loss("int4 weights, group 128", 3.1)
+    w4a8 = of_loss("w4a8 weights, group 128", 3.1 + nats)
+    (bar,) = quality_formats.Comparison((bf16, int4, w4a8), 64).bars().values()
+    assert bar["met"] == met and bar["against"] == int4.name
+    assert bar["percent"] == pytest.approx(100 * (math.exp(nats) - 1))
+    assert not quality_formats.Comparison((bf16, w4a8), 64).bars()
 
 
 def test_it_is_shown_as_text_table_and_figure(comparison):
