@@ -12,7 +12,7 @@ import argparse
 import hashlib
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,13 @@ from workbench.quality import Perplexity, check_meaning, perplexity, small_pool
 BASELINE = "bf16"
 SHARE_OF_RTN = 0.5  # of what rounding to nearest loses, the most that the best int4 method may
 CHARACTERS_PER_TOKEN = 8  # more than any text has, so that enough of it is read
+BY_FORMAT = {
+    "int4": ("rtn", "hqq", "awq", "gptq"),
+    "w4a8": ("rtn", "gptq"),
+    "w8a8": ("rtn", "smoothquant"),
+}
+"""Methods that are measured, by the format they write. A method's w4a8 has the codes of its int4; what it loses more is
+the price of 8-bit activations."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,18 +114,18 @@ def measure(
     calibration: str,
     text: str | None = None,
     *,
-    int4: Sequence[str] = ("rtn", "hqq", "awq", "gptq"),
-    w8a8: Sequence[str] = ("rtn", "smoothquant"),
+    methods: Mapping[str, Sequence[str]] = BY_FORMAT,
     group_size: int = 128,
     budget: int = BUDGET,
     max_tokens: int = 65536,
     progress: bool = False,
 ) -> Quantizers:
-    """Quantize `config.model` by each method and take its perplexity over `text` (the held-out excerpt by default).
+    """Quantize `config.model` by each of `methods` (format -> names) and take its perplexity over `text` (the held-out
+    excerpt by default).
 
     ConfigError for a model whose text means nothing, and as `engine.quantize.quantize`.
     """
-    pairs = [(method, "int4") for method in int4] + [(method, "w8a8") for method in w8a8]
+    pairs = [(method, weights) for weights, names in methods.items() for method in names]
     rows = []
     with load_model(config) as model, _bar(len(pairs) + 1, progress) as bar:
         rows.append(Measured(BASELINE, BASELINE, _perplexity(config, model, text, max_tokens), 16.0))
@@ -175,9 +182,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default="bundled", help="'bundled' (default), a folder, a hub id")
     parser.add_argument("--calibration", metavar="FILE", type=Path, help="needed for any model but 'bundled'")
     parser.add_argument("--text", metavar="FILE", type=Path, help="to measure on (default: bundled held-out Python)")
-    parser.add_argument("--int4", nargs="*", default=["rtn", "hqq", "awq", "gptq"], choices=METHODS, help="methods")
-    parser.add_argument("--w8a8", nargs="*", default=["rtn", "smoothquant"], choices=METHODS, help="methods")
-    parser.add_argument("--group-size", type=int, default=128, choices=GROUP_SIZES, help="of int4")
+    for weights, names in BY_FORMAT.items():
+        parser.add_argument(f"--{weights}", nargs="*", default=names, choices=METHODS, help="methods")
+    parser.add_argument("--group-size", type=int, default=128, choices=GROUP_SIZES, help="of int4 and w4a8")
     parser.add_argument("--budget", type=int, default=BUDGET, help="most calibration tokens (default %(default)s)")
     parser.add_argument("--tokens", type=int, default=65536, help="most tokens to measure on (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the files drawn for calibration")
@@ -195,8 +202,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             EngineConfig(model=options.model),
             calibration,
             options.text.read_text("utf-8") if options.text else None,
-            int4=options.int4,
-            w8a8=options.w8a8,
+            methods={weights: getattr(options, weights) for weights in BY_FORMAT},
             group_size=options.group_size,
             budget=options.budget,
             max_tokens=options.tokens,
@@ -208,8 +214,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     tokens = found.rows[0].perplexity.tokens
-    print(f"{options.model}, int4 group {options.group_size}: {tokens:,} predictions, {options.budget:,} tokens of "
-          f"calibration at most; embeddings and lm_head bf16\n\n{found}\n")
+    print(f"{options.model}, 4 bits in groups of {options.group_size}: {tokens:,} predictions, {options.budget:,} "
+          f"tokens of calibration at most; embeddings and lm_head bf16\n\n{found}\n")
     bar = found.bar()
     if bar is not None:
         print(f"best int4 method: {bar['best']}, {bar['percent']:+.2f} %, at most {bar['at_most_percent']:.2f} % "

@@ -39,7 +39,7 @@ def bars() -> str:
             f"`{PYTHON} -m workbench.quality`",
         ),
         (
-            "int4, group 128, by quantizer",
+            "int4, group 128, by quantizer; w4a8",
             "the best loses half of what rtn does",
             _quantizers(),
             f"`{PYTHON} -m workbench.quantizers`",
@@ -184,7 +184,10 @@ def _quality() -> str:
 
 def _quantizers() -> str:
     rows = _read(WORKBENCH / "cpu-quantizers.json")["rows"]
-    return ", ".join(f"{row['method']} {row['percent']:+.2f} %" for row in rows if row["weights"] == "int4")
+    return "; ".join(
+        ", ".join(f"{row['method']} {row['percent']:+.2f} %" for row in rows if row["weights"] == name)
+        for name in ("int4", "w4a8")
+    )
 
 
 def _assigned() -> str:

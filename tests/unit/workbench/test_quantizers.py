@@ -68,11 +68,12 @@ def test_methods_are_measured_on_the_bundled_model(
     monkeypatch.setattr(quantizers, "_perplexity", lambda *_: Perplexity.of([[-1.0 - 0.01 * len(asked)] * 9] * 2))
     (tmp_path / "text").write_text("text")
     options = ["--calibration", str(tmp_path / "text"), "--json", str(tmp_path / "out.json"), "--quiet"]
-    assert main([*options, "--int4", "gptq", "rtn", "--w8a8", "smoothquant"]) == 0
-    assert asked == [("gptq", "int4"), ("rtn", "int4"), ("smoothquant", "w8a8")]
+    assert main([*options, "--int4", "gptq", "rtn", "--w4a8", "gptq", "--w8a8", "smoothquant"]) == 0
+    assert asked == [("gptq", "int4"), ("rtn", "int4"), ("gptq", "w4a8"), ("smoothquant", "w8a8")]
     record = json.loads((tmp_path / "out.json").read_text())
-    assert [row["name"] for row in record["rows"]] == ["bf16", "gptq int4", "rtn int4", "smoothquant w8a8"]
-    assert [row["bits_per_weight"] for row in record["rows"]] == [16.0, 4.25, 4.25, pytest.approx(8.03, abs=0.02)]
+    assert [row["name"] for row in record["rows"]] == ["bf16", "gptq int4", "rtn int4", "gptq w4a8", "smoothquant w8a8"]
+    bits = [16.0, 4.25, 4.25, pytest.approx(4.32, abs=0.02), pytest.approx(8.03, abs=0.02)]
+    assert [row["bits_per_weight"] for row in record["rows"]] == bits
     assert record["bar"]["met"] and record["machine"]["versions"]["torch"] == torch.__version__
     assert "met" in capsys.readouterr().out
 
