@@ -36,6 +36,7 @@ from .triton_common import (
     early_launch,
     feature_rows,
     minus_bf16,
+    new_partials,
     nibbles_bf16,
     store_product,
     to_bf16,
@@ -48,6 +49,14 @@ def plane(words, zero, SHIFT: tl.constexpr, SUBTRACT: tl.constexpr, INTERP: tl.c
     """bf16 128 + code of one plane, or the code less its zero point; zero [rows, 1] is bf16 128 + zero."""
     code = nibbles_bf16(words, SHIFT, INTERP)
     return minus_bf16(code, tl.broadcast_to(zero, code.shape), INTERP) if SUBTRACT else code
+
+
+@triton.jit
+def planes_at(words, scales, n, group, groups, N_PADDED, ROWS: tl.constexpr, W: tl.constexpr):
+    """Pointers to a group of weight rows n: words [rows, W] and scale words [rows]. From group to group it is ROWS * W
+    words and N_PADDED scale words."""
+    row = (n // ROWS).to(tl.int64) * groups * ROWS + n % ROWS + group * ROWS  # in units of W words
+    return words + row[:, None] * W + tl.arange(0, W)[None, :], scales + group * N_PADDED + n
 
 
 @triton.jit(do_not_specialize=["M", "groups_per_split"])
@@ -65,9 +74,7 @@ def a16w4_kernel(
     first = split * groups_per_split
     last = tl.minimum(first + groups_per_split, groups)
     here = n % N_PADDED  # where BN does not divide it, rows past the end repeat others, not stored
-    row = (here // ROWS).to(tl.int64) * groups * ROWS + here % ROWS + first * ROWS  # in units of W words
-    words_at = words + row[:, None] * W + i[None, :]
-    scale_at = scales + first * N_PADDED + here
+    words_at, scale_at = planes_at(words, scales, here, first, groups, N_PADDED, ROWS, W)
     x_at = x + m[None, :].to(tl.int64) * K + i[:, None] + first * G
     live = (m < M)[None, :]
     acc = tl.zeros((BN, BM), tl.float32)
@@ -105,10 +112,8 @@ def dequantize_kernel(
     tile, group = tl.program_id(0), tl.program_id(1)
     r, i = tl.arange(0, ROWS), tl.arange(0, W)
     n = first_row + tile * ROWS + r
-    w = tl.load(
-        words + ((n // ROWS).to(tl.int64)[:, None] * (K // G) + group) * ROWS * W + (n % ROWS)[:, None] * W + i[None, :]
-    )
-    word = tl.load(scales + group * N_PADDED + n)
+    words_at, scale_at = planes_at(words, scales, n, group, K // G, N_PADDED, ROWS, W)
+    w, word = tl.load(words_at), tl.load(scale_at)
     scale = (word & -256).to(tl.float32, bitcast=True)[:, None]
     zero = (word & 255).to(tl.float32)[:, None]
     at = out + (tile * ROWS + r)[:, None].to(tl.int64) * K + group * G + i[None, :]
@@ -152,12 +157,9 @@ def a16w4_partials(
     by a config of one split, N/2 a multiple of half its block_n."""
     assert weight.scale is not None and weight.group_size is not None
     (m, k), n, g = x.shape, weight.shape[0], weight.group_size
-    per_split = triton.cdiv(k // g, config.splits)
-    splits = triton.cdiv(k // g, per_split)  # none is empty, so every partial is written
-    width = n // 2 if gated else n
-    out = torch.empty(splits, m, width, dtype=torch.float32 if splits > 1 else torch.bfloat16, device=x.device)
+    out, per_split = new_partials(k // g, config.splits, m, n // 2 if gated else n, x.device)
     n_padded, early = weight.scale.shape[1], admission(config.late)
-    grid = (triton.cdiv(n if gated else n_padded, config.block_n), triton.cdiv(m, config.block_m), splits)
+    grid = (triton.cdiv(n if gated else n_padded, config.block_n), triton.cdiv(m, config.block_m), out.shape[0])
     a16w4_kernel[grid](
         x, weight.data, weight.scale, sums, out, m, n, n_padded, k, per_split, PLANE_ROWS, config.block_m,
         config.block_n, g, gated, config.stages, early, INTERP, num_warps=config.warps, num_stages=config.stages,

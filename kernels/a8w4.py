@@ -19,14 +19,14 @@ bytes of every 16 that it needs there, so that joining planes moves nothing. One
 # ruff: noqa: N803
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .a16w4 import planes_at
 from .activations import Activations
 from .packing import PLANE_ROWS, PackedWeight
-from .triton_common import INTERP, admission, admit_next, await_previous, to_bf16
+from .triton_common import INTERP, admission, admit_next, await_previous, new_partials, store_product
 from .tuning import WideConfig, a8w4_config
 
 
@@ -96,13 +96,11 @@ def a8w4_kernel(
     tile_m, tile_n, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     groups = K // G
     m, n = tile_m * BM + tl.arange(0, BM), tile_n * BN + tl.arange(0, BN)
-    i, j = tl.arange(0, W), tl.arange(0, G)
+    j = tl.arange(0, G)
     first = split * groups_per_split
     last = tl.minimum(first + groups_per_split, groups)
     here = n % N_PADDED  # where BN does not divide it, rows past the end repeat others, not stored
-    row = (here // ROWS).to(tl.int64) * groups * ROWS + here % ROWS + first * ROWS  # in units of W words
-    words_at = words + row[:, None] * W + i[None, :]
-    scale_at = scales + first * N_PADDED + here
+    words_at, scale_at = planes_at(words, scales, here, first, groups, N_PADDED, ROWS, W)
     x_at = x + m[None, :].to(tl.int64) * K + j[:, None] + first * G
     live = (m < M)[None, :]
     of_channel = tl.load(channel + here)
@@ -118,12 +116,7 @@ def a8w4_kernel(
         x_at += G
     admit_next(EARLY)
     y = acc.to(tl.float32) * tl.load(x_scale + m, mask=m < M, other=0.0)[None, :] * of_channel[:, None]
-    out_at = out + (split * M + m[None, :]).to(tl.int64) * N + n[:, None]
-    inside = live & (n < N)[:, None]
-    if out.dtype.element_ty == tl.bfloat16:
-        tl.store(out_at, to_bf16(y, INTERP), mask=inside)
-    else:
-        tl.store(out_at, y, mask=inside)
+    store_product(out, y, tile_n, split, m, M, N, BN, BM, False, INTERP)
 
 
 @triton.jit
@@ -134,12 +127,10 @@ def requantize_kernel(
     """One tile of ROWS output features by one group: planes -> int8 [rows, K]."""
     W: tl.constexpr = G // 4
     tile, group = tl.program_id(0), tl.program_id(1)
-    r, i, j = tl.arange(0, ROWS), tl.arange(0, W), tl.arange(0, G)
+    r, j = tl.arange(0, ROWS), tl.arange(0, G)
     n = first_row + tile * ROWS + r
-    w = tl.load(
-        words + ((n // ROWS).to(tl.int64)[:, None] * (K // G) + group) * ROWS * W + (n % ROWS)[:, None] * W + i[None, :]
-    )
-    word = tl.load(scales + group * N_PADDED + n)[:, None]
+    words_at, scale_at = planes_at(words, scales, n, group, K // G, N_PADDED, ROWS, W)
+    w, word = tl.load(words_at), tl.load(scale_at)[:, None]
     inverse = tl.math.div_rn(1.0, tl.load(channel + n))[:, None]
     at = out + (tile * ROWS + r)[:, None].to(tl.int64) * K + group * G + j[None, :]
     tl.store(at, int8_group(w, word, inverse, INTERP), mask=(tile * ROWS + r < rows)[:, None])
@@ -151,11 +142,9 @@ def a8w4_partials(x: Activations, weight: PackedWeight, config: WideConfig | Non
     assert weight.scale is not None and weight.channel is not None and weight.group_size is not None
     (m, k), n, g = x.shape, weight.shape[0], weight.group_size
     config = config or a8w4_config(m, n, k, g)
-    per_split = triton.cdiv(k // g, config.splits)
-    splits = triton.cdiv(k // g, per_split)
-    out = torch.empty(splits, m, n, dtype=torch.float32 if splits > 1 else torch.bfloat16, device=x.device)
+    out, per_split = new_partials(k // g, config.splits, m, n, x.device)
     n_padded, early = weight.scale.shape[1], admission(config.late)
-    grid = (triton.cdiv(m, config.block_m), triton.cdiv(n_padded, config.block_n), splits)
+    grid = (triton.cdiv(m, config.block_m), triton.cdiv(n_padded, config.block_n), out.shape[0])
     a8w4_kernel[grid](
         x.codes, weight.data, weight.scale, x.scale, weight.channel, out, m, n, n_padded, k, per_split, PLANE_ROWS,
         config.block_m, config.block_n, g, config.stages, early, INTERP, num_warps=config.warps,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .activations import Activations
 from .packing import PackedWeight
-from .triton_common import INTERP, admission, admit_next, await_previous, to_bf16
+from .triton_common import INTERP, admission, admit_next, await_previous, new_partials, to_bf16
 from .tuning import WideConfig, a8w8_config
 
 
@@ -82,14 +82,13 @@ def a8w8_partials(
         )
     config = config or a8w8_config(m, n, k, x.codes.dtype == torch.int8)
     bk = config.block_k
-    per_split = triton.cdiv(triton.cdiv(k, bk), config.splits if out is None else 1) * bk
-    splits = triton.cdiv(k, per_split)
+    per_split = steps = triton.cdiv(k, bk)
     if out is None:
-        out = torch.empty(splits, m, n, dtype=torch.float32 if splits > 1 else torch.bfloat16, device=x.device)
+        out, per_split = new_partials(steps, config.splits, m, n, x.device)
     early = admission(config.late)
-    grid = (triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n), splits)
+    grid = (triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n), out.shape[0])
     a8w8_kernel[grid](
-        x.codes, weight.data, x.scale, weight.scale, out, out.stride(1), m, n, k, per_split, config.block_m,
+        x.codes, weight.data, x.scale, weight.scale, out, out.stride(1), m, n, k, per_split * bk, config.block_m,
         config.block_n, bk, 8, k % bk == 0, config.stages, early, INTERP, num_warps=config.warps,
         num_stages=config.stages, launch_pdl=early > 0,
     )

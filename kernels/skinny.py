@@ -13,7 +13,6 @@ applied to the accumulator.
 # ruff: noqa: N803
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -26,6 +25,7 @@ from .triton_common import (
     await_previous,
     dot,
     feature_rows,
+    new_partials,
     store_product,
     to_bf16,
 )
@@ -73,13 +73,11 @@ def skinny_partials(
     config has one split). gated: as in `a16w4_partials`."""
     (m, k), n = x.shape, weight.shape[0]
     bk = config.block_k
-    per_split = triton.cdiv(triton.cdiv(k, bk), config.splits) * bk
-    splits = triton.cdiv(k, per_split)
-    width, early = n // 2 if gated else n, admission(config.late)
-    out = torch.empty(splits, m, width, dtype=torch.float32 if splits > 1 else torch.bfloat16, device=x.device)
-    grid = (triton.cdiv(n, config.block_n), triton.cdiv(m, config.block_m), splits)
+    out, per_split = new_partials(triton.cdiv(k, bk), config.splits, m, n // 2 if gated else n, x.device)
+    early = admission(config.late)
+    grid = (triton.cdiv(n, config.block_n), triton.cdiv(m, config.block_m), out.shape[0])
     skinny_kernel[grid](
-        x, weight.data, weight.scale, out, m, n, k, per_split, config.block_m, config.block_n, bk, k % bk == 0,
+        x, weight.data, weight.scale, out, m, n, k, per_split * bk, config.block_m, config.block_n, bk, k % bk == 0,
         gated, config.stages, early, INTERP, num_warps=config.warps, num_stages=config.stages, launch_pdl=early > 0,
     )
     return out

@@ -12,6 +12,7 @@ from functools import lru_cache
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .dispatch import interpreted
@@ -31,6 +32,15 @@ AT_START, AFTER_LOOP = 1, 2
 def admission(late: bool) -> int:
     """When a kernel lets its successor be launched: 0 not before it ends, else `AT_START` or `AFTER_LOOP`."""
     return (AFTER_LOOP if late else AT_START) if early_launch() else 0
+
+
+def new_partials(steps: int, splits: int, m: int, n: int, device: torch.device) -> tuple[Tensor, int]:
+    """Unwritten partials [SPLITS, M, N] of a product that takes `steps` steps over K (float32; bf16 where there is one
+    split), and the steps of each split: none is empty, so every partial is written."""
+    per_split = triton.cdiv(steps, splits)
+    splits = triton.cdiv(steps, per_split)
+    dtype = torch.float32 if splits > 1 else torch.bfloat16
+    return torch.empty(splits, m, n, dtype=dtype, device=device), per_split
 
 
 def next_power_of_2(n: int) -> int:

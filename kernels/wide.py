@@ -9,13 +9,22 @@ large as registers allow.
 # ruff: noqa: N803
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .a16w4 import planes_at
 from .packing import PLANE_ROWS, PackedWeight
-from .triton_common import INTERP, admission, admit_next, await_previous, dot, to_bf16
+from .triton_common import (
+    INTERP,
+    admission,
+    admit_next,
+    await_previous,
+    dot,
+    new_partials,
+    store_product,
+    to_bf16,
+)
 from .tuning import WideConfig
 
 
@@ -81,9 +90,7 @@ def wide_kernel(
     first = split * groups_per_split
     last = tl.minimum(first + groups_per_split, groups)
     here = n % N_PADDED  # where BN does not divide it, rows past the end repeat others, not stored
-    row = (here // ROWS).to(tl.int64) * groups * ROWS + here % ROWS + first * ROWS
-    words_at = words + row[:, None] * W + i[None, :]
-    scale_at = scales + first * N_PADDED + here
+    words_at, scale_at = planes_at(words, scales, here, first, groups, N_PADDED, ROWS, W)
     x_at = x + m[None, :].to(tl.int64) * K + i[:, None] + first * G
     live = (m < M)[None, :]
     acc = tl.zeros((BN, BM), tl.float32)
@@ -104,12 +111,7 @@ def wide_kernel(
         scale_at += N_PADDED
         x_at += G
     admit_next(EARLY)
-    out_at = out + (split * M + m[None, :]).to(tl.int64) * N + n[:, None]
-    inside = live & (n < N)[:, None]
-    if out.dtype.element_ty == tl.bfloat16:
-        tl.store(out_at, to_bf16(acc, INTERP), mask=inside)
-    else:
-        tl.store(out_at, acc, mask=inside)
+    store_product(out, acc, tile_n, split, m, M, N, BN, BM, False, INTERP)
 
 
 def wide_partials(x: Tensor, weight: PackedWeight, config: WideConfig) -> Tensor:
@@ -117,11 +119,9 @@ def wide_partials(x: Tensor, weight: PackedWeight, config: WideConfig) -> Tensor
     one split)."""
     assert weight.scale is not None and weight.group_size is not None
     (m, k), n, g = x.shape, weight.shape[0], weight.group_size
-    per_split = triton.cdiv(k // g, config.splits)
-    splits = triton.cdiv(k // g, per_split)
-    out = torch.empty(splits, m, n, dtype=torch.float32 if splits > 1 else torch.bfloat16, device=x.device)
+    out, per_split = new_partials(k // g, config.splits, m, n, x.device)
     n_padded = weight.scale.shape[1]
-    grid = (triton.cdiv(m, config.block_m), triton.cdiv(n_padded, config.block_n), splits)
+    grid = (triton.cdiv(m, config.block_m), triton.cdiv(n_padded, config.block_n), out.shape[0])
     early = admission(config.late)
     wide_kernel[grid](
         x, weight.data, weight.scale, out, m, n, n_padded, k, per_split, PLANE_ROWS, config.block_m, config.block_n, g,
