@@ -49,18 +49,25 @@ def problem_of(name: str, format: str, m: int) -> Problem | None:
     return (f"gated {kind}", m, *problems.SHAPES["gate_up"]) if activation_codes(format, m) is None else None
 
 
-def neighbours(config: Config, gated: bool) -> list[Config]:
-    """One field changed at a time."""
+def runs_gated(format: str, m: int) -> bool:
+    """Whether gate_up and SiLU-mul are one kernel by the entry in use."""
+    problem = problem_of("gated", format, m)
+    return problem is not None and table().get(problem, APART)["splits"] == 1
+
+
+RANGES = {"block_n": (32, 256), "block_k": (64, 256), "splits": (1, 16), "warps": (1, 8), "stages": (2, 6)}
+
+
+def neighbours(config: Config, kind: str) -> list[Config]:
+    """One field changed at a time; block_k means nothing to planes, and a gated product does not split K."""
     changes: list[Config] = [{"late": not config.get("late", False)}]
-    for name in ("block_n", "splits", "warps"):
-        changes += [{name: config[name] * 2}, {name: config[name] // 2}]
-    changes += [{"stages": config["stages"] + 1}, {"stages": config["stages"] - 1}]
+    for name, (least, most) in RANGES.items():
+        held = config[name]
+        near = (held + 1, held - 1) if name == "stages" else (held * 2, held // 2)
+        if name != ("splits" if kind.startswith("gated ") else "block_k" if kind.endswith("planes") else ""):
+            changes += [{name: value} for value in near if least <= value <= most]
     found = [config | change for change in changes]
-    return [
-        c for c in found
-        if 32 <= c["block_n"] <= 256 and 1 <= c["warps"] <= 8 and 1 <= c["splits"] <= 16 and 2 <= c["stages"] <= 6
-        and c["block_n"] >= 16 * c["warps"] and not (gated and c["splits"] > 1)
-    ]  # fmt: skip
+    return [c for c in found if c["block_n"] >= 16 * c["warps"]]
 
 
 def candidates(records: list[dict[str, Any]], problem: Problem, most: int = 9) -> list[Config]:
@@ -75,7 +82,7 @@ def candidates(records: list[dict[str, Any]], problem: Problem, most: int = 9) -
     used = table().get(problem) or (table().get((kind.removeprefix("gated "), m, n, k)) if gated else None)
     start = [] if used is None else [used | {"splits": 1} if gated else used]
     found: list[Config] = [APART] if gated else []
-    for config in start + [c for one in start for c in neighbours(one, gated)] + ranked[:most] + many[: most // 2]:
+    for config in start + [c for one in start for c in neighbours(one, kind)] + ranked[:most] + many[: most // 2]:
         if config not in found:
             found.append(config)
     return found
@@ -108,8 +115,8 @@ def descend(
     for _ in range(rounds):
         for name in NAMES:
             problem = problem_of(name, format, m)
-            if problem is None:
-                continue
+            if problem is None or (name == "gate_up" and runs_gated(format, m)):
+                continue  # what does not run would be chosen by noise
             tried = candidates(records, problem)
             held = table().get(problem)
             if name == "gated" and held is None:  # said in any case: without an entry that of a larger M is taken

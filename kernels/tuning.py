@@ -169,7 +169,7 @@ def decode_config(format: str, batch: int, kv_heads: int, max_tokens: int, multi
     elif few:
         wanted, tile, warps, stages = splits(3), 64, 2, 3 if pairs <= 16 else 5
     elif not many:
-        wanted, tile, warps, stages = splits(8 if format == "int4" else 5), 32, 1, 5
+        wanted, tile, warps, stages = splits(8) if format == "int4" else 4, 32, 1, 5
     elif format in ("int4", "k8v4"):
         wanted, tile, warps, stages = 1 if crowded else 2, 64 if format == "int4" else 32, 1, 6
     else:

@@ -79,6 +79,18 @@ def bars() -> str:
             f"`{PYTHON} -m engine.bench --model synthetic:7b --suite switch`",
         ),
         (
+            "H200: requests of 1,024 tokens at once in the same bytes of KV, int8 and int4 against bf16",
+            "1.9x",
+            _fitting(),
+            f"`{PYTHON} -m engine.bench --model synthetic:7b --suite kvfit --kv bf16 int8 int4 fp8 k8v4`",
+        ),
+        (
+            "H200: offline tokens/s against bf16, int4 (w4a8) and int8 (w8a8) weights with KV k8v4",
+            "1.2x, 1.2x",
+            _offline_ratios(),
+            f"`{PYTHON} -m engine.bench --model synthetic:7b --suite peers --parts offline`",
+        ),
+        (
             "H200: `synthetic:7b` quantized to int4 by rtn; by hqq",
             "10 s; 60 s",
             _quantizing(),
@@ -97,7 +109,8 @@ def gpu_table() -> str:
     head += ["offline tokens/s", "shared prefix (s)"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name, measured in _peer_rows().items():
-        tpot = {row["batch"]: f"{row['tpot_ms']:.2f}" for row in measured.get("tpot", [])}
+        mark = "*" if measured.get("rest") else ""
+        tpot = {row["batch"]: f"{row['tpot_ms']:.2f}{mark}" for row in measured.get("tpot", [])}
         cells = [tpot.get(batch, "") for batch in BATCHES]
         cells.append(f"{measured['ttft']['ttft_ms']:.1f}" if "ttft" in measured else "")
         cells.append(f"{measured['offline']['tokens_per_s']:,.0f}" if "offline" in measured else "")
@@ -110,15 +123,15 @@ def gpu_table() -> str:
         f"{machine['gpu']}, torch {versions['torch']}, Triton {versions['triton']}: "
         f"`{PYTHON} -m engine.bench --model synthetic:7b --suite peers --weights ... --kv ...`. Batch N: N prompts of "
         "512 tokens, 129 out. Offline: 256 requests, 100 to 1,024 tokens in and out. Shared: 128 prompts of a common "
-        "prefix of 1,024 tokens and 64 of their own."
+        "prefix of 1,024 tokens and 64 of their own. *: with a pause before each timed run (`PeerSizes.rest`)."
     )
     return "\n".join(lines)
 
 
 BATCHES = (1, 8, 64)
 PEERS = (
-    "h200-peers-bf16-first.json", "h200-peers-bf16.json", "h200-peers-tpot.json", "h200-peers-int4.json",
-    "h200-peers-w8a8.json", "h200-peers-w4a8.json",
+    "h200-peers-bf16.json", "h200-peers-tpot.json", "h200-peers-int4.json", "h200-peers-w8a8.json",
+    "h200-peers-w4a8.json", "h200-peers-bf16-tpot.json",
 )  # fmt: skip
 """Of two runs of one configuration the later one counts, where it measured the same. What has no file yet was not
 measured."""
@@ -135,11 +148,27 @@ def _peer_rows() -> dict[str, dict[str, Any]]:
         for run in report["suites"]["peers"]:
             name = f"weights {run['config']['weights']}, KV {run['config']['kv']}"
             found.setdefault(name, {}).update({part: run[part] for part in PARTS if part in run})
+            if "tpot" in run:
+                found[name]["rest"] = run["sizes"].get("rest", 0.0)
     order = ("bf16", "int8", "w8a8", "fp8", "int4", "w4a8")
     return dict(sorted(found.items(), key=lambda item: order.index(item[0].split()[1].rstrip(","))))
 
 
 PARTS = ("tpot", "ttft", "offline", "shared")
+
+
+def _fitting() -> str:
+    rows = {row["kv"]: row["ratio"] for row in _read(ENGINE / "h200-kvfit.json")["suites"]["kvfit"]}
+    return f"{rows['int8']:.2f}x, {rows['int4']:.2f}x"
+
+
+def _offline_ratios() -> str:
+    rows = _peer_rows()
+    bf16, *others = (
+        rows[name]["offline"]["tokens_per_s"]
+        for name in ("weights bf16, KV bf16", "weights w4a8, KV k8v4", "weights w8a8, KV k8v4")
+    )
+    return ", ".join(f"{other / bf16:.2f}x" for other in others)
 
 
 def _perplexity() -> str:

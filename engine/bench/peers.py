@@ -22,13 +22,16 @@ PARTS = ("tpot", "ttft", "offline", "shared")
 class PeerSizes:
     """tpot: for each of `batches`, that many prompts of `prompt` tokens; (time for `output` tokens - time for 1) over
     the steps between. ttft: one such prompt, one token. shared: `shared` requests of a common prefix, own tokens, and
-    output tokens, prefix caching on. offline: requests of nano-vllm's benchmark, lengths uniform in [low, high]."""
+    output tokens, prefix caching on. offline: requests of nano-vllm's benchmark, lengths uniform in [low, high]. rest:
+    seconds without work before each timed run: a GPU at its power limit lowers its clocks, and the run after it would
+    pay, which for the two runs whose difference is tpot are not the same ones."""
 
     prompt: int = 512
     output: int = 129
     batches: Sequence[int] = (1, 8, 64)
     shared: tuple[int, int, int, int] = (128, 1024, 64, 64)
     offline: tuple[int, int, int] = (256, 100, 1024)
+    rest: float = 0.3
 
     def divided(self, by: int) -> PeerSizes:
         """The same shapes, every count and length an n-th: for a machine that is not a GPU."""
@@ -42,6 +45,7 @@ class PeerSizes:
             batches=sorted({cut(batch) for batch in self.batches}),
             shared=tuple(map(cut, self.shared)),  # type: ignore[arg-type]
             offline=tuple(map(cut, self.offline)),  # type: ignore[arg-type]
+            rest=0.0,
         )
 
 
@@ -61,7 +65,7 @@ def run_peers(
             print(card(engine, roofline), flush=True)
             report |= {"description": engine.description, "roofline": roofline.as_dict()}
             if "ttft" in parts:
-                report["ttft"] = _ttft(engine, fixed_work(vocab, 1, sizes.prompt, 1, seed), repeats)
+                report["ttft"] = _ttft(engine, fixed_work(vocab, 1, sizes.prompt, 1, seed), repeats, sizes.rest)
             if "tpot" in parts:
                 report["tpot"] = [_tpot(engine, roofline, sizes, batch, repeats, seed) for batch in sizes.batches]
             if "offline" in parts:
@@ -75,17 +79,18 @@ def run_peers(
     return report
 
 
-def _seconds(engine: Engine, work: Work) -> float:
+def _seconds(engine: Engine, work: Work, rest: float = 0.0) -> float:
+    time.sleep(rest)
     start = time.perf_counter()
     engine.generate(work.prompts, work.params)
     return time.perf_counter() - start
 
 
-def _watched(engine: Engine, work: Work) -> tuple[float, StepTimes]:
+def _watched(engine: Engine, work: Work, rest: float = 0.0) -> tuple[float, StepTimes]:
     times = StepTimes()
     engine.observers.append(times)
     try:
-        return _seconds(engine, work), times
+        return _seconds(engine, work, rest), times
     finally:
         engine.observers.remove(times)
 
@@ -100,8 +105,8 @@ def _tpot(
         _seconds(engine, work)  # warm-up: kernels are compiled, graphs captured
     runs, decode = [], {}
     for _ in range(repeats):
-        first = _seconds(engine, short)
-        whole, times = _watched(engine, long)
+        first = _seconds(engine, short, sizes.rest)
+        whole, times = _watched(engine, long, sizes.rest)
         runs.append((whole - first) / steps * 1e3)
         decode = times.decode()
     median = statistics.median(runs)
@@ -115,9 +120,9 @@ def _tpot(
     return {"batch": batch, "tpot_ms": median, "runs_ms": runs, "floor_ms": floor, "share": floor / median, **decode}
 
 
-def _ttft(engine: Engine, work: Work, repeats: int) -> dict[str, Any]:
+def _ttft(engine: Engine, work: Work, repeats: int, rest: float) -> dict[str, Any]:
     _seconds(engine, work)
-    runs = [_seconds(engine, work) * 1e3 for _ in range(max(repeats, 3))]
+    runs = [_seconds(engine, work, rest) * 1e3 for _ in range(max(repeats, 3))]
     median = statistics.median(runs)
     length = len(work.prompts[0])
     print(f"  ttft{length}_bs1: {median:.2f} ms ({min(runs):.2f} .. {max(runs):.2f})", flush=True)

@@ -95,6 +95,31 @@ def test_gated_products_are_tried_whole_and_apart(monkeypatch: pytest.MonkeyPatc
     assert tune_layer.problem_of("gated", "w8a8", 64) is None  # SiLU-mul rounds to 8 bits there, over the whole row
 
 
+class Steady:
+    """A chain whose time depends on its gated product alone."""
+
+    def __init__(self, entries: dict[tuple[object, ...], dict[str, object]]) -> None:
+        self.entries = entries
+
+    def microseconds(self) -> float:
+        gated = self.entries.get(("gated planes", 64, 28672, 4096), tune_layer.APART)
+        return 100.0 - 5 * (gated["splits"] == 1)
+
+
+def test_a_product_that_does_not_run_keeps_its_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = asdict(SkinnyConfig(64, 128, 1, 4, 3))
+    entries: dict[tuple[object, ...], dict[str, object]] = {("planes", 64, 28672, 4096): held}
+    monkeypatch.setattr(tune_layer, "table", lambda: entries)
+    written = tune_layer.descend(Steady(entries), "int4", 64, [])  # type: ignore[arg-type]
+    assert entries["gated planes", 64, 28672, 4096]["splits"] == 1
+    assert entries["planes", 64, 28672, 4096] == held
+    assert {entry["kind"] for entry in written} == {"planes", "gated planes"}
+    tried = []
+    monkeypatch.setattr(tune_layer, "candidates", lambda records, problem: tried.append(problem) or [])
+    tune_layer.descend(Steady(entries), "int4", 64, [])  # type: ignore[arg-type]
+    assert ("planes", 64, 28672, 4096) not in tried and ("gated planes", 64, 28672, 4096) in tried
+
+
 @pytest.mark.parametrize(
     "format, m, kind",
     [("int4", 64, "planes"), ("bf16", 1, "bf16"), ("w8a8", 1, "int8"), ("w8a8", 64, "a8w8"), ("int8", 64, "int8"),
