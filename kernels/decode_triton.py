@@ -23,22 +23,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .codec_triton import bits_of, has_low, operand_bias, operand_fp16, reading
 from .kv_cache import KVLayer
 from .kv_cache_triton import scale_strides
-from .triton_common import (
-    INTERP,
-    admission,
-    admit_next,
-    await_previous,
-    bits_of,
-    dot,
-    has_low,
-    next_power_of_2,
-    operand_bias,
-    operand_fp16,
-    reading,
-    to_bf16,
-)
+from .triton_common import INTERP, admission, admit_next, await_previous, dot, next_power_of_2, to_bf16
 from .tuning import DecodeConfig, decode_config
 
 ROWS = 16  # query rows of one program: a tensor-core tile

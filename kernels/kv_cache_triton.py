@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .codec_triton import bits_of, operand_bias, operand_fp16, reading
 from .kv_cache import KV_FORMATS, KVLayer
-from .triton_common import INTERP, bits_of, operand_bias, operand_fp16, reading, to_bf16
+from .triton_common import INTERP, to_bf16
 
 
 @triton.jit

@@ -13,10 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .codec_triton import bits_of, reading
 from .decode_triton import LOG2_E, accumulate, load_query, load_side, scores, store_planes, tile_blocks
 from .kv_cache import KVLayer
 from .kv_cache_triton import expand_blocks, scale_strides
-from .triton_common import INTERP, bits_of, next_power_of_2, reading
+from .triton_common import INTERP, next_power_of_2
 from .tuning import PrefillConfig, prefill_config
 
 

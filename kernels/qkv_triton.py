@@ -10,10 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .codec_triton import bits_of
 from .elementwise_triton import split_sum
 from .kv_cache import KVLayer
 from .kv_cache_triton import encode_rows, scale_strides
-from .triton_common import INTERP, await_previous, bits_of, early_launch, to_bf16
+from .triton_common import INTERP, await_previous, early_launch, to_bf16
 
 
 @triton.jit

@@ -14,7 +14,7 @@ import kernels
 from engine import Engine, EngineConfig
 from engine.kv_plan import KVPlan
 from engine.sampling_params import SamplingParams
-from kernels import decode_triton, kv_cache_triton, problems, triton_common
+from kernels import codec_triton, decode_triton, kv_cache_triton, problems
 from kernels.timing import microseconds
 from kernels.tuning import DecodeConfig, decode_config
 
@@ -44,7 +44,7 @@ def test_exact(format: str, block_size: int, head_dim: int) -> None:
 
 def test_e4m3_without_the_instruction(monkeypatch: pytest.MonkeyPatch) -> None:
     """The path of GPUs that cannot convert e4m3: shifts, the same numbers."""
-    for module in (triton_common, decode_triton, kv_cache_triton):
+    for module in (codec_triton, decode_triton, kv_cache_triton):
         monkeypatch.setattr(module, "reading", lambda codec: "fp8_shifted" if codec == "fp8" else codec, raising=False)
     checks_kv.check_exact("fp8", 64, 128, "cuda", impl="triton", order="block")
     checks.check_decode("fp8", [1, 130, 900], 64, 2, 4, 128, "cuda", impl="triton")
