@@ -11,6 +11,8 @@ INSTALL = quiet=--quiet; [ -t 1 ] && quiet=; \
     $(PY) -m pip install $$quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
 INSTALLED := $(VENV)/.installed
 INSTALLED_TEST := $(VENV)/.installed-test
+SETTINGS := $(VENV)/share/jupyter/lab/settings
+QUIET := {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false"}}
 
 .PHONY: lab demo test lint types unit notebooks browser clean
 .NOTPARALLEL:
@@ -20,9 +22,11 @@ INSTALLED_TEST := $(VENV)/.installed-test
 lab notebooks browser: export GOMP_SPINCOUNT := 1000
 
 # As root JupyterLab wants to be told so; without a display it prints its address instead of opening a browser.
-# The token stays on, the server listens on this machine only and asks nobody for news or updates.
+# The token stays on, the server listens on this machine only, asks nobody for news or updates, and does not ask whether it
+# may.
 lab: $(INSTALLED)
-	@set -- --ServerApp.ip=127.0.0.1 --LabApp.default_url=/lab/tree/notebooks/00_quickstart.ipynb --LabApp.news_url=None \
+	@mkdir -p $(SETTINGS); echo '$(QUIET)' > $(SETTINGS)/overrides.json; \
+	set -- --ServerApp.ip=127.0.0.1 --LabApp.default_url=/lab/tree/notebooks/00_quickstart.ipynb --LabApp.news_url=None \
 	    --LabApp.check_for_updates_class=jupyterlab.handlers.announcements.NeverCheckForUpdate; \
 	if [ "$$(id -u)" = 0 ]; then set -- "$$@" --allow-root; fi; \
 	if [ "$$(uname)" = Linux ] && [ -z "$$DISPLAY$$WAYLAND_DISPLAY" ]; then \
