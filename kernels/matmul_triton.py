@@ -9,7 +9,7 @@ from torch import Tensor
 from .a8w4 import a8w4_partials, requantize_rows
 from .a8w8 import a8w8_partials
 from .a16w4 import a16w4_partials, dequantize_rows, reduce_splits
-from .activations import Activations, Operand, SummedRows
+from .activations import Activations, Operand, SummedRows, activation_codes
 from .packing import PLANE_ROWS, PackedWeight
 from .skinny import skinny_partials, widen_rows
 from .triton_common import INTERP
@@ -110,10 +110,12 @@ def linear_fused(
 
 
 def gated_fused(x: Tensor, weight: PackedWeight) -> Tensor | None:
-    """bf16 silu(gate) * up [M, I] of x [M, K] bf16 and a fused weight [2I, K], by one kernel; None where M is large, or
-    its tiles are better split over K or do not fit."""
+    """bf16 silu(gate) * up [M, I] of x [M, K] bf16 and a fused weight [2I, K], by one kernel; None where M is large or
+    the format rounds x, or its tiles are better split over K or do not fit."""
     (m, k), n = x.shape, weight.shape[0]
-    if not 0 < m <= SKINNY_ROWS or x.dtype != torch.bfloat16:
+    if not 0 < m <= SKINNY_ROWS or x.dtype != torch.bfloat16 or activation_codes(weight.format, m) is not None:
+        return None
+    if weight.layout not in ("planes", "plain") or weight.device != x.device:  # `linear` says what is wrong
         return None
     if weight.layout == "planes":
         assert weight.group_size is not None

@@ -55,6 +55,28 @@ def test_gated(
     assert fused == [2 * inner] * (2 if rows <= 16 else 1)  # not for a reader in 8 bits, nor with a bias
 
 
+@pytest.mark.parametrize("format", ["w8a8", "fp8"])
+@pytest.mark.parametrize("rows", [16, 17])
+def test_gated_rounds_where_the_product_does(format: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one kernel x keeps its 16 bits: only where `linear` leaves them too."""
+    fused = []
+    monkeypatch.setattr(
+        matmul_triton, "gated_config", lambda kind, m, n, k, plain: fused.append(n) or replace(plain, splits=1)
+    )
+    weight = kernels.pack_weight(torch.randn(256, 128) * 0.1, format, device="cpu", layout="plain")
+    x = torch.randn(rows, 128).bfloat16()
+    got = kernels.gated_linear(x, weight, impl="triton")
+    if rows > 16:
+        assert torch.equal(got, kernels.silu_mul(kernels.linear(x, weight, impl="triton"), impl="triton"))
+    assert fused == [256] * (rows <= 16)
+
+
+def test_a_layout_that_kernels_cannot_read_is_refused_when_gated() -> None:
+    weight = kernels.pack_weight(torch.randn(256, 128), "int8", device="cpu")
+    with pytest.raises(ValueError, match="impl 'triton' cannot read the layout 'int8pack' of int8"):
+        kernels.gated_linear(torch.randn(3, 128).bfloat16(), weight, impl="triton")
+
+
 def test_sums_of_other_groups_are_refused() -> None:
     dense = torch.randn(64, 256)
     weights = [kernels.pack_weight(dense, "int4", group_size=g, device="cpu", layout="planes") for g in (64, 128)]
