@@ -31,12 +31,14 @@ from engine.torch_step import Scored, TorchStep, add_scored, by_item, scored_ite
 from engine.weight_plan import WeightPlan
 from kernels import KVLayer, allocate_kv
 from kernels.packing import has_mkldnn_linear
+from kernels.tuning import TUNED_ROWS
 
 CPU_POOL = 1 << 30
 """Most bytes that the engine takes for KV and reserve on a CPU when no limit is given."""
 CUDA_SCRATCH = 160 << 20
-"""What libraries and kernels take on a GPU for themselves: cuBLAS 32 MB per stream on Hopper, 64 MB for the slice of a
-quantized matrix that a long prompt is multiplied with, partial sums of split matrices and of attention."""
+"""What libraries and kernels take on a GPU for themselves: cuBLAS 32 MB per stream on Hopper, 32 MB for the slice of a
+quantized matrix that a long prompt is multiplied with, as bf16 and as int8 each, partial sums of split matrices and of
+attention."""
 PROMPT_ROWS = 256
 """Rows of logits held at once when prompt log-probabilities are asked for: 256 x 150,000 float32 are 150 MB."""
 
@@ -187,10 +189,12 @@ class TorchRunner:
     def _prompt_shapes(self) -> list[tuple[int, int]]:
         """(prompts, tokens of each) of steps whose kernels differ: by the number of prompts, and of tokens in all."""
         assert self._cos_sin is not None
-        longest = min(self.config.max_batched_tokens, len(self._cos_sin))
-        most = min(self.config.max_batch_size, max(1, self.config.max_batched_tokens // 256))  # in one step, mostly
+        longest, budget, batch = len(self._cos_sin), self.config.max_batched_tokens, self.config.max_batch_size
+        most = min(batch, max(1, budget // 256))  # in one step, mostly
         counts = [(1 << i, 1) for i in range(most.bit_length())]
-        return [*counts, *((1, 1 << i) for i in range(4, longest.bit_length()))]
+        limit = min(budget, batch * longest)  # short sessions fill a step together
+        sizes = {1 << i for i in range(4, limit.bit_length())} | {n for n in TUNED_ROWS if 16 < n < limit} | {limit}
+        return counts + [(count, size // count) for size in sorted(sizes) for count in [-(-size // longest)]]
 
     def _compute_inert(self, count: int, length: int) -> None:
         """A step of prompts that writes no keys and whose logits nobody reads."""

@@ -18,6 +18,7 @@ from engine.request import Request, RequestStatus
 from engine.sampler import SamplingPlan
 from engine.sampling_params import SamplingParams
 from engine.step_inputs import BlockTables, block_tables, feed_rows, prompt_arrays, step_arrays
+from kernels.tuning import TUNED_ROWS
 from tests.unit.engine.support import make_request, make_scheduler
 
 SIZE = 4
@@ -161,6 +162,24 @@ def test_numbers_that_are_not_finite_are_told_by_their_bits(dtype: torch.dtype) 
     slot = board.take()
     slot.fetch(board.buffer)
     assert slot.finite(len(values)).tolist() == highest.isfinite().tolist() == [True] * 7 + [False] * 4
+
+
+@pytest.mark.parametrize("longest, budget, batch", [(2048, 2048, 8), (300, 2048, 8), (2048, 700, 8), (100, 2048, 4)])
+def test_warm_up_meets_what_is_tuned_for_any_step(longest: int, budget: int, batch: int) -> None:
+    """Whatever number of tokens a step has, one was computed before that reads the same tuned entry."""
+    config = EngineConfig(
+        model="synthetic:tiny", device="cpu", memory_limit=64 << 20, session_len=longest, max_batched_tokens=budget,
+        max_batch_size=batch,
+    )  # fmt: skip
+    with Engine(config) as engine:
+        shapes = engine.runner._prompt_shapes()  # type: ignore[attr-defined]
+    assert all(length <= longest and count <= batch and count * length <= budget for count, length in shapes)
+
+    def entry(tokens: int) -> int:
+        return sum(tokens > rows for rows in TUNED_ROWS)
+
+    met = {entry(count * length) for count, length in shapes}
+    assert {entry(tokens) for tokens in range(9, min(budget, batch * longest) + 1)} <= met
 
 
 @pytest.mark.parametrize(("kv", "impl"), [("bf16", "torch"), ("int8", "auto")])
