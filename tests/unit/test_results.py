@@ -28,3 +28,14 @@ def test_what_is_measured_later_becomes_a_row(tmp_path: Path, monkeypatch: pytes
         (tmp_path / f"h200-peers-{weights}.json").write_text(json.dumps(report | {"suites": {"peers": [run]}}))
         rows.append(f"| weights {weights}, KV k8v4 |  |  |  | 98.8 |  |  |")
         assert gpu_table().splitlines()[2:-2] == rows
+
+
+def test_ratios_are_of_the_rows_that_they_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    speeds = {("bf16", "bf16"): 100.0, ("w8a8", "k8v4"): 150.0, ("w4a8", "k8v4"): 125.0}
+    for (weights, kv), speed in speeds.items():
+        run = {"config": {"weights": weights, "kv": kv}, "offline": {"tokens_per_s": speed}}
+        (tmp_path / f"h200-peers-{weights}.json").write_text(json.dumps({"suites": {"peers": [run]}}))
+    fits = [{"kv": kv, "ratio": ratio} for kv, ratio in (("bf16", 1.0), ("int4", 3.5), ("int8", 1.75))]
+    (tmp_path / "h200-kvfit.json").write_text(json.dumps({"suites": {"kvfit": fits}}))
+    monkeypatch.setattr(results, "ENGINE", tmp_path)
+    assert results._offline_ratios() == "1.25x, 1.50x" and results._fitting() == "1.75x, 3.50x"

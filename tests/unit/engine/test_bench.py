@@ -11,7 +11,7 @@ import torch
 
 from engine.bench.cli import main, parse
 from engine.bench.host import run_host
-from engine.bench.peers import PeerSizes
+from engine.bench.peers import PeerSizes, run_peers
 from engine.bench.reference import generate_candidate, load_network
 from engine.bench.roofline import Roofline
 from engine.bench.soak import Soak
@@ -61,6 +61,19 @@ def test_the_workloads_of_the_peers() -> None:
     sizes = PeerSizes()
     assert (sizes.prompt, sizes.output, tuple(sizes.batches)) == (512, 129, (1, 8, 64))
     assert sizes.shared == (128, 1024, 64, 64) and sizes.offline == (256, 100, 1024)
+
+
+def test_timed_runs_of_the_peers_begin_rested(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each run that counts waits once, warm-ups do not; on a machine that is not a GPU nothing does."""
+    rests: list[float] = []
+    monkeypatch.setattr("engine.bench.peers.time.sleep", rests.append)
+    config = EngineConfig(model="synthetic:tiny", device="cpu", memory_limit=100_000_000)
+    sizes = PeerSizes(prompt=8, output=3, batches=(1, 2), rest=0.125)
+    with load_model(config) as model:
+        run_peers(config, model, sizes, ("ttft", "tpot"), 2, 0)
+    ttft, tpot = 3, 2 * 2 * 2  # three at least; for each batch and repeat one of one token and one of them all
+    assert rests.count(0.125) == ttft + tpot and set(rests) == {0.0, 0.125}
+    assert PeerSizes().rest > 0 == PeerSizes().divided(2).rest
 
 
 def test_kvfit_counts_requests_that_run(tmp_path: Path) -> None:

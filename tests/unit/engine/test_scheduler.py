@@ -18,6 +18,19 @@ def test_one_token_decodes_stand_before_prefill_chunks() -> None:
     assert batch.items == [*batch.decodes, *batch.prefills]
 
 
+def test_decodes_stand_in_the_order_of_their_contexts_longest_first() -> None:
+    """Of equal ones the older stands first; who runs how long is as before."""
+    scheduler, memory = make_scheduler(num_blocks=64, max_batched_tokens=64), SlotMemory(4)
+    for name, length in (("a", 3), ("b", 9), ("c", 5), ("d", 9)):
+        scheduler.add(make_request(name, range(100, 100 + length), max_tokens=9))
+    run_step(scheduler, memory)
+    scheduler.add(make_request("e", range(300, 312), max_tokens=9))
+    for last in ([], ["e"]):
+        batch = run_step(scheduler, memory)
+        assert [item.request.request_id for item in batch.decodes] == ["e"] * bool(last) + ["b", "d", "c", "a"]
+    assert [request.request_id for request in scheduler.running] == ["a", "b", "c", "d", "e"]
+
+
 def test_a_long_prompt_is_computed_in_chunks_and_samples_once() -> None:
     scheduler, memory = make_scheduler(num_blocks=64, max_batched_tokens=16), SlotMemory(4)
     request = make_request("a", range(40))

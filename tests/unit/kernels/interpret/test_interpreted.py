@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 
 import kernels
+from kernels import matmul_triton
 from tests.unit.kernels import checks
 
 LAYOUT = {"bf16": "plain", "int8": "plain", "int4": "planes"}
@@ -21,6 +22,14 @@ def test_linear(format: str, group_size: int, m: int, n: int, k: int) -> None:
 @pytest.mark.parametrize("m", [3, 40])
 def test_linear_integers_exact(format: str, m: int) -> None:
     checks.check_linear_exact(m, 80, 256, format, 64, "cpu", impl="triton", layout=LAYOUT[format])
+
+
+@pytest.mark.parametrize("format, n", [("int8", 150), ("int8", 160), ("int4", 150)])
+def test_linear_by_slices_of_the_weight(format: str, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What many rows do: the weight in bf16, 64 rows of it at a time here, the last slice smaller."""
+    monkeypatch.setitem(matmul_triton.FUSED_ROWS, format, 4)
+    monkeypatch.setattr(matmul_triton, "DEQUANTIZED_ELEMENTS", 64 * 640)
+    checks.check_linear(9, n, 640, format, 128, "cpu", impl="triton", layout=LAYOUT[format])
 
 
 def test_linear_ragged_k() -> None:
@@ -42,6 +51,13 @@ def test_prefill(format: str, head_dim: int, group: int, block_size: int) -> Non
         format, [(1, 40), (0, 20), (70, 90), (33, 33)], block_size, 2, group, head_dim, "cpu", impl="triton",
         order="block",
     )
+
+
+@pytest.mark.parametrize("padding", [0, 1, 200])
+@pytest.mark.parametrize("chunks", [[(64, 64)], [(3, 5), (61, 61)], [(65, 70)], [(40, 40), (0, 9)]])
+def test_prefill_of_padding_rows_is_zero(chunks: list[tuple[int, int]], padding: int) -> None:
+    """More of them than a tile of queries, behind sequences that end inside and at the edge of one."""
+    checks.check_prefill("bf16", chunks, 16, 1, 2, 64, "cpu", impl="triton", padding=padding, order="block")
 
 
 @pytest.mark.parametrize("format", [name for name in kernels.KV_FORMATS if name != "bf16"])
