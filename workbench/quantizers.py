@@ -39,7 +39,7 @@ BY_FORMAT = {
     "w8a8": ("rtn", "smoothquant"),
 }
 """Methods that are measured, by the format they write. A method's w4a8 has the codes of its int4; what it loses more is
-the price of 8-bit activations."""
+the price of products in 8 bits."""
 
 
 @dataclass(frozen=True, slots=True)
