@@ -3,8 +3,8 @@
 In the CPU's memory order (heads outermost, see `kv_cache`) gathering a batch's blocks is one index_select, and what it
 gives is already the batch of matrices [heads * batch, tokens, D] that bmm wants: no transpose, no loop over sequences.
 Quantized codes enter the product as centred bf16 integers and the scales are applied to the scores and the weights (as
-in `decode_triton`). What lies behind a sequence's last token cannot reach a result: scores there are replaced, values
-there are cleared.
+in `decode_triton`). What lies behind a sequence's last token cannot reach a result: scores there are replaced or
+masked, and what would survive that is cleared.
 """
 
 from __future__ import annotations
@@ -44,21 +44,15 @@ class Rows:
 
 @dataclass(frozen=True)
 class _Tails:
-    """Where gathered blocks hold what is not a row's own: its last block from some offset on (`behind` [rows,
-    block_size]), and the repetitions of its first block where that one is not full (`past`). Repetitions of a full
-    block stay: they are a row's own numbers, which a weight of zero takes out."""
+    """Which tokens of gathered blocks, int64 [n] counted through all rows, are not a row's own: the rest of its last
+    block, and the repetitions of its first block where that one is not full. Repetitions of a full block stay: they are
+    a row's own numbers, which a weight of zero takes out."""
 
-    last: Tensor
-    behind: Tensor
-    past: Tensor
+    tokens: Tensor
 
     def clear(self, x: Tensor) -> None:
         """Zero them in x [Hkv, B, tokens, D], in place: somebody else's NaN would survive a weight of zero."""
-        blocks = x.view(x.shape[0], -1, self.behind.shape[1], x.shape[-1])
-        if len(self.past):
-            blocks.index_fill_(1, self.past, 0)
-        cleared = blocks.index_select(1, self.last).masked_fill_(self.behind[None, :, :, None], 0)
-        blocks.index_copy_(1, self.last, cleared)
+        x.view(x.shape[0], -1, x.shape[-1]).index_fill_(1, self.tokens, 0)
 
 
 DecodePlan = tuple[Rows, ...]
@@ -105,9 +99,9 @@ def decode_cpu(
 
 
 def _decode_rows(q: Tensor, layer: KVLayer, rows: Rows, scale: float) -> Tensor:
-    if len(rows.counts) == 1 and layer.format.key.bits == layer.format.value.bits == 16:
-        return _decode_alone(q, layer, rows, scale)
-    return _decode_padded(q, layer, rows, scale)
+    if layer.format.name != "bf16":
+        return _decode_codes(q, layer, rows, scale)
+    return (_decode_alone if len(rows.counts) == 1 else _decode_masked)(q, layer, rows, scale)
 
 
 def _decode_alone(q: Tensor, layer: KVLayer, row: Rows, scale: float) -> Tensor:
@@ -120,8 +114,38 @@ def _decode_alone(q: Tensor, layer: KVLayer, row: Rows, scale: float) -> Tensor:
     return F.scaled_dot_product_attention(rows, k, v, scale=scale).reshape(q.shape).to(q.dtype)
 
 
-def _decode_padded(q: Tensor, layer: KVLayer, group: Rows, scale: float) -> Tensor:
-    """All rows at once, padded to the longest; every length is at least 1."""
+def _decode_masked(q: Tensor, layer: KVLayer, group: Rows, scale: float) -> Tensor:
+    """Several sequences in bf16, padded to the longest: scale and mask enter the product, and the weights come out of
+    softmax in the 16 bits that the second product takes."""
+    batch, heads, d = q.shape
+    hkv = layer.kv_heads
+    k, v = (
+        _gather(words, group.table, batch, group.space, side)
+        for words, side in ((layer.key, "key"), (layer.value, "value"))
+    )
+    if group.tails is not None:  # NaN would survive a mask that is added and a weight of zero
+        group.tails.clear(k)
+        group.tails.clear(v)
+    rows = q.view(batch, hkv, -1, d).transpose(0, 1).to(torch.bfloat16).reshape(hkv * batch, -1, d)
+    mask = _mask(group, hkv, rows.shape[1], k.shape[2])
+    p = torch.softmax(torch.baddbmm(mask, rows, k.flatten(0, 1).transpose(1, 2), alpha=scale), -1)
+    y = torch.bmm(p, v.flatten(0, 1)).view(hkv, batch, -1, d)
+    return y.transpose(0, 1).reshape(batch, heads, d).to(q.dtype)
+
+
+def _mask(group: Rows, hkv: int, per_head: int, width: int) -> Tensor:
+    """bf16 [Hkv * B, query heads of one KV head, tokens], -inf behind a row's end; made once for all layers."""
+    held = group.space.get("mask")
+    if held is None or held.shape != (hkv * len(group.counts), per_head, width):
+        held = torch.zeros(hkv, len(group.counts), per_head, width, dtype=torch.bfloat16)
+        if group.behind is not None:
+            held.masked_fill_(group.behind[:, None], float("-inf"))
+        group.space["mask"] = held = held.flatten(0, 1)
+    return held
+
+
+def _decode_codes(q: Tensor, layer: KVLayer, group: Rows, scale: float) -> Tensor:
+    """Sequences of quantized keys and values, padded to the longest; every length is at least 1."""
     batch, heads, d = q.shape
     hkv = layer.kv_heads
     key, value, codec_k, codec_v = layer.key, layer.value, layer.format.key, layer.format.value
@@ -129,24 +153,17 @@ def _decode_padded(q: Tensor, layer: KVLayer, group: Rows, scale: float) -> Tens
     v, vs, vl = _operand(value, layer.value_scale, codec_v, group, "value")
     if group.tails is not None and group.behind is not None:
         group.tails.clear(v)
-        if vs is not None and vl is not None:  # a NaN scale behind the end would survive multiplication by zero
-            vs, vl = vs.masked_fill(group.behind, 0), vl.masked_fill(group.behind, 0)
+        # a NaN scale behind the end would survive multiplication by zero
+        vs, vl = vs.masked_fill(group.behind, 0), vl.masked_fill(group.behind, 0)
     rows = q.view(batch, hkv, -1, d).transpose(0, 1).to(torch.bfloat16)  # [Hkv, B, group, D]
-    q_codes = rows if ks is None else rows[..., _permutation(d, codec_k.bits)]
-    s = (
-        torch.bmm(q_codes.reshape(hkv * batch, -1, d), k.flatten(0, 1).transpose(1, 2))
-        .view(hkv, batch, -1, k.shape[2])
-        .float()
-    )
-    if ks is not None and kl is not None:
-        s = s.mul_(ks[:, :, None]).add_(rows.float().sum(-1, keepdim=True) * kl[:, :, None])
+    q_codes = rows[..., _permutation(d, codec_k.bits)].reshape(hkv * batch, -1, d)
+    s = torch.bmm(q_codes, k.flatten(0, 1).transpose(1, 2)).view(hkv, batch, -1, k.shape[2]).float()
+    s = s.mul_((ks * scale)[:, :, None]).add_(rows.float().sum(-1, keepdim=True) * (kl * scale)[:, :, None])
     if group.behind is not None:
         s.masked_fill_(group.behind[:, None], float("-inf"))
-    p = torch.softmax(s.mul_(scale), -1)
-    weighted = p if vs is None else p * vs[:, :, None]
-    y = torch.bmm(weighted.bfloat16().flatten(0, 1), v.flatten(0, 1)).view(hkv, batch, -1, d)
-    if vl is not None:
-        y = (y.float() + p @ vl[..., None])[..., _inverse(d, codec_v.bits)]
+    p = torch.softmax(s, -1)
+    y = torch.bmm((p * vs[:, :, None]).bfloat16().flatten(0, 1), v.flatten(0, 1)).view(hkv, batch, -1, d)
+    y = (y.float() + p @ vl[..., None])[..., _inverse(d, codec_v.bits)]
     return y.transpose(0, 1).reshape(batch, heads, d).to(q.dtype)
 
 
@@ -186,15 +203,14 @@ def _gather(
 
 def _operand(
     words: Tensor, scales: Tensor | None, codec: Codec, group: Rows, side: str
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """bf16 [Hkv, B, tokens, D] with scale and low [Hkv, B, tokens]: x ~ operand * scale + low, its elements in
     `_permutation`'s order; one row is cut to its own length."""
     batch = len(group.counts)
     x = _gather(words, group.table, batch, group.space, side)
     if batch == 1:
         x = x[:, :, : group.counts[0]]
-    if scales is None:
-        return x, None, None
+    assert scales is not None
     scale, low = scale_and_low(_gather(scales, group.table, batch)[:, :, : x.shape[2]])
     if codec.name == "fp8":
         numbers = _e4m3_pairs().index_select(0, x.flatten().int().add_(1 << 15))
@@ -230,10 +246,9 @@ def _inverse(d: int, bits: int) -> Tensor:
 
 def _tails(held: Tensor, lengths: Tensor, block_size: int, width: int) -> _Tails:
     """Of rows that hold `held` blocks each, gathered `width` at a time."""
-    last = torch.arange(0, width * len(held), width) + held - 1
-    behind = torch.arange(block_size) > (lengths[:, None] - 1) % block_size
-    past = (torch.arange(width) >= held[:, None]) & (lengths < block_size)[:, None]
-    return _Tails(last, behind, past.view(-1).nonzero().view(-1))
+    token = torch.arange(width * block_size)
+    own = torch.where(lengths < block_size, width, held) * block_size  # what is gathered beyond may stay
+    return _Tails(((token >= lengths[:, None]) & (token < own[:, None])).view(-1).nonzero().view(-1))
 
 
 @dataclass(frozen=True)
