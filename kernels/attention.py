@@ -11,14 +11,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .attention_cpu import DecodePlan, PrefillPlan, decode_cpu, plan_decode, plan_prefill, prefill_cpu
+from .decode_cpu import DecodePlan, decode_cpu, plan_decode
 from .dispatch import Implementations, choose
 from .kv_cache import KVLayer, read_kv
+from .prefill_cpu import PrefillPlan, plan_prefill, prefill_cpu
 
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """Indices and masks of one step's attention on a CPU, shared by all layers; see `attention_cpu`."""
+    """Indices and masks of one step's attention on a CPU, shared by all layers; see `decode_cpu`."""
 
     decode: DecodePlan | None
     prefill: PrefillPlan | None
