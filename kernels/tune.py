@@ -27,104 +27,24 @@ from .a8w4 import a8w4_partials
 from .a8w8 import a8w8_partials
 from .a16w4 import reduce_splits
 from .activations import quantize_rows
+from .candidates import (
+    a8w4_candidates,
+    a8w8_candidates,
+    decode_candidates,
+    plain_candidates,
+    planes_candidates,
+    prefill_candidates,
+    wide_candidates,
+)
 from .decode_triton import decode_triton
 from .elementwise_triton import add_rms_norm, silu_mul
 from .kv_cache import KV_FORMATS
 from .matmul_triton import linear_8_bit, linear_partials
 from .prefill_triton import prefill_triton
 from .timing import microseconds
-from .tuning import TUNED, DecodeConfig, PrefillConfig, SkinnyConfig, WideConfig
+from .tuning import TUNED
 
 Task = tuple[str, dict[str, Any], list[Any]]  # operation, arguments of its problem, candidates
-
-
-def planes_candidates(m: int) -> list[Any]:
-    bm = 8 if m <= 8 else 16 if m <= 16 else 32 if m <= 32 else 64
-    if m <= 16:
-        return [
-            SkinnyConfig(bm, bn, s, w, st)
-            for bn, w, st, s in product((32, 64, 128, 256), (1, 2, 4, 8), (3, 4, 5), (1, 2, 3, 4, 6, 8, 10, 12, 16))
-            if 16 <= bn // w <= 64 and (bn < 256 or s > 2)
-        ]
-    return [
-        SkinnyConfig(b, bn, s, w, st)
-        for b, bn, w, st, s in product((bm // 2, bm), (64, 128, 256), (2, 4, 8), (2, 3, 4), (1, 2, 4, 8))
-        if 16 <= bn // w <= 64
-    ]
-
-
-def wide_candidates(m: int) -> list[Any]:
-    return [
-        WideConfig(bm, bn, s, w, st)
-        for bm, bn, w, st, s in product((64, 128, 256), (64, 128, 256), (4, 8), (2, 3, 4), (1, 2, 4))
-        if bm <= m and bm * bn <= 1 << 15 and bm * bn // w >= 1024 and (s == 1 or m <= 256) and (bm < 256 or st < 4)
-    ]
-
-
-def plain_candidates(m: int, element_bytes: int) -> list[Any]:
-    bm = 8 if m <= 8 else 16 if m <= 16 else 32 if m <= 32 else 64
-    if m > 16:
-        shapes = [
-            (bn, bk, w, st)
-            for bn, bk, w, st in product((64, 128, 256), (64, 128), (4, 8), (3, 4, 5, 6))
-            if 40960 <= (bm * 2 + bn * element_bytes) * bk * st <= 212992 and bn // w >= 16
-        ]
-    elif element_bytes == 2:
-        shapes = [
-            (bn, bk, w, st)
-            for bn, bk, w, st in product((16, 32, 64), (128, 256), (1, 2, 4), (2, 3, 4, 5, 6))
-            if 8192 <= bn * bk * st <= 49152 and bn // w >= 16
-        ]
-    else:
-        shapes = [
-            (bn, bk, w, st)
-            for bn, bk, w, st in product((32, 64, 128), (128, 256), (2, 4), (2, 3, 4))
-            if 12288 <= bn * bk * st <= 98304 and bn // w >= 16
-        ]
-    return [SkinnyConfig(bm, bn, s, w, st, bk) for (bn, bk, w, st), s in product(shapes, (1, 2, 4, 6))]
-
-
-def a8w8_candidates(m: int) -> list[Any]:
-    """At few rows as many programs as fill the GPU, by narrow tiles or splits of K; then ever larger tiles."""
-    if m <= 64:
-        return [
-            WideConfig(bm, bn, s, 4, st, bk)
-            for bm, bn, s, st, bk in product((16, 32, 64), (32, 64, 128), (1, 2, 4, 8), (3, 4, 5), (128, 256))
-            if bm <= m and bm * bn >= 1024 and (bm + bn) * bk * st <= 160 << 10
-        ]
-    sizes = (64, 128) if m <= 256 else (64, 128, 256)
-    return [
-        WideConfig(bm, bn, s, w, st, bk)
-        for bm, bn, s, w, st, bk in product(sizes[-2:], sizes, (1, 2), (4, 8), (3, 4), (64, 128))
-        if bm * bn <= 1 << 15 and 512 <= bm * bn // w <= 1 << 12 and (s == 1 or m <= 256)
-    ]
-
-
-def a8w4_candidates(m: int) -> list[Any]:
-    """Each warp multiplies whole rows of 16 weights, 4096 sums at most; two programs share a multiprocessor, or one of
-    8 warps has it."""
-    return [
-        WideConfig(bm, bn, s, w, st)
-        for bm, bn, w, st, s in product((64, 128, 256), (64, 128, 256), (4, 8), (3, 4), (1, 2, 4, 8))
-        if bm < 2 * m and bn >= 16 * w and 1 << 10 <= bm * bn // w <= 1 << 12 and (s <= 2 or m <= 256)
-    ]
-
-
-def decode_candidates(batch: int, kv_heads: int) -> list[Any]:
-    wanted = [max(1, round(132 * c / (batch * kv_heads))) for c in (2, 3, 4, 6, 8, 12)]
-    return [
-        DecodeConfig(tile, s, 128, w, st)
-        for tile, w, st, s in product((32, 64, 128), (1, 2, 4), (2, 3, 4), sorted(set(wanted)))
-        if 16 <= tile // w <= 64
-    ]
-
-
-def prefill_candidates() -> list[Any]:
-    return [
-        PrefillConfig(bq, tile, w, st)
-        for bq, tile, w, st in product((64, 128), (32, 64, 128), (4, 8), (2, 3))
-        if bq * tile // w <= 2048
-    ]
 
 
 def _runner(op: str, arguments: dict[str, Any]) -> Callable[[Any], problems.Calls]:
@@ -217,7 +137,7 @@ def tasks(kinds: list[str], most: int) -> list[Task]:
     `most` candidates of each problem, drawn with a fixed seed."""
     found: list[Task] = []
     rows = {
-        "planes": (1, 16, 32, 64), "wide": (128, 256), "bf16": (1, 16, 32, 64), "int8": (1, 16, 64),
+        "planes": (1, 16, 32, 64), "wide": (128, 256), "bf16": (1, 16, 32, 64), "int8": (1, 16, 64, 128, 256),
         "a8w8": (64, 128, 256, 2048), "a8w4": (128, 192, 256, 512),
     }  # fmt: skip
     for kind in kinds:

@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 if sys.platform != "linux":
     pytest.skip("Triton is published for Linux only", allow_module_level=True)
 
-from kernels import tune, tune_layer, tuning
+from kernels import candidates, tune, tune_layer, tuning
 from kernels.problems import SHAPES
 from kernels.tuning import SkinnyConfig, WideConfig
 
+H200 = json.loads((tuning.TUNED / "NVIDIA_H200.json").read_text())["entries"]
 SHARED = 227 << 10  # bytes of shared memory that a program may have on compute capability 9.0
+
+
+def named(entry: dict[str, Any]) -> str:
+    return "-".join(map(str, (entry["kind"], *entry["problem"])))
 
 
 @pytest.mark.parametrize("m", [64, 256, 2048, 8192])
 def test_candidates_of_a8w8(m: int) -> None:
-    found = tune.a8w8_candidates(m)
+    found = candidates.a8w8_candidates(m)
     assert len(found) >= 24 and len(set(found)) == len(found)
     for config in found:
         assert (config.block_m + config.block_n) * config.block_k * config.stages <= SHARED
@@ -31,10 +37,19 @@ def test_candidates_of_a8w8(m: int) -> None:
 
 @pytest.mark.parametrize("m", [128, 192, 256, 512])
 def test_candidates_of_a8w4(m: int) -> None:
-    found = tune.a8w4_candidates(m)
+    found = candidates.a8w4_candidates(m)
     assert len(found) >= 24 and len(set(found)) == len(found)
     for config in found:
         assert (config.block_m * 128 + config.block_n * 64) * config.stages <= SHARED
+
+
+@pytest.mark.parametrize("entry", [e for e in H200 if "kernels.tune --op" in e.get("command", "")], ids=named)
+def test_what_was_tuned_is_tried_by_the_command_that_it_names(entry: dict[str, Any]) -> None:
+    (op,) = [word for word in entry["command"].split() if word in ("int8", "a8w4")]
+    m, n, k = entry["problem"]
+    tried = [c for _, asked, c in tune.tasks([op], 1 << 20) if (asked["m"], asked["n"], asked["k"]) == (m, n, k)]
+    assert len(tried) == 1 and entry["kind"] == op
+    assert replace(type(tried[0][0])(**entry["config"]), late=False) in tried[0]
 
 
 def test_every_shape_of_a_7b_is_tuned() -> None:
@@ -110,9 +125,9 @@ def test_a_product_that_does_not_run_keeps_its_tiles(monkeypatch: pytest.MonkeyP
     held = asdict(SkinnyConfig(64, 128, 1, 4, 3))
     entries: dict[tuple[object, ...], dict[str, object]] = {("planes", 64, 28672, 4096): held}
     monkeypatch.setattr(tune_layer, "table", lambda: entries)
-    tried, candidates = [], tune_layer.candidates
+    tried, known = [], tune_layer.candidates
     monkeypatch.setattr(
-        tune_layer, "candidates", lambda records, problem: tried.append(problem) or candidates(records, problem)
+        tune_layer, "candidates", lambda records, problem: tried.append(problem) or known(records, problem)
     )
     written = tune_layer.descend(Steady(entries), "int4", 64, [])  # type: ignore[arg-type]
     assert entries["gated planes", 64, 28672, 4096]["splits"] == 1

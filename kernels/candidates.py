@@ -1,0 +1,105 @@
+"""The tiles that `kernels.tune` tries for a problem: what fits into registers and shared memory and leaves no part of
+the GPU without work."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+from .tuning import DecodeConfig, PrefillConfig, SkinnyConfig, WideConfig
+
+
+def planes_candidates(m: int) -> list[Any]:
+    bm = 8 if m <= 8 else 16 if m <= 16 else 32 if m <= 32 else 64
+    if m <= 16:
+        return [
+            SkinnyConfig(bm, bn, s, w, st)
+            for bn, w, st, s in product((32, 64, 128, 256), (1, 2, 4, 8), (3, 4, 5), (1, 2, 3, 4, 6, 8, 10, 12, 16))
+            if 16 <= bn // w <= 64 and (bn < 256 or s > 2)
+        ]
+    return [
+        SkinnyConfig(b, bn, s, w, st)
+        for b, bn, w, st, s in product((bm // 2, bm), (64, 128, 256), (2, 4, 8), (2, 3, 4), (1, 2, 4, 8))
+        if 16 <= bn // w <= 64
+    ]
+
+
+def wide_candidates(m: int) -> list[Any]:
+    return [
+        WideConfig(bm, bn, s, w, st)
+        for bm, bn, w, st, s in product((64, 128, 256), (64, 128, 256), (4, 8), (2, 3, 4), (1, 2, 4))
+        if bm <= m and bm * bn <= 1 << 15 and bm * bn // w >= 1024 and (s == 1 or m <= 256) and (bm < 256 or st < 4)
+    ]
+
+
+def plain_candidates(m: int, element_bytes: int) -> list[Any]:
+    if m > 64:
+        return [
+            SkinnyConfig(bm, bn, s, w, st, bk)
+            for bm, bn, w, st, bk, s in product(*[(64, 128, 256)] * 2, (4, 8), (2, 3, 4), (64, 128), (1, 2, 4))
+            if bm <= m and bm * bn <= 1 << 15 and bn // w >= 16 and 1 << 10 <= bm * bn // w <= 1 << 12
+            and 32 << 10 <= (bm * 2 + bn * element_bytes) * bk * st <= 200 << 10
+        ]  # fmt: skip
+    bm = 8 if m <= 8 else 16 if m <= 16 else 32 if m <= 32 else 64
+    if m > 16:
+        shapes = [
+            (bn, bk, w, st)
+            for bn, bk, w, st in product((64, 128, 256), (64, 128), (4, 8), (3, 4, 5, 6))
+            if 40960 <= (bm * 2 + bn * element_bytes) * bk * st <= 212992 and bn // w >= 16
+        ]
+    elif element_bytes == 2:
+        shapes = [
+            (bn, bk, w, st)
+            for bn, bk, w, st in product((16, 32, 64), (128, 256), (1, 2, 4), (2, 3, 4, 5, 6))
+            if 8192 <= bn * bk * st <= 49152 and bn // w >= 16
+        ]
+    else:
+        shapes = [
+            (bn, bk, w, st)
+            for bn, bk, w, st in product((32, 64, 128), (128, 256), (2, 4), (2, 3, 4))
+            if 12288 <= bn * bk * st <= 98304 and bn // w >= 16
+        ]
+    return [SkinnyConfig(bm, bn, s, w, st, bk) for (bn, bk, w, st), s in product(shapes, (1, 2, 4, 6))]
+
+
+def a8w8_candidates(m: int) -> list[Any]:
+    """At few rows as many programs as fill the GPU, by narrow tiles or splits of K; then ever larger tiles."""
+    if m <= 64:
+        return [
+            WideConfig(bm, bn, s, 4, st, bk)
+            for bm, bn, s, st, bk in product((16, 32, 64), (32, 64, 128), (1, 2, 4, 8), (3, 4, 5), (128, 256))
+            if bm <= m and bm * bn >= 1024 and (bm + bn) * bk * st <= 160 << 10
+        ]
+    sizes = (64, 128) if m <= 256 else (64, 128, 256)
+    return [
+        WideConfig(bm, bn, s, w, st, bk)
+        for bm, bn, s, w, st, bk in product(sizes[-2:], sizes, (1, 2), (4, 8), (3, 4), (64, 128))
+        if bm * bn <= 1 << 15 and 512 <= bm * bn // w <= 1 << 12 and (s == 1 or m <= 256)
+    ]
+
+
+def a8w4_candidates(m: int) -> list[Any]:
+    """Each warp multiplies whole rows of 16 weights, 4096 sums at most; two programs share a multiprocessor, or one of
+    8 warps has it."""
+    return [
+        WideConfig(bm, bn, s, w, st)
+        for bm, bn, w, st, s in product((64, 128, 256), (64, 128, 256), (4, 8), (3, 4), (1, 2, 4, 8))
+        if bm < 2 * m and bn >= 16 * w and 1 << 10 <= bm * bn // w <= 1 << 12 and (s <= 2 or m <= 256)
+    ]
+
+
+def decode_candidates(batch: int, kv_heads: int) -> list[Any]:
+    wanted = [max(1, round(132 * c / (batch * kv_heads))) for c in (2, 3, 4, 6, 8, 12)]
+    return [
+        DecodeConfig(tile, s, 128, w, st)
+        for tile, w, st, s in product((32, 64, 128), (1, 2, 4), (2, 3, 4), sorted(set(wanted)))
+        if 16 <= tile // w <= 64
+    ]
+
+
+def prefill_candidates() -> list[Any]:
+    return [
+        PrefillConfig(bq, tile, w, st)
+        for bq, tile, w, st in product((64, 128), (32, 64, 128), (4, 8), (2, 3))
+        if bq * tile // w <= 2048
+    ]
