@@ -33,8 +33,9 @@ def _apart(x: Operand, weight: PackedWeight, bias: Tensor | None, impl: str) -> 
 def _together(x: Operand, weight: PackedWeight, bias: Tensor | None, impl: str) -> Tensor:
     from .matmul_triton import gated_fused
 
-    plain = isinstance(x, Tensor) and bias is None and weight.order is None and x.shape[-1] == weight.shape[1]
-    found = gated_fused(x.reshape(-1, x.shape[-1]), weight) if plain and isinstance(x, Tensor) else None
+    found = None
+    if isinstance(x, Tensor) and bias is None and weight.order is None and x.shape[-1] == weight.shape[1]:
+        found = gated_fused(x.reshape(-1, x.shape[-1]), weight)
     return _apart(x, weight, bias, impl) if found is None else found.view(*x.shape[:-1], found.shape[1])
 
 

@@ -1,7 +1,8 @@
-"""Which tile sizes run at which problem: data per GPU in `tuned/`, found by `python -m kernels.tune`, and a rule for
-everything else.
+"""Which tile sizes run at which problem: data per GPU in `tuned/`, found by `python -m kernels.tune` and `tune_layer`,
+and a rule for everything else.
 
-A file holds the fastest configuration of each problem that was tuned on that GPU. Shapes that are not in it, and GPUs
+A file holds for each problem that was tuned on that GPU the configuration that was fastest, alone or in whole layers.
+Shapes that are not in it, and GPUs
 without a file, follow the rules below, which were fitted to the same measurements.
 """
 

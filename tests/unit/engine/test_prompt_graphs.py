@@ -5,13 +5,26 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from engine.graphs import padded_size
 from engine.prompt_graphs import LEAST_TOKENS, MOST_TOKENS, WIDTH, graph_size
 from engine.step_inputs import Arrays, inert_prompts
+from kernels import WEIGHT_FORMATS
+from kernels.activations import activation_codes
 
 
 @pytest.mark.parametrize("tokens, size", [(LEAST_TOKENS, 64), (64, 64), (65, 128), (500, 512), (MOST_TOKENS, 512)])
 def test_padded_to_the_next_size(tokens: int, size: int) -> None:
     assert graph_size(inert_prompts(1, tokens, 64)) == size
+
+
+@pytest.mark.parametrize("format", WEIGHT_FORMATS)
+def test_padding_changes_no_format(format: str) -> None:
+    """Activations are rounded in a padded step where they are in the step itself, decodes too."""
+    for tokens in range(LEAST_TOKENS, MOST_TOKENS + 1):
+        padded = graph_size(inert_prompts(1, tokens, 64))
+        assert padded is not None and activation_codes(format, padded) == activation_codes(format, tokens)
+    for batch in range(1, 300):
+        assert activation_codes(format, padded_size(batch)) == activation_codes(format, batch)
 
 
 def unfit() -> dict[str, Arrays]:
