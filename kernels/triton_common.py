@@ -50,7 +50,7 @@ def next_power_of_2(n: int) -> int:
 @triton.jit
 def await_previous(EARLY: tl.constexpr):
     """First statement of every kernel launched early: wait for the previous kernel's memory, let the next one be
-    launched, unless EARLY is 2: then `admit_next` does.
+    launched, unless EARLY is 2: then `admit_next` does, or where a kernel has no loop, its end.
 
     Every program must come here, idle ones too: a kernel that ends without having waited would let its successor
     overtake. The order counts: letting the next kernel in before this one may begin spreads its programs unevenly over

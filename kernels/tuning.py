@@ -2,8 +2,7 @@
 and a rule for everything else.
 
 A file holds for each problem that was tuned on that GPU the configuration that was fastest, alone or in whole layers.
-Shapes that are not in it, and GPUs
-without a file, follow the rules below, which were fitted to the same measurements.
+Shapes that are not in it, and GPUs without a file, follow the rules below, which were fitted to the same measurements.
 """
 
 from __future__ import annotations

@@ -23,8 +23,8 @@ class PeerSizes:
     """tpot: for each of `batches`, that many prompts of `prompt` tokens; (time for `output` tokens - time for 1) over
     the steps between. ttft: one such prompt, one token. shared: `shared` requests of a common prefix, own tokens, and
     output tokens, prefix caching on. offline: requests of nano-vllm's benchmark, lengths uniform in [low, high]. rest:
-    seconds without work before each timed run: a GPU at its power limit lowers its clocks, and the run after it would
-    pay, which for the two runs whose difference is tpot are not the same ones."""
+    seconds without work before each timed run of tpot and ttft: a GPU at its power limit lowers its clocks, and the run
+    after it would pay, which for the two runs whose difference is tpot are not the same ones."""
 
     prompt: int = 512
     output: int = 129

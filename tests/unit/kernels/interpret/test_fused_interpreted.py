@@ -40,8 +40,11 @@ def test_operands(format: str, group_size: int, layout: str, rows: int, splits: 
 
 @pytest.mark.parametrize(
     "format, group_size, layout",
-    [("bf16", 128, "plain"), ("int8", 128, "plain"), ("int4", 128, "planes"), ("int4", 64, "planes")],
-)
+    [
+        ("bf16", 128, "plain"), ("int8", 128, "plain"), ("int4", 128, "planes"), ("int4", 64, "planes"),
+        ("w4a8", 128, "planes"),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("rows, inner", [(3, 128), (17, 192), (2, 80)])
 def test_gated(
     format: str, group_size: int, layout: str, rows: int, inner: int, monkeypatch: pytest.MonkeyPatch
