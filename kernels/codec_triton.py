@@ -22,72 +22,23 @@ def codes_fp16(words, PLANE: tl.constexpr, BITS: tl.constexpr, CENTRED: tl.const
     if INTERP:
         code = ((words >> (PLANE * BITS)) & ((1 << BITS) - 1)).to(tl.float32)
         return (code + code_bias(BITS, CENTRED)).to(tl.float16)
-    if BITS == 8:
-        if CENTRED:
-            if PLANE == 0:
-                return tl.inline_asm_elementwise(
-                    "{ .reg .b32 t, c; prmt.b32 t, $1, 0x64646464, 0x4240; mov.b32 c, 0xe480e480; "
-                    "add.f16x2 $0, t, c; }",
-                    "=r,r",
-                    [words],
-                    dtype=tl.float16,
-                    is_pure=True,
-                    pack=2,
-                )
-            else:
-                return tl.inline_asm_elementwise(
-                    "{ .reg .b32 t, c; prmt.b32 t, $1, 0x64646464, 0x4341; mov.b32 c, 0xe480e480; "
-                    "add.f16x2 $0, t, c; }",
-                    "=r,r",
-                    [words],
-                    dtype=tl.float16,
-                    is_pure=True,
-                    pack=2,
-                )
-        elif PLANE == 0:
-            return tl.inline_asm_elementwise(
-                "prmt.b32 $0, $1, 0x64646464, 0x4240;", "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2
-            )
-        else:
-            return tl.inline_asm_elementwise(
-                "prmt.b32 $0, $1, 0x64646464, 0x4341;", "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2
-            )
-    elif PLANE == 0:
-        return tl.inline_asm_elementwise(
-            "{ .reg .b32 t; shl.b32 t, $1, 6; lop3.b32 $0, t, 0x03c003c0, 0x4c004c00, 0xea; }",
-            "=r,r",
-            [words],
-            dtype=tl.float16,
-            is_pure=True,
-            pack=2,
-        )
-    elif PLANE == 1:
-        return tl.inline_asm_elementwise(
-            "{ .reg .b32 t; shl.b32 t, $1, 2; lop3.b32 $0, t, 0x03c003c0, 0x4c004c00, 0xea; }",
-            "=r,r",
-            [words],
-            dtype=tl.float16,
-            is_pure=True,
-            pack=2,
-        )
-    elif PLANE == 2:
-        return tl.inline_asm_elementwise(
-            "{ .reg .b32 t; shr.u32 t, $1, 2; lop3.b32 $0, t, 0x03c003c0, 0x4c004c00, 0xea; }",
-            "=r,r",
-            [words],
-            dtype=tl.float16,
-            is_pure=True,
-            pack=2,
-        )
-    else:
-        return tl.inline_asm_elementwise(
-            "{ .reg .b32 t; shr.u32 t, $1, 6; lop3.b32 $0, t, 0x03c003c0, 0x4c004c00, 0xea; }",
-            "=r,r",
-            [words],
-            dtype=tl.float16,
-            is_pure=True,
-            pack=2,
-        )
+    asm: tl.constexpr = code_to_fp16(PLANE, BITS, CENTRED)
+    return tl.inline_asm_elementwise(asm, "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2)
+
+
+@triton.constexpr_function
+def code_to_fp16(plane: int, bits: int, centred: bool) -> str:
+    """PTX for two codes of one plane of the words in $1, see `codes_fp16`."""
+    if bits == 4:
+        shift = ("shl.b32 t, $1, 6;", "shl.b32 t, $1, 2;", "shr.u32 t, $1, 2;", "shr.u32 t, $1, 6;")[plane]
+        return f"{{ .reg .b32 t; {shift} lop3.b32 $0, t, 0x03c003c0, 0x4c004c00, 0xea; }}"
+    byte = "0x4341" if plane else "0x4240"
+    if not centred:
+        return f"prmt.b32 $0, $1, 0x64646464, {byte};"
+    return (
+        f"{{ .reg .b32 t, c; prmt.b32 t, $1, 0x64646464, {byte}; mov.b32 c, 0xe480e480; "
+        "add.f16x2 $0, t, c; }"
+    )
 
 
 @triton.constexpr_function
@@ -144,23 +95,15 @@ def e4m3_fp16(words, PLANE: tl.constexpr, CONVERT: tl.constexpr):
         byte = (words >> (8 * PLANE)).to(tl.int32)
         moved = (((byte & 0x7F) << 7) | ((byte & 0x80) << 8)).to(tl.int16)
         return moved.to(tl.float16, bitcast=True) * 256.0
-    if PLANE == 0:
-        return tl.inline_asm_elementwise(
-            "{ .reg .b32 t; .reg .b16 pair, rest; prmt.b32 t, $1, 0, 0x4420; mov.b32 {pair, rest}, t; "
-            "cvt.rn.f16x2.e4m3x2 $0, pair; }",
-            "=r,r",
-            [words],
-            dtype=tl.float16,
-            is_pure=True,
-            pack=2,
-        )
-    else:
-        return tl.inline_asm_elementwise(
-            "{ .reg .b32 t; .reg .b16 pair, rest; prmt.b32 t, $1, 0, 0x4431; mov.b32 {pair, rest}, t; "
-            "cvt.rn.f16x2.e4m3x2 $0, pair; }",
-            "=r,r",
-            [words],
-            dtype=tl.float16,
-            is_pure=True,
-            pack=2,
-        )
+    asm: tl.constexpr = e4m3_to_fp16(PLANE)
+    return tl.inline_asm_elementwise(asm, "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2)
+
+
+@triton.constexpr_function
+def e4m3_to_fp16(plane: int) -> str:
+    """PTX for the e4m3 numbers in one byte of two words in $1."""
+    byte = "0x4431" if plane else "0x4420"
+    return (
+        f"{{ .reg .b32 t; .reg .b16 pair, rest; prmt.b32 t, $1, 0, {byte}; mov.b32 {{pair, rest}}, t; "
+        "cvt.rn.f16x2.e4m3x2 $0, pair; }"
+    )

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.target_info import cuda_capability_geq
 
 from .dispatch import interpreted
 
@@ -120,42 +121,37 @@ def to_bf16(x, INTERP: tl.constexpr):
     return x.to(tl.bfloat16)
 
 
+@triton.constexpr_function
+def minus(to: str, a: str, b: str, native: bool) -> str:
+    """PTX for to = a - b of pairs of bf16. Subtraction came with compute capability 9.0; before, a - 1 * b is the same
+    number."""
+    if native:
+        return f"sub.bf16x2 {to}, {a}, {b};"
+    return f"{{ .reg .b32 one; mov.b32 one, 0xbf80bf80; fma.rn.bf16x2 {to}, {b}, one, {a}; }}"
+
+
+@triton.constexpr_function
+def times(to: str, a: str, b: str, native: bool) -> str:
+    """PTX for to = a * b of pairs of bf16; before compute capability 9.0 as a * b + -0."""
+    if native:
+        return f"mul.bf16x2 {to}, {a}, {b};"
+    return f"{{ .reg .b32 zero; mov.b32 zero, 0x80008000; fma.rn.bf16x2 {to}, {a}, {b}, zero; }}"
+
+
+@triton.constexpr_function
+def nibbles(bits: int) -> str:
+    """PTX for t = 128 + the 4-bit codes at `bits` of the words in $1, as bf16: 0x4300 | code is that number exactly."""
+    shift = f"shr.u32 t, $1, {bits};" if bits else "mov.b32 t, $1;"
+    return shift + " lop3.b32 t, t, 0x000f000f, 0x43004300, 0xea;"
+
+
 @triton.jit
 def nibbles_bf16(words, SHIFT: tl.constexpr, INTERP: tl.constexpr):
-    """bf16 128 + code of the 4-bit plane at bit SHIFT of int16 words: 0x4300 | code is that number exactly."""
+    """bf16 128 + code of the 4-bit plane at bit SHIFT of int16 words."""
     if INTERP:
         return (((words >> SHIFT) & 15) | 0x4300).to(tl.int16).to(tl.bfloat16, bitcast=True)
-    if SHIFT == 0:
-        return tl.inline_asm_elementwise(
-            "lop3.b32 $0, $1, 0x000f000f, 0x43004300, 0xea;", "=r,r", [words], dtype=tl.bfloat16, is_pure=True, pack=2
-        )
-    elif SHIFT == 4:
-        return tl.inline_asm_elementwise(
-            "{ .reg .b32 t; shr.u32 t, $1, 4; lop3.b32 $0, t, 0x000f000f, 0x43004300, 0xea; }",
-            "=r,r",
-            [words],
-            dtype=tl.bfloat16,
-            is_pure=True,
-            pack=2,
-        )
-    elif SHIFT == 8:
-        return tl.inline_asm_elementwise(
-            "{ .reg .b32 t; shr.u32 t, $1, 8; lop3.b32 $0, t, 0x000f000f, 0x43004300, 0xea; }",
-            "=r,r",
-            [words],
-            dtype=tl.bfloat16,
-            is_pure=True,
-            pack=2,
-        )
-    else:
-        return tl.inline_asm_elementwise(
-            "{ .reg .b32 t; shr.u32 t, $1, 12; lop3.b32 $0, t, 0x000f000f, 0x43004300, 0xea; }",
-            "=r,r",
-            [words],
-            dtype=tl.bfloat16,
-            is_pure=True,
-            pack=2,
-        )
+    asm: tl.constexpr = "{ .reg .b32 t; " + nibbles(SHIFT) + " mov.b32 $0, t; }"
+    return tl.inline_asm_elementwise(asm, "=r,r", [words], dtype=tl.bfloat16, is_pure=True, pack=2)
 
 
 @triton.jit
@@ -163,6 +159,5 @@ def minus_bf16(a, b, INTERP: tl.constexpr):
     """a - b of bf16 tensors of one shape, in pairs; exact for whole numbers up to 256."""
     if INTERP:
         return to_bf16(a.to(tl.float32) - b.to(tl.float32), INTERP)
-    return tl.inline_asm_elementwise(
-        "sub.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.bfloat16, is_pure=True, pack=2
-    )
+    asm: tl.constexpr = minus("$0", "$1", "$2", cuda_capability_geq(9, 0))
+    return tl.inline_asm_elementwise(asm, "=r,r,r", [a, b], dtype=tl.bfloat16, is_pure=True, pack=2)

@@ -76,6 +76,17 @@ def table() -> dict[tuple[Any, ...], dict[str, Any]]:
     return {(entry["kind"], *entry["problem"]): entry["config"] for entry in json.loads(path.read_text())["entries"]}
 
 
+@lru_cache(maxsize=1)
+def roomy() -> bool:
+    """Whether a program may have 200 kB of shared memory, as on data-centre GPUs from Hopper on."""
+    if not torch.cuda.is_available():
+        return True
+    from triton.runtime import driver
+
+    properties = driver.active.utils.get_device_properties(torch.cuda.current_device())
+    return int(properties["max_shared_mem"]) >= 200 << 10
+
+
 TUNED_ROWS = (1, 8, 16, 32, 64, 128, 192, 256, 512, 2048)
 """The M that are tuned; each serves down to the one before."""
 
@@ -109,7 +120,7 @@ def wide_config(m: int, n: int, k: int, group_size: int) -> WideConfig:
     found = _tuned("wide", m, n, k)
     if found is not None and group_size == 128:
         return WideConfig(**found)
-    return WideConfig(256 if m > 128 else 128, 128, 1, 8, 3)
+    return WideConfig(256 if m > 128 and roomy() else 128, 128, 1, 8, 3)
 
 
 def plain_config(m: int, n: int, k: int, element_bytes: int) -> SkinnyConfig:
@@ -146,7 +157,7 @@ def a8w8_config(m: int, n: int, k: int, integer: bool = True) -> WideConfig:
         return WideConfig(**found)
     if m <= 64:
         return WideConfig(64, 64, _splits(n, k, 64, 128, 264, 8), 4, 4)
-    return WideConfig(128, 256 if integer and m * n >= 1 << 22 else 128, 1, 8, 4)
+    return WideConfig(128, 256 if integer and m * n >= 1 << 22 and roomy() else 128, 1, 8, 4)
 
 
 def decode_config(format: str, batch: int, kv_heads: int, max_tokens: int, multiprocessors: int = 132) -> DecodeConfig:

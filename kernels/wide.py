@@ -12,6 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.target_info import cuda_capability_geq
 
 from .a16w4 import planes_at
 from .packing import PLANE_ROWS, PackedWeight
@@ -21,8 +22,11 @@ from .triton_common import (
     admit_next,
     await_previous,
     dot,
+    minus,
     new_partials,
+    nibbles,
     store_product,
+    times,
     to_bf16,
 )
 from .tuning import WideConfig
@@ -35,46 +39,13 @@ def dequantized_plane(words, zero, scale, SHIFT: tl.constexpr, INTERP: tl.conste
         code = ((words >> SHIFT) & 15).to(tl.float32)
         return to_bf16((code + 128.0 - zero.to(tl.float32)) * scale.to(tl.float32), INTERP)
     zero, scale = tl.broadcast_to(zero, words.shape), tl.broadcast_to(scale, words.shape)
-    if SHIFT == 0:
-        return tl.inline_asm_elementwise(
-            """{ .reg .b32 t; lop3.b32 t, $1, 0x000f000f, 0x43004300, 0xea;
-            sub.bf16x2 t, t, $2; mul.bf16x2 $0, t, $3; }""",
-            "=r,r,r,r",
-            [words, zero, scale],
-            dtype=tl.bfloat16,
-            is_pure=True,
-            pack=2,
-        )
-    elif SHIFT == 4:
-        return tl.inline_asm_elementwise(
-            """{ .reg .b32 t; shr.u32 t, $1, 4; lop3.b32 t, t, 0x000f000f, 0x43004300, 0xea;
-            sub.bf16x2 t, t, $2; mul.bf16x2 $0, t, $3; }""",
-            "=r,r,r,r",
-            [words, zero, scale],
-            dtype=tl.bfloat16,
-            is_pure=True,
-            pack=2,
-        )
-    elif SHIFT == 8:
-        return tl.inline_asm_elementwise(
-            """{ .reg .b32 t; shr.u32 t, $1, 8; lop3.b32 t, t, 0x000f000f, 0x43004300, 0xea;
-            sub.bf16x2 t, t, $2; mul.bf16x2 $0, t, $3; }""",
-            "=r,r,r,r",
-            [words, zero, scale],
-            dtype=tl.bfloat16,
-            is_pure=True,
-            pack=2,
-        )
-    else:
-        return tl.inline_asm_elementwise(
-            """{ .reg .b32 t; shr.u32 t, $1, 12; lop3.b32 t, t, 0x000f000f, 0x43004300, 0xea;
-            sub.bf16x2 t, t, $2; mul.bf16x2 $0, t, $3; }""",
-            "=r,r,r,r",
-            [words, zero, scale],
-            dtype=tl.bfloat16,
-            is_pure=True,
-            pack=2,
-        )
+    native: tl.constexpr = cuda_capability_geq(9, 0)
+    asm: tl.constexpr = (
+        "{ .reg .b32 t; " + nibbles(SHIFT) + minus("t", "t", "$2", native) + times("$0", "t", "$3", native) + " }"
+    )
+    return tl.inline_asm_elementwise(
+        asm, "=r,r,r,r", [words, zero, scale], dtype=tl.bfloat16, is_pure=True, pack=2
+    )
 
 
 @triton.jit(do_not_specialize=["M"])

@@ -1,4 +1,4 @@
-"""Compile a Triton kernel for sm_90 without a GPU, and count what the assembler made of it."""
+"""Compile a Triton kernel without a GPU, for sm_90 or an older one, and count what the assembler made of it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime import driver
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -53,8 +54,16 @@ def mma(lines: list[str]) -> int:
     return counts["HMMA"] + counts["HGMMA"] + counts["IGMMA"] + counts["QGMMA"] + counts["IMMA"]
 
 
+class _Target:
+    """What kernels ask which GPU they are compiled for."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.get_current_target = lambda: target
+
+
 def compile_sm90(
-    kernel: Any, signature: dict[str, str], constants: dict[str, Any], divisible: list[str], warps: int, stages: int
+    kernel: Any, signature: dict[str, str], constants: dict[str, Any], divisible: list[str], warps: int, stages: int,
+    capability: int = 90,
 ) -> Compiled:
     """signature: type of each runtime argument ("*bf16", "i32", ...); constants: the constexpr arguments; divisible:
     those known to be multiples of 16."""
@@ -64,7 +73,12 @@ def compile_sm90(
     source = ASTSource(
         fn=kernel, signature=full, constexprs={(names.index(n),): v for n, v in constants.items()}, attrs=attrs
     )
-    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "num_stages": stages})
+    target = GPUTarget("cuda", capability, 32)
+    driver.set_active(_Target(target))
+    try:
+        built = triton.compile(source, target=target, options={"num_warps": warps, "num_stages": stages})
+    finally:
+        driver.set_active(None)  # looked for again when somebody asks
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
         file.flush()

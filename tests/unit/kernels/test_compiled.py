@@ -38,13 +38,13 @@ INTEGERS = ("M", "N", "N_PADDED", "K", "groups_per_split", "k_per_split")
 
 
 def matmul(
-    kernel: object, pointers: dict[str, str], constants: dict[str, object], integers: str, warps: int, stages: int
+    kernel: object, pointers: dict[str, str], constants: dict[str, object], integers: str, warps: int, stages: int,
+    capability: int = 90,
 ) -> Compiled:
     signature = pointers | dict.fromkeys(integers.split(), "i32")
     known = [name for name in signature if name not in ("M", "groups_per_split")]
-    return compile_sm90(
-        kernel, signature, {"STAGES": stages, "EARLY": True, "INTERP": False} | constants, known, warps, stages
-    )
+    fixed = {"STAGES": stages, "EARLY": capability >= 90, "INTERP": False}
+    return compile_sm90(kernel, signature, fixed | constants, known, warps, stages, capability)
 
 
 def check(built: Compiled, elements: int, warps: int, budget: float, conversions: bool = False) -> None:
@@ -99,7 +99,8 @@ def test_skinny(element: str, gated: bool, block_n: int, block_k: int, warps: in
 
 @pytest.mark.parametrize("together", [1, 8])
 @pytest.mark.parametrize("format", KV_FORMATS)
-def test_rope_write(format: str, together: int) -> None:
+@pytest.mark.parametrize("capability", [80, 89, 90])
+def test_rope_write(format: str, together: int, capability: int) -> None:
     chosen = KV_FORMATS[format]
     data = "*bf16" if format == "bf16" else "*i16"
     strides = "key_block key_token key_head value_block value_token value_head scale_block scale_token scale_head"
@@ -107,14 +108,14 @@ def test_rope_write(format: str, together: int) -> None:
     signature |= {"k_norm": "*bf16", "key": data, "value": data, "eps": "fp32"}
     signature |= dict.fromkeys(f"size H HKV {strides}".split(), "i32")
     constants: dict[str, object] = {"SPLITS": 3, "D": 128, "BH": together, "BLOCK": 64, "KEY": chosen.key.name}
-    constants |= {"VALUE": chosen.value.name, "NORM": True, "EARLY": True, "INTERP": False}
+    constants |= {"VALUE": chosen.value.name, "NORM": True, "EARLY": capability >= 90, "INTERP": False}
     scales = ("key_scale", "value_scale")
     if format == "bf16":
         constants |= dict.fromkeys(scales)
     else:
         signature |= dict.fromkeys(scales, "*i32")
     known = [name for name in signature if name not in ("eps", "H", "HKV")]
-    built = compile_sm90(qkv_triton.rope_write_kernel, signature, constants, known, 1, 1)
+    built = compile_sm90(qkv_triton.rope_write_kernel, signature, constants, known, 1, 1, capability)
     assert built.spilled == 0 and built.registers <= 168
 
 
@@ -183,7 +184,7 @@ def test_quantized_operations(name: str, width: int, warps: int, codes: str, lar
 
 def attention(
     kernel: object, format: str, constants: dict[str, object], extra: dict[str, str], integers: str, warps: int,
-    stages: int,
+    stages: int, capability: int = 90,
 ) -> Compiled:
     chosen = KV_FORMATS[format]
     data = "*bf16" if format == "bf16" else "*i16"
@@ -205,7 +206,7 @@ def attention(
     else:
         signature |= {"key_scale": "*i32", "value_scale": "*i32"}
     known = [name for name in signature if name not in ("scale", *integers.split())]
-    return compile_sm90(kernel, signature | {"scale": "fp32"}, fixed | constants, known, warps, stages)
+    return compile_sm90(kernel, signature | {"scale": "fp32"}, fixed | constants, known, warps, stages, capability)
 
 
 @pytest.mark.parametrize(
@@ -231,11 +232,14 @@ SCALES = "scale_block scale_token scale_head"
 
 @pytest.mark.parametrize("format", KV_FORMATS)
 @pytest.mark.parametrize("op", ["write", "expand"])
-def test_kv(format: str, op: str) -> None:
+@pytest.mark.parametrize("capability", [80, 89, 90])
+def test_kv(format: str, op: str, capability: int) -> None:
     """Writing and expanding: they compile, and spill nothing."""
     chosen, data = KV_FORMATS[format], "*bf16" if format == "bf16" else "*i16"
     signature = {"key": data, "value": data}
-    constants: dict[str, object] = {"BLOCK": 64, "D": 128, "KEY": chosen.key.name, "VALUE": chosen.value.name}
+    shifted = format == "fp8" and op == "expand" and capability < 89  # `codec_triton.reading`
+    names = ("fp8_shifted",) * 2 if shifted else (chosen.key.name, chosen.value.name)
+    constants: dict[str, object] = {"BLOCK": 64, "D": 128, "KEY": names[0], "VALUE": names[1]}
     if op == "write":
         signature |= {"k": "*bf16", "v": "*bf16", "slots": "*i64"}
     else:
@@ -247,7 +251,7 @@ def test_kv(format: str, op: str) -> None:
         signature |= scales
     signature |= dict.fromkeys(f"{STORE if op == 'write' else EXPAND} {SCALES}".split(), "i32")
     kernel = kv_cache_triton.write_kv_kernel if op == "write" else kv_cache_triton.expand_kernel
-    built = compile_sm90(kernel, signature, constants | {"INTERP": False}, [], 1 if op == "write" else 2, 1)
+    built = compile_sm90(kernel, signature, constants | {"INTERP": False}, [], 1 if op == "write" else 2, 1, capability)
     assert built.spilled == 0, f"{built.spilled} spills"
 
 
