@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Iterator, Sequence
 
@@ -15,6 +14,7 @@ from engine.batch import ScheduledBatch, ScheduledRequest, StepResult
 from engine.clock import Clock, MonotonicClock
 from engine.config import EngineConfig
 from engine.decoder import Decoder
+from engine.device import check_impl, device_label, impl_label, resolve_device
 from engine.errors import ConfigError
 from engine.graphs import DecodeGraphs, padded_size
 from engine.loader import LoadedModel
@@ -30,7 +30,6 @@ from engine.step_inputs import Arrays, Staging, StepInputs, inert_prompts, step_
 from engine.torch_step import Scored, TorchStep, add_scored, by_item, scored_items
 from engine.weight_plan import WeightPlan
 from kernels import KVLayer, allocate_kv
-from kernels.packing import has_mkldnn_linear
 from kernels.tuning import TUNED_ROWS
 
 CPU_POOL = 1 << 30
@@ -130,8 +129,8 @@ class TorchRunner:
     def description(self) -> str:
         config = self.config
         return (
-            f"{_device_name(self.device)}, {_path(config.impl, self.device)}; weights {self._weights}, "
-            f"KV {self._spec.kv_label(config.kv, config.kv_repair)}, block {self._memory.block_size}{self._replay}"
+            f"{device_label(self.device, config.device)}, {impl_label(config.impl, self.device)}; "
+            f"weights {self._weights}, KV {self._spec.kv_label(config.kv, config.kv_repair)}, block {self._memory.block_size}{self._replay}"
         )
 
     @property
@@ -291,22 +290,6 @@ class TorchRunner:
 _STEP_FIELDS = ("tokens", "positions", "slots", "block_tables", "lengths", "query_starts", "rows")
 
 
-def resolve_device(name: str) -> torch.device:
-    """ "auto" takes a GPU where there is one. ConfigError for "cuda" without a CUDA device."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device is 'cuda', but torch finds no CUDA device here; use 'auto' or 'cpu'")
-    if name == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device())
-
-
-def check_impl(impl: str, device: torch.device) -> None:
-    """ConfigError where `impl` cannot run on `device`."""
-    needs = {"aten": "cpu", "triton": "cuda"}.get(impl, device.type)
-    if needs != device.type:
-        raise ConfigError(f"impl is {impl!r}, which needs device {needs!r}, not {device.type!r}; 'auto' always fits")
-
-
 def default_limit(device: torch.device, weights: int, workspace: int) -> int:
     """Bytes the engine may use when nobody says: what the GPU has free now (weights counted as ours), or on a CPU the
     weights, the workspace, and at most 1 GiB more or half of the RAM that is available."""
@@ -340,19 +323,3 @@ def _weights_label(config: EngineConfig, spec: ModelSpec, decoder: Decoder) -> s
     found = " and ".join(f"{count} matrices {name}" for name, count in decoder.matrix_formats().items())
     notes = "; ".join(note for note in (spec.stored.note, *decoder.notes) if note)
     return f"as in the {spec.stored.method} checkpoint: {found}, lm_head bf16{f' ({notes})' if notes else ''}"
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
-
-
-def _path(impl: str, device: torch.device) -> str:
-    """The implementation in use, and whether a faster one exists."""
-    fast = "triton" if device.type == "cuda" else "aten"
-    if impl == "torch":
-        return f"impl torch in float32: the reference path, not the fast one ({fast})"
-    if device.type == "cpu" and not has_mkldnn_linear():
-        return f"impl {fast} in bfloat16; plain bf16 linear, oneDNN's packed one is not available here"
-    return f"impl {fast} in bfloat16"

@@ -8,12 +8,13 @@ from pathlib import Path
 from engine.bundled import MODEL_DIR
 from engine.checkpoint import read_spec
 from engine.config import EngineConfig
+from engine.device import resolve_device
 from engine.key_bias import key_biases
 from engine.memory import MemoryPlan, plan_memory
 from engine.model_spec import ModelSpec
 from engine.shapes import synthetic_spec
 from engine.simulated import SimulatedRunner
-from engine.torch_runner import default_limit, resolve_device, workspace_bytes
+from engine.torch_runner import default_limit, workspace_bytes
 from engine.weight_plan import WeightPlan
 
 

@@ -19,10 +19,10 @@ from engine.bench.soak import run_soak
 from engine.bench.switch import run_switch
 from engine.bench.work import WORKS
 from engine.config import EngineConfig
+from engine.device import resolve_device
 from engine.engine import Engine
 from engine.loader import load_model
 from engine.machine import write_report
-from engine.torch_runner import resolve_device
 
 SUITE_HELP = (
     "single: one request, 64 tokens in and out; mixed: 64 requests, lengths in and out uniform in [16, 128]; decodeN: "

@@ -12,7 +12,6 @@ import psutil
 import pytest
 import torch
 
-from engine import torch_runner
 from engine.batch import ScheduledBatch, ScheduledRequest, StepResult
 from engine.config import EngineConfig
 from engine.errors import ConfigError, NonFiniteLogitsError
@@ -306,11 +305,3 @@ def test_step_result_of_chunks_alone(runner: TorchRunner) -> None:
     one = make_request("a", range(40), [1, 2, 3])
     result = runner.execute(prefill((one, 0, 17)))
     assert isinstance(result, StepResult) and [*result.token_ids] == [None] and result.device_seconds is None
-
-
-def test_a_cpu_without_packed_bf16_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu = torch.device("cpu")
-    monkeypatch.setattr(torch_runner, "has_mkldnn_linear", lambda: True)
-    assert "not available" not in torch_runner._path("auto", cpu)
-    monkeypatch.setattr(torch_runner, "has_mkldnn_linear", lambda: False)
-    assert "oneDNN's packed one is not available here" in torch_runner._path("auto", cpu)

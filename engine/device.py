@@ -1,0 +1,62 @@
+"""Which device computes, by which implementation, and what the user is told of the choice."""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+
+from engine.errors import ConfigError
+from kernels.packing import has_mkldnn_linear
+
+LEAST_CAPABILITY = (8, 0)
+"""Compute capability from which tensor cores take bfloat16, in which every kernel computes: Ampere (2020) and later."""
+
+
+def resolve_device(name: str) -> torch.device:
+    """ "auto" takes a GPU where there is one that the kernels run on. ConfigError for "cuda" without a CUDA device."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is 'cuda', but torch finds no CUDA device here; use 'auto' or 'cpu'")
+    if name == "cpu" or not torch.cuda.is_available() or (name == "auto" and _too_old()):
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def check_impl(impl: str, device: torch.device) -> None:
+    """ConfigError where `impl` cannot run on `device`."""
+    needs = {"aten": "cpu", "triton": "cuda"}.get(impl, device.type)
+    if needs != device.type:
+        raise ConfigError(f"impl is {impl!r}, which needs device {needs!r}, not {device.type!r}; 'auto' always fits")
+    if device.type == "cuda" and impl != "torch" and (found := _too_old()):
+        raise ConfigError(f"{found}; use device 'cpu', or impl 'torch' for the slow reference on this GPU")
+
+
+def device_label(device: torch.device, asked: str) -> str:
+    """What computes; where "auto" was asked for and left a GPU aside, that too."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    left = _too_old() if asked == "auto" and torch.cuda.is_available() else None
+    name = f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+    return name if left is None else f"{name}, not the GPU: {left}"
+
+
+def impl_label(impl: str, device: torch.device) -> str:
+    """The implementation in use, and whether a faster one exists."""
+    fast = "triton" if device.type == "cuda" else "aten"
+    if impl == "torch":
+        return f"impl torch in float32: the reference path, not the fast one ({fast})"
+    if device.type == "cpu" and not has_mkldnn_linear():
+        return f"impl {fast} in bfloat16; plain bf16 linear, oneDNN's packed one is not available here"
+    return f"impl {fast} in bfloat16"
+
+
+def _too_old() -> str | None:
+    """Why the kernels do not run on the current GPU, if they do not."""
+    found = torch.cuda.get_device_capability()
+    if found >= LEAST_CAPABILITY:
+        return None
+    least = ".".join(map(str, LEAST_CAPABILITY))
+    return (
+        f"{torch.cuda.get_device_name()} has compute capability {found[0]}.{found[1]}, and bfloat16 in tensor cores "
+        f"needs {least}"
+    )

@@ -1,0 +1,49 @@
+"""Which device is taken, and what is said of one that is not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from engine import device
+from engine.device import check_impl, device_label, impl_label, resolve_device
+from engine.errors import ConfigError
+
+
+@pytest.fixture
+def old_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, found in (
+        ("is_available", True), ("current_device", 0), ("get_device_capability", (7, 5)),
+        ("get_device_name", "Tesla T4"),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda *_, found=found: found)
+
+
+def test_a_gpu_without_bf16_is_left_aside_and_the_user_told(old_gpu: None) -> None:
+    taken = resolve_device("auto")
+    assert taken.type == "cpu" and resolve_device("cuda").type == "cuda"
+    assert "not the GPU: Tesla T4 has compute capability 7.5" in device_label(taken, "auto")
+    assert "Tesla" not in device_label(taken, "cpu")  # asked for
+
+
+def test_its_kernels_are_refused_but_not_the_reference(old_gpu: None) -> None:
+    gpu = torch.device("cuda", 0)
+    for impl in ("auto", "triton"):
+        with pytest.raises(ConfigError, match=r"Tesla T4 has compute capability 7\.5.* needs 8\.0; use device 'cpu'"):
+            check_impl(impl, gpu)
+    check_impl("torch", gpu)
+
+
+def test_a_gpu_that_fits_is_taken(old_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
+    assert resolve_device("auto").type == "cuda"
+    check_impl("auto", torch.device("cuda", 0))
+    assert "GPU" not in device_label(torch.device("cpu"), "auto")
+
+
+def test_a_cpu_without_packed_bf16_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(device, "has_mkldnn_linear", lambda: True)
+    assert "not available" not in impl_label("auto", cpu)
+    monkeypatch.setattr(device, "has_mkldnn_linear", lambda: False)
+    assert "oneDNN's packed one is not available here" in impl_label("auto", cpu)
