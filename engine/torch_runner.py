@@ -130,7 +130,8 @@ class TorchRunner:
         config = self.config
         return (
             f"{device_label(self.device, config.device)}, {impl_label(config.impl, self.device)}; "
-            f"weights {self._weights}, KV {self._spec.kv_label(config.kv, config.kv_repair)}, block {self._memory.block_size}{self._replay}"
+            f"weights {self._weights}, KV {self._spec.kv_label(config.kv, config.kv_repair)}, "
+            f"block {self._memory.block_size}{self._replay}"
         )
 
     @property
