@@ -1,7 +1,8 @@
-"""Decode and prefill attention over each KV format, beside scaled_dot_product_attention."""
+"""Decode attention over equal and ragged contexts and prefill attention, in each KV format."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -48,6 +49,33 @@ def decode_rows() -> list[Row]:
                 )
             )
             print_row(found[-1])
+    return found
+
+
+def ragged_rows() -> list[Row]:
+    """256 sequences of 100 to 1,200 tokens, the longest first as the engine orders them; beside it the same lengths as
+    they come."""
+    found = []
+    batch, least, most = 256, 100, 1200
+    for format in KV_FORMATS:
+        problem = problems.decode(format, batch, most)
+        lengths = torch.randint(least, most + 1, (batch,), generator=torch.Generator().manual_seed(0)).int()
+        as_they_come = replace(problem, lengths=lengths.to(problem.lengths.device))
+        ordered = replace(problem, lengths=as_they_come.lengths.sort(descending=True).values)
+        scale, layer = problem.head_dim**-0.5, problem.layers[0]
+        got = decode_triton(problem.q, layer, problem.tables, ordered.lengths, scale)
+        rows = (0, batch // 2, batch - 1)
+        want = [
+            attend(problem.q[b : b + 1].double(), *read_kv(layer, problem.tables[b], int(ordered.lengths[b])), scale)[0]
+            for b in rows
+        ]
+        error = checked(relative_error(got[list(rows)], torch.stack(want)), 8e-3, f"ragged decode {format}")
+        us, unordered = (microseconds(one.calls(decode_triton)) for one in (ordered, as_they_come))
+        nbytes = int(lengths.sum()) * layer.format.bytes_per_token(problem.kv_heads, problem.head_dim)
+        others = {"in no order": unordered}
+        what = f"{batch} x {least} to {most} {format}"
+        found.append(Row("decode attention", what, us, error, None, nbytes / us / 1e6, None, others))
+        print_row(found[-1])
     return found
 
 

@@ -19,7 +19,7 @@ import torch
 import triton
 
 from ..timing import matmul_rate, read_bandwidth
-from .attention import decode_rows, prefill_rows
+from .attention import decode_rows, prefill_rows, ragged_rows
 from .eight_bits import a8w8_rows, eight_bit_rows
 from .elementwise import elementwise_rows
 from .matmul import layer_rows, matmul_rows, slope_rows
@@ -36,6 +36,7 @@ OPS: dict[str, Callable[[], list[Row]]] = {
     "fp8": lambda: eight_bit_rows("fp8", (1, 16, 32, 64, 256, 2048)),
     "w4a8": lambda: eight_bit_rows("w4a8", (16, 64, 128, 256, 512, 2048)),
     "decode": decode_rows,
+    "ragged": ragged_rows,
     "prefill": prefill_rows,
     "elementwise": elementwise_rows,
 }
