@@ -61,7 +61,7 @@ class _Target:
         self.get_current_target = lambda: target
 
 
-def compile_sm90(
+def compile_kernel(
     kernel: Any, signature: dict[str, str], constants: dict[str, Any], divisible: list[str], warps: int, stages: int,
     capability: int = 90,
 ) -> Compiled:

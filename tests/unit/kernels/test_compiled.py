@@ -29,7 +29,7 @@ from kernels import (
     skinny,
     wide,
 )
-from tests.unit.kernels.sass import Compiled, compile_sm90, mma, opcodes
+from tests.unit.kernels.sass import Compiled, compile_kernel, mma, opcodes
 
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 
@@ -44,7 +44,7 @@ def matmul(
     signature = pointers | dict.fromkeys(integers.split(), "i32")
     known = [name for name in signature if name not in ("M", "groups_per_split")]
     fixed = {"STAGES": stages, "EARLY": capability >= 90, "INTERP": False}
-    return compile_sm90(kernel, signature, fixed | constants, known, warps, stages, capability)
+    return compile_kernel(kernel, signature, fixed | constants, known, warps, stages, capability)
 
 
 def check(built: Compiled, elements: int, warps: int, budget: float, conversions: bool = False) -> None:
@@ -115,7 +115,7 @@ def test_rope_write(format: str, together: int, capability: int) -> None:
     else:
         signature |= dict.fromkeys(scales, "*i32")
     known = [name for name in signature if name not in ("eps", "H", "HKV")]
-    built = compile_sm90(qkv_triton.rope_write_kernel, signature, constants, known, 1, 1, capability)
+    built = compile_kernel(qkv_triton.rope_write_kernel, signature, constants, known, 1, 1, capability)
     assert built.spilled == 0 and built.registers <= 168
 
 
@@ -175,7 +175,7 @@ def test_quantized_operations(name: str, width: int, warps: int, codes: str, lar
     else:
         pointers |= {"gate_up": "*bf16", "I": "i32"}
     known = [argument for argument in pointers if argument != "eps"]
-    built = compile_sm90(kernel, pointers, constants | {"EARLY": True, "INTERP": False}, known, warps, 1)
+    built = compile_kernel(kernel, pointers, constants | {"EARLY": True, "INTERP": False}, known, warps, 1)
     assert built.spilled == 0 and built.registers <= 128
     lines = opcodes(built.sass)
     assert lines["LDG"] * 8 * 32 * warps <= 4 * constants["BLOCK"]  # type: ignore[operator]
@@ -206,7 +206,7 @@ def attention(
     else:
         signature |= {"key_scale": "*i32", "value_scale": "*i32"}
     known = [name for name in signature if name not in ("scale", *integers.split())]
-    return compile_sm90(kernel, signature | {"scale": "fp32"}, fixed | constants, known, warps, stages, capability)
+    return compile_kernel(kernel, signature | {"scale": "fp32"}, fixed | constants, known, warps, stages, capability)
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,7 @@ def test_kv(format: str, op: str, capability: int) -> None:
         signature |= scales
     signature |= dict.fromkeys(f"{STORE if op == 'write' else EXPAND} {SCALES}".split(), "i32")
     kernel = kv_cache_triton.write_kv_kernel if op == "write" else kv_cache_triton.expand_kernel
-    built = compile_sm90(kernel, signature, constants | {"INTERP": False}, [], 1 if op == "write" else 2, 1, capability)
+    built = compile_kernel(kernel, signature, constants | {"INTERP": False}, [], 1 if op == "write" else 2, 1, capability)
     assert built.spilled == 0, f"{built.spilled} spills"
 
 
