@@ -251,7 +251,8 @@ def test_kv(format: str, op: str, capability: int) -> None:
         signature |= scales
     signature |= dict.fromkeys(f"{STORE if op == 'write' else EXPAND} {SCALES}".split(), "i32")
     kernel = kv_cache_triton.write_kv_kernel if op == "write" else kv_cache_triton.expand_kernel
-    built = compile_kernel(kernel, signature, constants | {"INTERP": False}, [], 1 if op == "write" else 2, 1, capability)
+    warps = 1 if op == "write" else 2
+    built = compile_kernel(kernel, signature, constants | {"INTERP": False}, [], warps, 1, capability)
     assert built.spilled == 0, f"{built.spilled} spills"
 
 
