@@ -67,14 +67,14 @@ class Chain:
         return statistics.median(times)
 
 
-def chain(format: str, m: int, layers: int = 4, seed: int = 0) -> Chain:
-    """A random chain in one weight format, keys and values in bf16."""
+def chain(format: str, m: int, layers: int = 4, kv: str = "bf16", seed: int = 0) -> Chain:
+    """A random chain in one weight format and one KV format."""
     generator = torch.Generator("cuda").manual_seed(seed)
     per_row = CONTEXT // BLOCK
     held = [
         (
             {name: problems.matmul(format, m, n, k, copies=1).weights[0] for name, (n, k) in problems.SHAPES.items()},
-            problems.random_layer("bf16", per_row * m, BLOCK, KV_HEADS, HEAD_DIM, generator),
+            problems.random_layer(kv, per_row * m, BLOCK, KV_HEADS, HEAD_DIM, generator),
         )
         for _ in range(layers)
     ]

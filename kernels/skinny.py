@@ -35,31 +35,34 @@ from .tuning import SkinnyConfig, WideConfig
 @triton.jit(do_not_specialize=["M"])
 def skinny_kernel(
     x, w, scale, out, M, N, K, k_per_split, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
-    GATED: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr, INTERP: tl.constexpr,
+    GATED: tl.constexpr, DOTS: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr, INTERP: tl.constexpr,
 ):
     await_previous(EARLY)
     tile_n, tile_m, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    m, n, i = tile_m * BM + tl.arange(0, BM), feature_rows(tile_n, N, BN, GATED), tl.arange(0, BK)
+    m, n, i = tile_m * BM + tl.arange(0, BM), feature_rows(tile_n, N, BN, GATED), tl.arange(0, BK // DOTS)
     first = split * k_per_split
     last = tl.minimum(first + k_per_split, K)
     x_at = x + m[None, :].to(tl.int64) * K + i[:, None]
     w_at = w + n[:, None].to(tl.int64) * K + i[None, :]
     live_m, live_n = (m < M)[None, :], (n < N)[:, None]
     acc = tl.zeros((BN, BM), tl.float32)
+    tl.assume(first < last)
     for k in tl.range(first, last, BK, num_stages=STAGES):
-        if EVEN:
-            a = tl.load(w_at + k, mask=live_n, other=0.0)
-            b = tl.load(x_at + k, mask=live_m, other=0.0)
-        else:
-            a = tl.load(w_at + k, mask=live_n & (k + i < last)[None, :], other=0.0)
-            b = tl.load(x_at + k, mask=live_m & (k + i < last)[:, None], other=0.0)
-        if INTERP:
-            a = a.to(tl.float32)
-        elif w.dtype.element_ty == tl.float8e4nv:
-            a = a.to(tl.float16).to(tl.bfloat16)
-        else:
-            a = a.to(tl.bfloat16)
-        acc = dot(a, b, acc, INTERP)
+        for part in tl.static_range(DOTS):
+            at = k + part * (BK // DOTS)
+            if EVEN:
+                a = tl.load(w_at + at, mask=live_n, other=0.0)
+                b = tl.load(x_at + at, mask=live_m, other=0.0)
+            else:
+                a = tl.load(w_at + at, mask=live_n & (at + i < last)[None, :], other=0.0)
+                b = tl.load(x_at + at, mask=live_m & (at + i < last)[:, None], other=0.0)
+            if INTERP:
+                a = a.to(tl.float32)
+            elif w.dtype.element_ty == tl.float8e4nv:
+                a = a.to(tl.float16).to(tl.bfloat16)
+            else:
+                a = a.to(tl.bfloat16)
+            acc = dot(a, b, acc, INTERP)
     admit_next(EARLY)
     if scale is not None:
         acc *= tl.load(scale + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
@@ -75,10 +78,11 @@ def skinny_partials(
     bk = config.block_k
     out, per_split = new_partials(triton.cdiv(k, bk), config.splits, m, n // 2 if gated else n, x.device)
     early = admission(config.late)
+    dots = 2 if weight.data.element_size() == 1 and config.block_m > 8 and config.warps >= 4 else 1
     grid = (triton.cdiv(n, config.block_n), triton.cdiv(m, config.block_m), out.shape[0])
     skinny_kernel[grid](
         x, weight.data, weight.scale, out, m, n, k, per_split * bk, config.block_m, config.block_n, bk, k % bk == 0,
-        gated, config.stages, early, INTERP, num_warps=config.warps, num_stages=config.stages, launch_pdl=early > 0,
+        gated, dots, config.stages, early, INTERP, num_warps=config.warps, num_stages=config.stages, launch_pdl=early > 0,
     )
     return out
 
