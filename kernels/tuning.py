@@ -34,7 +34,8 @@ class SkinnyConfig:
 
 @dataclass(frozen=True)
 class WideConfig:
-    """Tiles of a large-M matmul. block_k is read by A8W8 only (planes step by one group). late: as in SkinnyConfig."""
+    """Tiles of a large-M matmul. block_k is read by A8W8 only (planes step by one group). late: as in SkinnyConfig.
+    producer: a warp group of its own issues the copies (`wide_hopper` only)."""
 
     block_m: int
     block_n: int
@@ -43,6 +44,7 @@ class WideConfig:
     stages: int
     block_k: int = 128
     late: bool = False
+    producer: bool = False
 
 
 @dataclass(frozen=True)
@@ -166,21 +168,27 @@ def decode_config(format: str, batch: int, kv_heads: int, max_tokens: int, multi
     The fewer (sequence, head) pairs there are, the more the context is split: down to 128 tokens a split, or to 64
     where hardly any program would run besides. For codes one warp a program has no barriers, and many programs with
     five tiles on their way hide each other's latency; 4-bit codes leave so little to wait for that two programs share
-    a context until there are 11 pairs a multiprocessor."""
+    a context until there are 11 pairs a multiprocessor. One or two short sequences are a matter of latency alone: few
+    large tiles, and few splits to merge."""
     pairs = batch * kv_heads
-    few, many = pairs <= multiprocessors // (4 if format == "int4" else 2), pairs > 3 * multiprocessors
+    few, many = pairs <= multiprocessors // 2, pairs > 3 * multiprocessors
     crowded = pairs > 11 * multiprocessors
 
     def splits(programs: int) -> int:
         """For so many programs a multiprocessor."""
         return round(multiprocessors * programs / pairs)
 
-    if format == "bf16":
-        wanted, tile, warps, stages = (splits(3), 64, 4, 3) if few else (splits(4), 64, 2, 3)
-    elif few:
-        wanted, tile, warps, stages = splits(3), 64, 2, 3 if pairs <= 16 else 5
+    if pairs <= 16 and max_tokens <= 1024:
+        wanted, tile, warps, stages = (8, 128, 4, 2) if roomy() else (splits(3), 64, 4, 3)
+        if format in ("int4", "k8v4"):
+            wanted, tile, warps, stages = splits(3), 64, 2, 3
+    elif format == "bf16" and few:
+        wanted, tile, warps, stages = splits(2), 64, 2, 5 if roomy() else 3
+    elif format == "bf16":
+        wanted, tile, warps, stages = splits(4), 64, 2, 3 if many else 2
     elif not many:
-        wanted, tile, warps, stages = splits(8) if format == "int4" else 4, 32, 1, 5
+        programs = 8 if format == "int4" and pairs > multiprocessors // 4 else 4
+        wanted, tile, warps, stages = max(4, splits(programs)), 32, 1, 5
     elif format in ("int4", "k8v4"):
         wanted, tile, warps, stages = 1 if crowded else 2, 64 if format == "int4" else 32, 1, 6
     else:
