@@ -6,7 +6,7 @@ from __future__ import annotations
 from itertools import product
 from typing import Any
 
-from .tuning import DecodeConfig, PrefillConfig, SkinnyConfig, WideConfig
+from .tuning import DecodeConfig, HopperConfig, PrefillConfig, SkinnyConfig, WideConfig
 
 
 def planes_candidates(m: int) -> list[Any]:
@@ -30,6 +30,24 @@ def wide_candidates(m: int) -> list[Any]:
         for bm, bn, w, st, s in product((64, 128, 256), (64, 128, 256), (4, 8), (2, 3, 4), (1, 2, 4))
         if bm <= m and bm * bn <= 1 << 15 and bm * bn // w >= 1024 and (s == 1 or m <= 256) and (bm < 256 or st < 4)
     ]
+
+
+def hopper_candidates(m: int, n: int) -> list[Any]:
+    """Tiles that give work to most multiprocessors, in about as many stages as fit; two programs of four warps share
+    one."""
+    rows = (64,) if m <= 64 else (64, 128) if m <= 128 else (128, 256)
+    shapes = [
+        (bm, bn, warps, stages)
+        for bm, bn, warps, stages in product(rows, (64, 128, 256), (4, 8), (2, 3, 4, 5))
+        if bn >= 16 * warps and 1 << 10 <= bm * bn // warps <= 1 << 12
+        and 140 << 10 <= (bm * 256 + bn * 64) * stages * (2 if warps == 4 and bm * bn <= 1 << 14 else 1) <= 224 << 10
+    ]  # fmt: skip
+    return [
+        HopperConfig(bm, bn, splits, warps, stages, producer)
+        for (bm, bn, warps, stages), splits, producer in product(shapes, (1, 2, 3, 4, 6, 8), (False, True))
+        if 90 <= -(-n // bn) * -(-m // bm) * splits and (splits == 1 or m <= 512)
+        and -(-n // bn) * -(-m // bm) * splits <= max(600, -(-n // bn) * -(-m // bm))
+    ]  # fmt: skip
 
 
 def plain_candidates(m: int, element_bytes: int) -> list[Any]:

@@ -12,20 +12,33 @@ from .a16w4 import a16w4_partials, dequantize_rows, reduce_splits
 from .activations import Activations, Operand, SummedRows, activation_codes
 from .packing import PLANE_ROWS, PackedWeight
 from .skinny import skinny_partials, widen_rows
-from .triton_common import INTERP
-from .tuning import SkinnyConfig, WideConfig, a8w8_config, gated_config, plain_config, planes_config, wide_config
+from .triton_common import INTERP, warp_group_products
+from .tuning import (
+    HopperConfig,
+    SkinnyConfig,
+    WideConfig,
+    a8w8_config,
+    gated_config,
+    hopper_config,
+    plain_config,
+    planes_config,
+    wide_config,
+)
 from .weights import WEIGHT_FORMATS, weight_format
 from .wide import wide_partials
+
+Config = SkinnyConfig | WideConfig | HopperConfig
 
 # Up to these rows a kernel of ours streams the weight; above, it is dequantized once (in slices) and multiplied by
 # cuBLAS. bf16 goes to cuBLAS directly; where a format has 8-bit activations, they have 8 bits there.
 FUSED_ROWS = {"bf16": 64, "int8": 256, "int4": 256}
 FUSED_ROWS |= {name: form.sixteen_bit_rows for name, form in WEIGHT_FORMATS.items() if form.activations}
+HOPPER_ROWS = 2048  # int4 by `wide_hopper`
 # w4a8: up to here the weight becomes int8 in registers (`a8w4`), above once (in slices), for the product of w8a8.
 REQUANTIZED_ROWS = 512
-SKINNY_ROWS = (
-    64  # int4: up to here scales are applied per group to the accumulator (`a16w4`), above to the weight (`wide`)
-)
+# 4-bit weights: up to here scales are applied per group to the accumulator (`a16w4`), above to the weight (`wide`, or
+# `wide_hopper`, which is worth it from fewer rows).
+SKINNY_ROWS, HOPPER_SKINNY_ROWS = 64, 32
 DEQUANTIZED_ELEMENTS = 1 << 24  # 32 MB of bf16 workspace at a time, which stays in the L2 cache
 REQUANTIZED_ELEMENTS = 1 << 25  # the same of int8
 
@@ -42,9 +55,19 @@ def linear_triton(x: Operand, weight: PackedWeight, bias: Tensor | None, partial
     if isinstance(x, SummedRows):
         return _summed(linear_partials(x, weight), bias, partial)
     x = x.contiguous()
-    if x.shape[0] > FUSED_ROWS[weight.format]:
+    if x.shape[0] > fused_rows(weight):
         return F.linear(x, weight.data, bias) if weight.format == "bf16" else _dequantize_once(x, weight, bias)
     return _summed(linear_partials(x, weight), bias, partial)
+
+
+def by_hopper(weight: PackedWeight) -> bool:
+    """Whether `wide_hopper` takes the weight on this GPU."""
+    return weight.layout == "planes" and weight.group_size == 128 and warp_group_products()
+
+
+def fused_rows(weight: PackedWeight) -> int:
+    """The most rows of 16-bit x for which the weight is read as it is stored."""
+    return HOPPER_ROWS if weight.format == "int4" and by_hopper(weight) else FUSED_ROWS[weight.format]
 
 
 def linear_8_bit(
@@ -85,25 +108,36 @@ def requantized_once(x: Activations, weight: PackedWeight, bias: Tensor | None =
     return _summed(y, bias)
 
 
-def linear_partials(
-    x: Tensor | SummedRows, weight: PackedWeight, config: SkinnyConfig | WideConfig | None = None
-) -> Tensor:
+def linear_partials(x: Tensor | SummedRows, weight: PackedWeight, config: Config | None = None) -> Tensor:
     """The split-K partials [SPLITS, M, N] of x @ weight.T, for a consumer that sums them (float32; bf16 where there is
     one split)."""
     (m, k), n = x.shape, weight.shape[0]
     x, sums = (x.x, x.sums) if isinstance(x, SummedRows) else (x, None)
     if weight.layout != "planes":
+        assert not isinstance(config, HopperConfig)
         return skinny_partials(x, weight, config or plain_config(m, n, k, weight.data.element_size()))
-    assert weight.group_size is not None
-    config = config or (planes_config if m <= SKINNY_ROWS else wide_config)(m, n, k, weight.group_size)
+    config = config or four_bit_config(m, weight)
     if isinstance(config, SkinnyConfig):
         return a16w4_partials(x, weight, config, sums)
-    return wide_partials(x, weight, config)
+    if isinstance(config, WideConfig):
+        return wide_partials(x, weight, config)
+    from .wide_hopper import wide_hopper_partials
+
+    return wide_hopper_partials(x, weight, config)
+
+
+def four_bit_config(m: int, weight: PackedWeight) -> Config:
+    """Tiles for x of m rows, and by their type the kernel."""
+    n, k = weight.shape
+    assert weight.group_size is not None
+    if m <= (HOPPER_SKINNY_ROWS if by_hopper(weight) else SKINNY_ROWS):
+        return planes_config(m, n, k, weight.group_size)
+    return hopper_config(m, n, k) if by_hopper(weight) else wide_config(m, n, k, weight.group_size)
 
 
 def linear_fused(
     x: Tensor | SummedRows, weight: PackedWeight, bias: Tensor | None = None,
-    config: SkinnyConfig | WideConfig | None = None,
+    config: Config | None = None,
 ) -> Tensor:
     """x [M, K] times the weight as it is stored, the splits of K summed -> bf16 [M, N]."""
     return _summed(linear_partials(x, weight, config), bias)

@@ -88,6 +88,13 @@ def rope_write_kernel(
                 )
 
 
+def heads_together(rows: int, heads: int, kv_heads: int) -> tuple[int, int]:
+    """Heads of one program, and its warps. Few rows: a program per head, for latency. Many: heads of a kind together,
+    so that a token's turn is read less, two to a warp, since one alone takes long to encode eight."""
+    together = 1 if rows <= 16 else math.gcd(8, heads, kv_heads)
+    return together, max(1, together // 2)
+
+
 def rope_write_triton(
     qkv: Tensor, layer: KVLayer, slots: Tensor, turn: Tensor, norms: tuple[Tensor, Tensor, float] | None
 ) -> Tensor:
@@ -104,14 +111,13 @@ def rope_write_triton(
     q = torch.empty(rows, heads, d, dtype=torch.bfloat16, device=qkv.device)
     if not rows:
         return q
-    # Few rows: a program per head, for latency. Many: heads of a kind together, so that a token's turn is read less.
-    together = 1 if rows <= 16 else math.gcd(8, heads, hkv)
+    together, warps = heads_together(rows, heads, hkv)
     q_norm, k_norm, eps = norms or (turn, turn, 0.0)
     key, value, early = layer.key, layer.value, early_launch()
     rope_write_kernel[(rows, width // d // together)](
         qkv, q, turn, slots, q_norm, k_norm, key, value, layer.key_scale, layer.value_scale, size, heads, hkv, eps,
         *key.stride()[:3], *value.stride()[:3], *scale_strides(layer), splits, d, together, layer.block_size,
-        layer.format.key.name, layer.format.value.name, norms is not None, early, INTERP, num_warps=1,
+        layer.format.key.name, layer.format.value.name, norms is not None, early, INTERP, num_warps=warps,
         launch_pdl=early,
     )
     return q

@@ -27,6 +27,12 @@ def early_launch() -> bool:
     return not INTERP and torch.cuda.get_device_capability() >= (9, 0)
 
 
+@lru_cache(maxsize=1)
+def warp_group_products() -> bool:
+    """Whether the GPU has Hopper's products of warp groups (wgmma), which no later one has."""
+    return not INTERP and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+
+
 AT_START, AFTER_LOOP = 1, 2
 
 

@@ -31,6 +31,7 @@ from .candidates import (
     a8w4_candidates,
     a8w8_candidates,
     decode_candidates,
+    hopper_candidates,
     plain_candidates,
     planes_candidates,
     prefill_candidates,
@@ -137,7 +138,7 @@ def tasks(kinds: list[str], most: int) -> list[Task]:
     `most` candidates of each problem, drawn with a fixed seed."""
     found: list[Task] = []
     rows = {
-        "planes": (1, 16, 32, 64), "wide": (128, 256), "bf16": (1, 16, 32, 64), "int8": (1, 16, 64, 128, 256),
+        "planes": (1, 16, 32, 64), "wide": (128, 256), "hopper": (64, 128, 256, 512, 2048), "bf16": (1, 16, 32, 64), "int8": (1, 16, 64, 128, 256),
         "a8w8": (64, 128, 256, 2048), "a8w4": (128, 192, 256, 512),
     }  # fmt: skip
     for kind in kinds:
@@ -163,14 +164,13 @@ def tasks(kinds: list[str], most: int) -> list[Task]:
             ]
             found.append((kind, {"m": 8192, "n": 8192, "k": 8192}, a8w8_candidates(8192)))
         else:
-            format = "int4" if kind in ("planes", "wide") else kind
+            format = "int4" if kind in ("planes", "wide", "hopper") else kind
             shapes = [*problems.SHAPES.values(), *([problems.HEAD] if kind in ("bf16", "int8") else [])]
             for m, (n, k) in product(rows[kind], shapes):
-                candidates = (
-                    {"planes": planes_candidates, "wide": wide_candidates}[kind](m)
-                    if format == "int4"
-                    else plain_candidates(m, 2 if kind == "bf16" else 1)
-                )
+                candidates = {
+                    "planes": lambda m, n: planes_candidates(m), "wide": lambda m, n: wide_candidates(m),
+                    "hopper": hopper_candidates,
+                }.get(kind, lambda m, n: plain_candidates(m, 2 if kind == "bf16" else 1))(m, n)
                 found.append((kind, {"format": format, "m": m, "n": n, "k": k}, candidates))
     return [
         (op, arguments, configs if len(configs) <= most else Random(0).sample(configs, most))
@@ -219,7 +219,7 @@ def write_entries(found: list[dict[str, Any]], command: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    kinds = ["planes", "wide", "bf16", "int8", "a8w8", "a8w4", "decode", "prefill"]
+    kinds = ["planes", "wide", "hopper", "bf16", "int8", "a8w8", "a8w4", "decode", "prefill"]
     parser.add_argument("--op", nargs="*", default=kinds)
     parser.add_argument("--json", help="write every timing here")
     parser.add_argument("--write", action="store_true", help="write this GPU's file in kernels/tuned")

@@ -23,6 +23,8 @@ from .activations import activation_codes, quantize_rows
 from .chain import Chain, chain
 from .gated import gated_linear
 from .matmul import linear
+from .matmul_triton import HOPPER_SKINNY_ROWS
+from .triton_common import warp_group_products
 from .tune import write_entries
 from .tuning import table
 
@@ -39,7 +41,9 @@ def kind_of(format: str, m: int) -> str:
     """The kind of tuned entry that a decode product of that format reads."""
     if activation_codes(format, m) is not None:
         return {"w4a8": "a8w4"}.get(format, "a8w8")
-    return {"int4": "planes", "w4a8": "planes", "bf16": "bf16"}.get(format, "int8")
+    if format in ("int4", "w4a8"):
+        return "hopper" if m > HOPPER_SKINNY_ROWS and warp_group_products() else "planes"
+    return "bf16" if format == "bf16" else "int8"
 
 
 def problem_of(name: str, format: str, m: int) -> Problem | None:
@@ -47,7 +51,8 @@ def problem_of(name: str, format: str, m: int) -> Problem | None:
     kind = kind_of(format, m)
     if name != "gated":
         return (kind, m, *problems.SHAPES[name])
-    return (f"gated {kind}", m, *problems.SHAPES["gate_up"]) if activation_codes(format, m) is None else None
+    own = {"hopper": "planes"}.get(kind, kind)  # the kernels that SiLU-mul can be part of
+    return (f"gated {own}", m, *problems.SHAPES["gate_up"]) if activation_codes(format, m) is None else None
 
 
 def runs_gated(format: str, m: int) -> bool:
@@ -60,15 +65,20 @@ RANGES = {"block_n": (32, 256), "block_k": (64, 256), "splits": (1, 16), "warps"
 
 
 def neighbours(config: Config, kind: str) -> list[Config]:
-    """One field changed at a time; block_k means nothing to planes, and a gated product does not split K."""
+    """One field changed at a time; block_k means nothing to 4-bit weights, and a gated product does not split K."""
     changes: list[Config] = [{"late": not config.get("late", False)}]
+    if kind == "hopper":
+        changes.append({"producer": not config["producer"]})
+    unread = "splits" if kind.startswith("gated ") else "block_k" if kind in ("planes", "hopper") else ""
     for name, (least, most) in RANGES.items():
+        if name == unread or name not in config:
+            continue
         held = config[name]
         near = (held + 1, held - 1) if name == "stages" else (held * 2, held // 2)
-        if name != ("splits" if kind.startswith("gated ") else "block_k" if kind.endswith("planes") else ""):
-            changes += [{name: value} for value in near if least <= value <= most]
+        changes += [{name: value} for value in near if least <= value <= most]
     found = [config | change for change in changes]
-    return [c for c in found if c["block_n"] >= 16 * c["warps"]]
+    whole_groups = kind != "hopper"  # its warps come in fours
+    return [c for c in found if c["block_n"] >= 16 * c["warps"] and (whole_groups or c["warps"] % 4 == 0)]
 
 
 def candidates(records: list[dict[str, Any]], problem: Problem, most: int = 9) -> list[Config]:

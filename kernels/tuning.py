@@ -34,8 +34,7 @@ class SkinnyConfig:
 
 @dataclass(frozen=True)
 class WideConfig:
-    """Tiles of a large-M matmul. block_k is read by A8W8 only (planes step by one group). late: as in SkinnyConfig.
-    producer: a warp group of its own issues the copies (`wide_hopper` only)."""
+    """Tiles of a large-M matmul. block_k is read by A8W8 only (planes step by one group). late: as in SkinnyConfig."""
 
     block_m: int
     block_n: int
@@ -44,7 +43,20 @@ class WideConfig:
     stages: int
     block_k: int = 128
     late: bool = False
+
+
+@dataclass(frozen=True)
+class HopperConfig:
+    """Tiles of `wide_hopper`. warps: those that multiply; producer: four more issue the copies. late: as in
+    SkinnyConfig."""
+
+    block_m: int
+    block_n: int
+    splits: int
+    warps: int
+    stages: int
     producer: bool = False
+    late: bool = False
 
 
 @dataclass(frozen=True)
@@ -123,6 +135,18 @@ def wide_config(m: int, n: int, k: int, group_size: int) -> WideConfig:
     if found is not None and group_size == 128:
         return WideConfig(**found)
     return WideConfig(256 if m > 128 and roomy() else 128, 128, 1, 8, 3)
+
+
+def hopper_config(m: int, n: int, k: int) -> HopperConfig:
+    """A16W4, M > 32, on a Hopper GPU: the configuration for x [m, k] and a planes weight [n, k]."""
+    found = _tuned("hopper", m, n, k)
+    if found is not None:
+        return HopperConfig(**found)
+    if m <= 128:
+        splits = _splits(n, k, 128, 128, 264, 4)
+        return HopperConfig(64, 128, splits, 4, 3, True) if m <= 64 else HopperConfig(128, 128, splits, 4, 2)
+    programs = 132 // -(-m // 256)
+    return HopperConfig(256, 128, _splits(n, k, 128, 128, programs, 8) if m <= 512 else 1, 8, 3, True)
 
 
 def plain_config(m: int, n: int, k: int, element_bytes: int) -> SkinnyConfig:

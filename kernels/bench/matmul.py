@@ -29,8 +29,8 @@ def matmul_rows(format: str, rows: tuple[int, ...]) -> list[Row]:
                 f"{format} {name} M={m}",
             )
             us = microseconds(problem.calls(partial(linear_triton, bias=None)))
-            small = m <= 64
-            partials = microseconds(problem.calls(linear_partials)) if small else None
+            split = m <= (256 if format == "int4" else 64)  # where a consumer may be given partials
+            partials = microseconds(problem.calls(linear_partials)) if split else None
             dense = [weight.bfloat16() for _ in range(max(2, min(6, (512 << 20) // (2 * n * k))))]
             others = {"cuBLAS bf16": microseconds([partial(F.linear, problem.x, w) for w in dense])}
             if format == "int4" and m <= 16:
