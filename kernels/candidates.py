@@ -50,6 +50,15 @@ def hopper_candidates(m: int, n: int) -> list[Any]:
     ]  # fmt: skip
 
 
+def matmul_candidates(kind: str, m: int, n: int) -> list[Any]:
+    """Of a product that reads x in 16 bits, by the kind of tuned entry."""
+    if kind == "hopper":
+        return hopper_candidates(m, n)
+    if kind in ("planes", "wide"):
+        return planes_candidates(m) if kind == "planes" else wide_candidates(m)
+    return plain_candidates(m, 2 if kind == "bf16" else 1)
+
+
 def plain_candidates(m: int, element_bytes: int) -> list[Any]:
     if m > 64:
         return [

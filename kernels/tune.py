@@ -31,11 +31,8 @@ from .candidates import (
     a8w4_candidates,
     a8w8_candidates,
     decode_candidates,
-    hopper_candidates,
-    plain_candidates,
-    planes_candidates,
+    matmul_candidates,
     prefill_candidates,
-    wide_candidates,
 )
 from .decode_triton import decode_triton
 from .elementwise_triton import add_rms_norm, silu_mul
@@ -138,7 +135,8 @@ def tasks(kinds: list[str], most: int) -> list[Task]:
     `most` candidates of each problem, drawn with a fixed seed."""
     found: list[Task] = []
     rows = {
-        "planes": (1, 16, 32, 64), "wide": (128, 256), "hopper": (64, 128, 256, 512, 2048), "bf16": (1, 16, 32, 64), "int8": (1, 16, 64, 128, 256),
+        "planes": (1, 16, 32, 64), "wide": (128, 256), "hopper": (64, 128, 256, 512, 2048),
+        "bf16": (1, 16, 32, 64), "int8": (1, 16, 64, 128, 256),
         "a8w8": (64, 128, 256, 2048), "a8w4": (128, 192, 256, 512),
     }  # fmt: skip
     for kind in kinds:
@@ -167,10 +165,7 @@ def tasks(kinds: list[str], most: int) -> list[Task]:
             format = "int4" if kind in ("planes", "wide", "hopper") else kind
             shapes = [*problems.SHAPES.values(), *([problems.HEAD] if kind in ("bf16", "int8") else [])]
             for m, (n, k) in product(rows[kind], shapes):
-                candidates = {
-                    "planes": lambda m, n: planes_candidates(m), "wide": lambda m, n: wide_candidates(m),
-                    "hopper": hopper_candidates,
-                }.get(kind, lambda m, n: plain_candidates(m, 2 if kind == "bf16" else 1))(m, n)
+                candidates = matmul_candidates(kind, m, n)
                 found.append((kind, {"format": format, "m": m, "n": n, "k": k}, candidates))
     return [
         (op, arguments, configs if len(configs) <= most else Random(0).sample(configs, most))
