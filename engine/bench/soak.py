@@ -7,6 +7,7 @@ those are met; with ONEDNN_PRIMITIVE_CACHE_CAPACITY=32 and LRU_CACHE_CAPACITY=32
 from __future__ import annotations
 
 import random
+import signal
 import time
 from collections import Counter
 from dataclasses import asdict
@@ -35,13 +36,14 @@ class Soak:
         self.told: Counter[str] = Counter()
         self.ends: Counter[str] = Counter()
         self.tokens = self.steps = self.aborts = 0
+        self.stopped = False
         self.memory: list[dict[str, float]] = []
 
     def run(self, seconds: float, progress: Any = None) -> dict[str, Any]:
         """Raises AssertionError where something is lost or told twice, or a list disagrees with another."""
         begun = time.perf_counter()
         self._sample(0.0)
-        while (elapsed := time.perf_counter() - begun) < seconds:
+        while (elapsed := time.perf_counter() - begun) < seconds and not self.stopped:
             self._send()
             if self.rng.random() < ABORT and self.sent:
                 self.aborts += self.engine.abort(self.rng.choice(list(self.sent)))
@@ -58,6 +60,10 @@ class Soak:
         assert not self.sent, f"{len(self.sent)} requests were never answered"
         assert self.engine.scheduler.cache.pool.num_used == 0, "blocks are held by nobody"
         return self._report(time.perf_counter() - begun)
+
+    def stop(self, *_: object) -> None:
+        """End the traffic after the step under way; a signal handler."""
+        self.stopped = True
 
     def _send(self) -> None:
         rng = self.rng
@@ -130,8 +136,13 @@ class Soak:
 def run_soak(engine: Engine, minutes: float, seed: int) -> dict[str, Any]:
     from tqdm.auto import tqdm
 
-    with tqdm(total=round(minutes * 60), desc="soak", unit="s") as bar:
-        report = Soak(engine, seed).run(minutes * 60, lambda elapsed: bar.update(int(elapsed) - bar.n))
+    soak = Soak(engine, seed)
+    before = signal.signal(signal.SIGINT, soak.stop)  # what was sent is answered and counted first
+    try:
+        with tqdm(total=round(minutes * 60), desc="soak", unit="s") as bar:
+            report = soak.run(minutes * 60, lambda elapsed: bar.update(int(elapsed) - bar.n))
+    finally:
+        signal.signal(signal.SIGINT, before)
     grown = report["growth_after_warm_up"]
     growth = ", ".join(f"{name.removesuffix('_bytes')} {more / 1e6:+,.1f} MB" for name, more in grown.items())
     print(

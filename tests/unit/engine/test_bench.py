@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from engine.bench.host import run_host
 from engine.bench.peers import PeerSizes, run_peers
 from engine.bench.reference import generate_candidate, load_network
 from engine.bench.roofline import Roofline
-from engine.bench.soak import Soak
+from engine.bench.soak import Soak, run_soak
 from engine.bench.work import shared_work, uniform_work
 from engine.config import EngineConfig
 from engine.engine import Engine
@@ -111,6 +112,16 @@ def test_soak_on_a_device_that_remembers(overlap: bool) -> None:
 def test_soak_on_the_model(tmp_path: Path) -> None:
     report = run(tmp_path, "--suite", "soak", "--minutes", "0.015", "--max-batch-size", "4")["soak"]
     assert report["requests"] > 0 and report["integrity_checks"] >= 1 and report["output_tokens"] > 0
+
+
+def test_an_interrupt_ends_a_soak_with_its_report() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    config = EngineConfig(model="synthetic:tiny", runner="simulated", max_batch_size=4)
+    with load_model(config) as model, Engine(config, model=model) as engine:
+        engine.observers.append(lambda step: signal.raise_signal(signal.SIGINT))
+        report = run_soak(engine, minutes=5.0, seed=0)
+    assert report["requests"] > 0 and report["seconds"] < 60
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_soak_sees_a_lost_token() -> None:
