@@ -37,9 +37,11 @@ def skinny_kernel(
     x, w, scale, out, M, N, K, k_per_split, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
     GATED: tl.constexpr, DOTS: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr, INTERP: tl.constexpr,
 ):
-    await_previous(EARLY)
     tile_n, tile_m, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     m, n, i = tile_m * BM + tl.arange(0, BM), feature_rows(tile_n, N, BN, GATED), tl.arange(0, BK // DOTS)
+    if scale is not None:  # parameters: no need to wait for them
+        factor = tl.load(scale + n, mask=n < N, other=0.0).to(tl.float32)
+    await_previous(EARLY)
     first = split * k_per_split
     last = tl.minimum(first + k_per_split, K)
     x_at = x + m[None, :].to(tl.int64) * K + i[:, None]
@@ -65,8 +67,15 @@ def skinny_kernel(
             acc = dot(a, b, acc, INTERP)
     admit_next(EARLY)
     if scale is not None:
-        acc *= tl.load(scale + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+        acc *= factor[:, None]
     store_product(out, acc, tile_n, split, m, M, N, BN, BM, GATED, INTERP)
+
+
+def products_per_step(element_size: int, config: SkinnyConfig | WideConfig) -> int:
+    """Products in one step of K, the constant DOTS. Of a loop with a single warp-group product (four warps or more, at
+    least 16 rows) Triton lets it run while the next step's codes are converted, which overwrites registers it still
+    reads (https://github.com/triton-lang/triton/issues/9433); behind two it waits for both."""
+    return 2 if element_size == 1 and config.block_m > 8 and config.warps >= 4 else 1
 
 
 def skinny_partials(
@@ -78,11 +87,12 @@ def skinny_partials(
     bk = config.block_k
     out, per_split = new_partials(triton.cdiv(k, bk), config.splits, m, n // 2 if gated else n, x.device)
     early = admission(config.late)
-    dots = 2 if weight.data.element_size() == 1 and config.block_m > 8 and config.warps >= 4 else 1
+    dots = products_per_step(weight.data.element_size(), config)
     grid = (triton.cdiv(n, config.block_n), triton.cdiv(m, config.block_m), out.shape[0])
     skinny_kernel[grid](
         x, weight.data, weight.scale, out, m, n, k, per_split * bk, config.block_m, config.block_n, bk, k % bk == 0,
-        gated, dots, config.stages, early, INTERP, num_warps=config.warps, num_stages=config.stages, launch_pdl=early > 0,
+        gated, dots, config.stages, early, INTERP, num_warps=config.warps, num_stages=config.stages,
+        launch_pdl=early > 0,
     )
     return out
 

@@ -27,6 +27,7 @@ from kernels import (
     prefill_triton,
     qkv_triton,
     skinny,
+    tuning,
     wide,
 )
 from tests.unit.kernels.sass import Compiled, compile_kernel, mma, opcodes
@@ -53,6 +54,8 @@ def check(built: Compiled, elements: int, warps: int, budget: float, conversions
     assert mma(loop) > 0, "no tensor-core instruction in the loop"
     found = sum(opcodes(loop)[name] for name in CONVERSIONS)
     assert conversions or found == 0, f"{found} conversions in the loop"
+    written = built.overwritten()
+    assert not written, f"{len(written)} writes to operands of products in flight, the first: {written[0]}"
     per_element = len(loop) * 32 * warps / elements
     assert per_element <= budget, f"{per_element:.2f} instructions per element, the budget is {budget}"
 
@@ -81,16 +84,24 @@ def test_a16w4(
 
 
 @pytest.mark.parametrize(
-    "element, gated, block_n, block_k, warps, stages, budget",
+    "element, gated, block_m, block_n, block_k, warps, stages, budget",
     [
-        ("bf16", False, 32, 128, 2, 3, 3.0), ("i8", False, 64, 128, 4, 3, 6.2), ("fp8e4nv", False, 64, 128, 4, 3, 4.5),
-        ("bf16", True, 32, 128, 2, 3, 3.0), ("i8", True, 64, 128, 4, 3, 6.4),
+        ("bf16", False, 16, 32, 128, 2, 3, 3.0), ("i8", False, 16, 64, 128, 4, 3, 6.3),
+        ("fp8e4nv", False, 16, 64, 128, 4, 3, 4.5), ("bf16", True, 16, 32, 128, 2, 3, 3.0),
+        ("i8", True, 16, 64, 128, 4, 3, 6.4), ("i8", False, 64, 64, 128, 4, 3, 6.6),
+        ("i8", False, 64, 128, 128, 8, 3, 6.3), ("i8", False, 128, 64, 64, 4, 3, 7.8),
+        ("i8", False, 256, 128, 64, 8, 3, 7.9),
+        ("fp8e4nv", False, 64, 128, 128, 8, 3, 4.5), ("fp8e4nv", False, 128, 64, 128, 4, 3, 5.4),
     ],
 )  # fmt: skip
-def test_skinny(element: str, gated: bool, block_n: int, block_k: int, warps: int, stages: int, budget: float) -> None:
+def test_skinny(
+    element: str, gated: bool, block_m: int, block_n: int, block_k: int, warps: int, stages: int, budget: float
+) -> None:
     scale = {"bf16": None, "i8": "*bf16", "fp8e4nv": "*fp32"}[element]
     pointers = {"x": "*bf16", "w": f"*{element}", "out": "*bf16" if gated else "*fp32"}
-    constants = {"BM": 16, "BN": block_n, "BK": block_k, "EVEN": True, "GATED": gated}
+    config = tuning.SkinnyConfig(block_m, block_n, 1, warps, stages, block_k)
+    constants: dict[str, object] = {"BM": block_m, "BN": block_n, "BK": block_k, "EVEN": True, "GATED": gated}
+    constants["DOTS"] = skinny.products_per_step(2 if element == "bf16" else 1, config)
     pointers, constants = (pointers | {"scale": scale}, constants) if scale else (pointers, constants | {"scale": None})
     built = matmul(skinny.skinny_kernel, pointers, constants, "M N K k_per_split", warps, stages)
     check(built, block_n * block_k, warps, budget)

@@ -61,7 +61,8 @@ def test_skinny(element: str, m: int, n: int, k: int, capability: int) -> None:
     config = tuning.plain_config(m, n, k, 2 if element == "bf16" else 1)
     pointers = {"x": "*bf16", "w": f"*{element}", "out": "*fp32"} | ({"scale": "*bf16"} if element == "i8" else {})
     constants: dict[str, object] = {"BM": config.block_m, "BN": config.block_n, "BK": config.block_k, "EVEN": True}
-    constants |= {"GATED": False} | ({} if element == "i8" else {"scale": None})
+    constants |= {"GATED": False, "DOTS": skinny.products_per_step(2 if element == "bf16" else 1, config)}
+    constants |= {} if element == "i8" else {"scale": None}
     built = matmul(
         skinny.skinny_kernel, pointers, constants, "M N K k_per_split", config.warps, config.stages, capability
     )
