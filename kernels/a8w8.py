@@ -27,7 +27,6 @@ def a8w8_kernel(
     x, w, x_scale, w_scale, out, out_row, M, N, K, k_per_split, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     BAND: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr, INTERP: tl.constexpr,
 ):
-    await_previous(EARLY)
     # Programs go down bands of BAND row tiles, so that a wave of them shares its x and w tiles in L2.
     rows, columns, program, split = tl.cdiv(M, BM), tl.cdiv(N, BN), tl.program_id(0), tl.program_id(1)
     band = program // (BAND * columns)
@@ -35,6 +34,12 @@ def a8w8_kernel(
     tile_m = band * BAND + program % (BAND * columns) % height
     tile_n = program % (BAND * columns) // height
     m, n, i = tile_m * BM + tl.arange(0, BM), tile_n * BN + tl.arange(0, BN), tl.arange(0, BK)
+    BEFORE: tl.constexpr = BM <= 64  # few rows leave registers for what the end needs, and no time to fetch it there
+    if BEFORE:
+        w_factor = tl.load(w_scale + n % N).to(tl.float32)  # parameters: no need to wait for them
+    await_previous(EARLY)
+    if BEFORE:
+        x_factor = tl.load(x_scale + m % M)
     first = split * k_per_split
     last = tl.minimum(first + k_per_split, K)
     x_at = x + (m % M)[:, None].to(tl.int64) * K + (first + i)[None, :]  # rows past the end repeat others, not stored
@@ -56,7 +61,10 @@ def a8w8_kernel(
         x_at += BK
         w_at += BK
     admit_next(EARLY)
-    y = acc.to(tl.float32) * tl.load(x_scale + m % M)[:, None] * tl.load(w_scale + n % N).to(tl.float32)[None, :]
+    if not BEFORE:
+        w_factor = tl.load(w_scale + n % N).to(tl.float32)
+        x_factor = tl.load(x_scale + m % M)
+    y = acc.to(tl.float32) * x_factor[:, None] * w_factor[None, :]
     at = out + (split * M + m[:, None]).to(tl.int64) * out_row + n[None, :]
     inside = (m < M)[:, None] & (n < N)[None, :]
     if out.dtype.element_ty == tl.bfloat16:

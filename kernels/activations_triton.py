@@ -70,10 +70,11 @@ def quantized_rms_norm_kernel(
     x, residual, weight, codes, scales, total, D, size, eps, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
     ADD: tl.constexpr, LARGEST: tl.constexpr, SMALLEST: tl.constexpr, EARLY: tl.constexpr, INTERP: tl.constexpr,
 ):
-    await_previous(EARLY)
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
     inside = i < D
+    factor = tl.load(weight + i, mask=inside, other=0.0).to(tl.float32)  # a parameter: no need to wait for it
+    await_previous(EARLY)
     value = load_sum(x, row * D + i, inside, size, SPLITS, BLOCK)
     if ADD:
         value += tl.load(residual + row * D + i, mask=inside, other=0.0).to(tl.float32)
@@ -81,7 +82,7 @@ def quantized_rms_norm_kernel(
         tl.store(total + row * D + i, rounded, mask=inside)
         value = rounded.to(tl.float32)
     rms = tl.rsqrt(tl.sum(value * value, 0) / D + eps)
-    y = value * rms * tl.load(weight + i, mask=inside, other=0.0).to(tl.float32)
+    y = value * rms * factor
     store_codes(y, codes, scales, row, D, BLOCK, LARGEST, SMALLEST, INTERP)
 
 
