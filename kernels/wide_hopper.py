@@ -111,6 +111,7 @@ def consume(
             acc, held = warpgroup_mma_wait(1, deps=(acc, held))
             held = a
             if p == 0:  # the group before is done: its slot is free
+                tl.debug_barrier()  # in all warps: the wait was for four (Triton's issue 11047), one thread goes on
                 if PRODUCER:
                     mbarrier.arrive(empty.index(before), count=1, pred=i > 0)
                 else:
@@ -121,7 +122,7 @@ def consume(
     admit_next(EARLY)
     y = gl.permute(acc.to(out.dtype.element_ty), (1, 0))
     if y_desc is not None:
-        tl.debug_barrier()
+        tl.debug_barrier()  # nobody reads the ring any more
         stage = x_ring._reinterpret(y.dtype, [1, BM, BN], y_desc.layout).index(0)
         stage.store(y)
         fence_async_shared()
@@ -170,6 +171,15 @@ X_LAYOUT, WORDS_LAYOUT = gl.NVMMASharedLayout(128, 16, 2), gl.NVMMASharedLayout(
 OUT_LAYOUTS = {torch.bfloat16: gl.NVMMASharedLayout(128, 16, 2), torch.float32: gl.NVMMASharedLayout(128, 32, 2)}
 
 
+def launch_options(config: HopperConfig) -> dict[str, int]:
+    """Warps; and registers, where two programs fit on a multiprocessor: with a producer they have 8 warps each."""
+    options = {"num_warps": config.warps}
+    shared = config.stages * (config.block_m * 256 + config.block_n * 64) + 1024
+    if config.producer and config.warps == 4 and 2 * shared <= MULTIPROCESSOR_SHARED:
+        options["maxnreg"] = 128
+    return options
+
+
 def wide_hopper_partials(x: Tensor, weight: PackedWeight, config: HopperConfig) -> Tensor:
     """x [M, K] bf16 times a planes weight [N, K] of group size 128 -> float32 partials [SPLITS, M, N] (bf16 [1, M, N]
     where config has one split), on a GPU of compute capability 9.0.
@@ -200,13 +210,10 @@ def wide_hopper_partials(x: Tensor, weight: PackedWeight, config: HopperConfig) 
     y_desc = None
     if whole and n * size % 16 == 0 and block_n * size <= stages * g * 2:
         y_desc = TensorDescriptor(out, [splits * m, n], [n, 1], [block_m, block_n], OUT_LAYOUTS[out.dtype])
-    shared = stages * (block_m * g * 2 + block_n * g // 2) + 1024
-    # Where two programs fit on a multiprocessor their registers must too: with a producer they are 8 warps each.
-    fewer = {"maxnreg": 128} if config.producer and config.warps == 4 and 2 * shared <= MULTIPROCESSOR_SHARED else {}
     early = admission(config.late)
     grid = (triton.cdiv(m, block_m), triton.cdiv(n_padded, block_n), splits)
     wide_hopper_kernel[grid](
         x_desc, w_desc, y_desc, weight.scale, out, m, n, n_padded, k, per_split, block_n, stages, early,
-        config.producer, num_warps=config.warps, launch_pdl=early > 0, **fewer,
+        config.producer, launch_pdl=early > 0, **launch_options(config),
     )
     return out
