@@ -65,6 +65,7 @@ def wide_kernel(
     x_at = x + m[None, :].to(tl.int64) * K + i[:, None] + first * G
     live = (m < M)[None, :]
     acc = tl.zeros((BN, BM), tl.float32)
+    tl.assume(first < last)  # else ptxas sees a way past the loop, and serializes its products (C7515)
     for _ in tl.range(first, last, num_stages=STAGES):
         w = tl.load(words_at)
         word = tl.load(scale_at)
