@@ -128,11 +128,11 @@ def import_time_switches(tree: ast.Module) -> Iterator[str]:
 
 
 def untyped_functions(tree: ast.Module) -> Iterator[str]:
-    """Functions without full annotations. Kernels are Triton's language: their tensor arguments carry none."""
+    """Functions without full annotations. Kernels are Triton's language, or its Gluon: tensors carry none there."""
     for node in ast.walk(tree):
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             continue
-        if any("triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list):
+        if any(ast.unparse(decorator).startswith(("triton.jit", "gluon.jit")) for decorator in node.decorator_list):
             continue
         everything = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
         everything += [argument for argument in (node.args.vararg, node.args.kwarg) if argument]
