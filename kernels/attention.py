@@ -18,10 +18,18 @@ from .prefill_cpu import PrefillPlan, plan_prefill, prefill_cpu
 
 
 @dataclass(frozen=True)
-class AttentionPlan:
-    """Indices and masks of one step's attention on a CPU, shared by all layers; see `decode_cpu`."""
+class Settled:
+    """What there is to plan on a GPU: that tables and lengths are older than the kernel that runs right before decode
+    attention, which then reads them while that one ends. Two reads behind one another, of memory that the weights of
+    the layers have driven out of the caches, stand before the first of the keys."""
 
-    decode: DecodePlan | None
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """What all layers of one step's attention share: indices and masks on a CPU (see `decode_cpu`), see `Settled` on a
+    GPU."""
+
+    decode: DecodePlan | Settled | None
     prefill: PrefillPlan | None
 
 
@@ -33,7 +41,7 @@ def decode_attention(
 
     block_tables [B, max_blocks] int32 (entries past a sequence's last block are never followed), lengths [B] int32; a
     row of length 0 gives zeros. scale multiplies q.k, normally D ** -0.5. plan: what `plan_attention` prepared for
-    exactly these tables and lengths.
+    exactly these tables and lengths, and not right before: on a GPU another kernel was started in between.
     """
     _check("decode_attention", q, layer, block_tables, lengths)
     if q.shape[0] != lengths.shape[0]:
@@ -127,11 +135,11 @@ def _prefill_torch(
 
 
 def _decode_triton(
-    q: Tensor, layer: KVLayer, block_tables: Tensor, lengths: Tensor, scale: float, plan: None = None
+    q: Tensor, layer: KVLayer, block_tables: Tensor, lengths: Tensor, scale: float, plan: Settled | None = None
 ) -> Tensor:
     from .decode_triton import decode_triton
 
-    return decode_triton(q, layer, block_tables, lengths, scale)
+    return decode_triton(q, layer, block_tables, lengths, scale, settled=plan is not None)
 
 
 def _prefill_triton(
@@ -148,7 +156,11 @@ PREFILL_ATTENTION: Implementations = {"torch": _prefill_torch, "aten": prefill_c
 
 
 def _plan_nothing(*_: object) -> None:
-    """Kernels on a GPU read tables and lengths themselves, and so does the reference."""
+    """The reference reads tables and lengths itself."""
+
+
+def _plan_triton(*_: object) -> AttentionPlan:
+    return AttentionPlan(Settled(), None)
 
 
 def _plan_cpu(
@@ -160,4 +172,4 @@ def _plan_cpu(
     )
 
 
-PLAN_ATTENTION: Implementations = {"torch": _plan_nothing, "aten": _plan_cpu, "triton": _plan_nothing}
+PLAN_ATTENTION: Implementations = {"torch": _plan_nothing, "aten": _plan_cpu, "triton": _plan_triton}

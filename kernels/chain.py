@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import problems
-from .attention import decode_attention
+from .attention import AttentionPlan, Settled, decode_attention
 from .elementwise import add_rms_norm, rotation
 from .kv_cache import KVLayer
 from .matmul import linear
@@ -37,9 +37,10 @@ class Chain:
         residual = self.residual
         x = normed(residual, self.norm, 1e-5, self.layers[0][0]["qkv"])
         y = residual
+        plan = AttentionPlan(Settled(), None)
         for i, (weights, kv) in enumerate(self.layers):
             q = rope_write(linear(x, weights["qkv"], partial=True), kv, self.slots, self.turn)
-            attended = decode_attention(q, kv, self.tables, self.lengths, HEAD_DIM**-0.5)
+            attended = decode_attention(q, kv, self.tables, self.lengths, HEAD_DIM**-0.5, plan)
             y = linear(attended.flatten(1), weights["o"], partial=True)
             x, residual = add_normed(y, residual, self.norm, 1e-5, weights["gate_up"])
             inner = gated(x, weights["gate_up"], None, weights["down"])

@@ -26,7 +26,7 @@ from torch import Tensor
 from .codec_triton import bits_of, has_low, operand_bias, operand_fp16, reading
 from .kv_cache import KVLayer
 from .kv_cache_triton import scale_strides
-from .triton_common import INTERP, admission, admit_next, await_previous, dot, next_power_of_2, to_bf16
+from .triton_common import INTERP, admission, admit_next, await_previous, dot, fetch, next_power_of_2, to_bf16
 from .tuning import DecodeConfig, decode_config
 
 ROWS = 16  # query rows of one program: a tensor-core tile
@@ -155,9 +155,10 @@ def decode_kernel(
     key_block, key_token, key_head, value_block, value_token, value_head, scale_block, scale_token, scale_head, H,
     GROUP: tl.constexpr, D: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, BLOCK: tl.constexpr,
     TILE: tl.constexpr, SPLIT: tl.constexpr, MIN_SPLIT: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
-    EARLY: tl.constexpr, INTERP: tl.constexpr,
+    SETTLED: tl.constexpr, EARLY: tl.constexpr, INTERP: tl.constexpr,
 ):
-    await_previous(EARLY)
+    if not SETTLED:
+        await_previous(EARLY)
     VW: tl.constexpr = D * bits_of(VALUE) // 16
     HEAD_TILES: tl.constexpr = (GROUP + ROWS - 1) // ROWS
     split, kv_head, b = tl.program_id(0), tl.program_id(1) // HEAD_TILES, tl.program_id(2)
@@ -166,11 +167,14 @@ def decode_kernel(
     per_split = tl.maximum(MIN_SPLIT, tl.cdiv(tl.cdiv(length, splits), TILE) * TILE)
     first = split * per_split
     last = tl.minimum(first + per_split, length)
+    tables += b.to(tl.int64) * table_row
+    if SETTLED:
+        fetch(tables + tl.maximum(tl.minimum(first, length - 1), 0) // BLOCK, INTERP)
+        await_previous(EARLY)
     if first < last or (not SPLIT):
         g = (tl.program_id(1) % HEAD_TILES) * ROWS + tl.arange(0, ROWS)
         head = kv_head * GROUP + g
         real = g < GROUP
-        tables += b.to(tl.int64) * table_row
         q0, q1, q2, q3, q_sum = load_query(q, b.to(tl.int64) * q_row + head * q_head, real, scale, KEY, D, ROWS)
         n = tl.arange(0, TILE)
         score_zeros = tl.zeros((ROWS, TILE), tl.float32)
@@ -248,9 +252,11 @@ def combine_kernel(
 
 
 def decode_triton(
-    q: Tensor, layer: KVLayer, block_tables: Tensor, lengths: Tensor, scale: float, config: DecodeConfig | None = None
+    q: Tensor, layer: KVLayer, block_tables: Tensor, lengths: Tensor, scale: float, config: DecodeConfig | None = None,
+    settled: bool = False,
 ) -> Tensor:
-    """q [B, H, D] bf16; lengths are read on the device only, so the launch is the same for every step (CUDA graphs)."""
+    """q [B, H, D] bf16; lengths are read on the device only, so the launch is the same for every step (CUDA graphs).
+    settled: see `Settled`."""
     if q.dtype != torch.bfloat16 or q.stride(2) != 1:
         raise ValueError(
             f"decode_attention: impl 'triton' takes bfloat16 q with a contiguous last dimension, "
@@ -269,7 +275,7 @@ def decode_triton(
         scale * LOG2_E, q.stride(0), q.stride(1), block_tables.stride(0), *layer.key.stride()[:3],
         *layer.value.stride()[:3], *scale_strides(layer), heads, group, d, reading(layer.format.key.name),
         reading(layer.format.value.name), layer.block_size, config.tile, splits > 1, config.min_split, ROWS,
-        config.stages, early, INTERP, num_warps=config.warps, num_stages=config.stages, launch_pdl=early > 0,
+        config.stages, settled, early, INTERP, num_warps=config.warps, num_stages=config.stages, launch_pdl=early > 0,
     )
     if splits > 1:
         combine_kernel[(batch * heads,)](

@@ -81,6 +81,15 @@ def admit_next(EARLY: tl.constexpr):
 
 
 @triton.jit
+def fetch(at, INTERP: tl.constexpr):
+    """Ask for the cache line at a pointer that will be read later."""
+    if not INTERP:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L1 [$1]; mov.u32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
+@triton.jit
 def dot(a, b, acc, INTERP: tl.constexpr):
     """a @ b + acc in float32."""
     if INTERP:

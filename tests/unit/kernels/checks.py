@@ -183,6 +183,11 @@ def check_decode(
     q = normal((len(lengths), kv_heads * group, head_dim), 5, device)
     poison(device)
     got = kernels.decode_attention(q, cache.layer, cache.tables, cache.lengths, head_dim**-0.5, impl=impl)
+    starts = torch.arange(len(lengths) + 1, dtype=torch.int32, device=device)
+    plan = kernels.plan_attention(cache.layer, q.shape[1], cache.tables, starts, cache.lengths, len(lengths), impl=impl)
+    poison(device)
+    planned = kernels.decode_attention(q, cache.layer, cache.tables, cache.lengths, head_dim**-0.5, plan, impl=impl)
+    assert torch.equal(planned, got), f"{format}: a plan changes the result"
     for b, n in enumerate(lengths):
         if n == 0:
             assert (got[b] == 0).all()

@@ -231,7 +231,7 @@ def attention(
     ],
 )
 def test_decode(format: str, tile: int, warps: int, stages: int, budget: float) -> None:
-    constants = {"TILE": tile, "SPLIT": True, "MIN_SPLIT": 128, "ROWS": 16, "EARLY": True}
+    constants = {"TILE": tile, "SPLIT": True, "MIN_SPLIT": 128, "ROWS": 16, "SETTLED": True, "EARLY": True}
     built = attention(
         decode_triton.decode_kernel, format, constants, {"partial": "*fp32", "partial_ml": "*fp32"}, "table_row", warps,
         stages,
