@@ -17,7 +17,7 @@ if sys.platform != "linux":
 import torch
 from triton.experimental.gluon.language import NVMMASharedLayout
 
-from kernels import wide_hopper
+from kernels import pack_weight, wide_hopper
 from kernels.tuning import HopperConfig
 from tests.unit.kernels.sass import Compiled, compile_kernel, mma, opcodes
 
@@ -90,3 +90,17 @@ def slots_are_free(loop: list[str], warps: int) -> bool:
         elif re.search(r"SYNCS\.ARRIVE\.\S*A1T0|UTMALDG", line) and not met:
             return False
     return True
+
+
+@pytest.mark.parametrize(
+    "group_size, config, match",
+    [
+        (64, HopperConfig(128, 64, 1, 4, 3), "group size must be 128, not 64"),
+        (128, HopperConfig(128, 64, 1, 8, 3), "not 64 for 8 warps"),
+        (128, HopperConfig(128, 64, 1, 4, 1), "4 warps and 1"),
+    ],
+)
+def test_what_it_does_not_take(group_size: int, config: HopperConfig, match: str) -> None:
+    weight = pack_weight(torch.ones(64, 128), "int4", group_size=group_size, device="cpu", layout="planes")
+    with pytest.raises(ValueError, match=match):
+        wide_hopper.wide_hopper_partials(torch.ones(70, 128, dtype=torch.bfloat16), weight, config)

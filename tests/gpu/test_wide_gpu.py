@@ -1,0 +1,119 @@
+"""4-bit weights by `wide_hopper` on a Hopper GPU, against float64.
+
+    python -m pytest tests/gpu/test_wide_gpu.py -q
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+    pytest.skip("needs a CUDA device of compute capability 9.0, and PyTorch sees none here", allow_module_level=True)
+
+import kernels
+from kernels import wide_hopper
+from kernels.tuning import HopperConfig
+from kernels.wide_hopper import wide_hopper_partials
+from tests.unit.kernels.checks import normal, relative_error
+
+pytestmark = pytest.mark.gpu
+
+CONFIGS = [
+    HopperConfig(block_m, block_n, 1, warps, stages, producer)
+    for block_m, block_n, warps, stages in (
+        (256, 128, 8, 3), (256, 64, 4, 3), (128, 128, 4, 2), (128, 64, 4, 3), (64, 128, 4, 3), (64, 256, 8, 3),
+    )
+    for producer in (False, True)
+]  # fmt: skip
+
+
+@pytest.fixture
+def poisoned_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NaN in all that a kernel is to write."""
+    empty = wide_hopper.new_partials
+
+    def filled(steps: int, splits: int, m: int, n: int, device: torch.device) -> tuple[Tensor, int]:
+        out, per_split = empty(steps, splits, m, n, device)
+        return out.fill_(float("nan")), per_split
+
+    monkeypatch.setattr(wide_hopper, "new_partials", filled)
+
+
+def poisoned_behind(x: Tensor) -> Tensor:
+    """x with rows of NaN behind it."""
+    return torch.cat((x, torch.full_like(x[:1].expand(256, -1), float("nan"))))[: len(x)]
+
+
+def drawn(n: int, k: int, seed: int = 1) -> kernels.PackedWeight:
+    return kernels.pack_weight(normal((n, k), seed, "cuda").float() * 0.05 + 0.01, "int4", device="cuda")
+
+
+def whole(m: int, n: int, k: int) -> tuple[Tensor, kernels.PackedWeight]:
+    """x and a weight whose products and sums float32 holds exactly, with every zero point and four scales."""
+    draw = partial(torch.randint, generator=torch.Generator("cuda").manual_seed(m + n), device="cuda")
+    codes, zero = draw(0, 16, (n, k)).to(torch.uint8), draw(0, 16, (n, k // 128)).to(torch.uint8)
+    scale = 2.0 ** draw(-1, 3, (n, k // 128)).float()
+    plain = kernels.QuantizedWeight("int4", codes, scale, zero, 128)
+    return draw(-4, 5, (m, k)).bfloat16(), kernels.pack_weight(plain, "int4", device="cuda")
+
+
+def oracle(x: Tensor, weight: kernels.PackedWeight) -> Tensor:
+    return x.double() @ weight.dequantize(torch.float64).t()
+
+
+@pytest.mark.usefixtures("poisoned_out")
+@pytest.mark.parametrize("m", [33, 64, 65, 200, 256, 1000, 2048])
+@pytest.mark.parametrize("n, k", [(4608, 4096), (320, 512), (200, 14336), (4612, 512)])  # 4612: out not by TMA
+def test_products(m: int, n: int, k: int) -> None:
+    x, weight = poisoned_behind(normal((m, k), m, "cuda")), drawn(n, k)
+    whole_x, whole_weight = whole(m, n, k)
+    want, exact = oracle(x, weight), oracle(whole_x, whole_weight)
+    for config in (replace(config, splits=splits) for config in CONFIGS for splits in (1, 3)):
+        parts = wide_hopper_partials(x, weight, config)
+        assert parts.dtype == (torch.bfloat16 if len(parts) == 1 else torch.float32) and parts.shape[1:] == (m, n)
+        assert relative_error(parts.double().sum(0), want) < 4e-3, config
+        parts = wide_hopper_partials(poisoned_behind(whole_x), whole_weight, config)
+        rounded = exact.bfloat16().double() if len(parts) == 1 else exact
+        wrong = int((parts.double().sum(0) != rounded).sum())
+        assert wrong == 0, f"{config}: {wrong} of {exact.numel()} elements differ"
+
+
+@pytest.mark.parametrize("m, late", [(300, False), (512, True)])  # out masked, and by TMA
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_again_and_again(config: HopperConfig, m: int, late: bool) -> None:
+    """The same bits each time: behind kernels that fill the GPU, and behind each other, where a launch overlaps the end
+    of the one before; and 3 splits of 32 groups are not of one length."""
+    n, k = 4608, 4096
+    config = replace(config, splits=3, late=late)
+    problems = [(poisoned_behind(normal((m, k), seed, "cuda")), drawn(n, k, 9 + seed)) for seed in range(4)]
+    want = [wide_hopper_partials(x, weight, config) for x, weight in problems]
+    for (x, weight), parts in zip(problems, want, strict=True):
+        assert relative_error(parts.double().sum(0), oracle(x, weight)) < 4e-3
+    large = normal((8192, 8192), 5, "cuda")
+    torch.cuda.synchronize()
+    for between in (True, False):
+        got = []
+        large @ large
+        for i in range(20):
+            got.append(wide_hopper_partials(*problems[i % 4], config))
+            if between:
+                large @ large
+        torch.cuda.synchronize()
+        differ = [i for i, parts in enumerate(got) if not torch.equal(parts, want[i % 4])]
+        assert not differ, f"calls {differ} of 20 differ"
+
+
+@pytest.mark.usefixtures("poisoned_out")
+def test_x_that_tma_cannot_read_in_place() -> None:
+    m, n, k = 70, 320, 1024
+    held = torch.full((m * k + 9,), float("nan"), dtype=torch.bfloat16, device="cuda")
+    x = held[1 : m * k + 1].view(m, k)
+    x.copy_(normal((m, k), 2, "cuda"))
+    weight = drawn(n, k)
+    assert x.data_ptr() % 16
+    assert relative_error(wide_hopper_partials(x, weight, CONFIGS[0])[0], oracle(x, weight)) < 4e-3
