@@ -127,10 +127,10 @@ def consume(
     y = gl.permute(acc.to(out.dtype.element_ty), (1, 0))
     if y_desc is not None:
         tl.debug_barrier()  # nobody reads the ring any more
-        stage = x_ring._reinterpret(y.dtype, [1, BM, BN], y_desc.layout).index(0)
-        stage.store(y)
+        stage = x_ring._reinterpret(y.dtype, [1, BM, BN], y_desc.layout)
+        stage.reshape([BM, BN]).store(y)
         fence_async_shared()
-        tma.async_copy_shared_to_global(y_desc, [split * M + tile_m * BM, tile_n * BN], stage)
+        tma.async_copy_shared_to_global(y_desc, [split, tile_m * BM, tile_n * BN], stage)
         tma.store_wait(0)
     else:
         m = tile_m * BM + gl.arange(0, BM, gl.SliceLayout(1, y.type.layout))[:, None]
@@ -143,7 +143,6 @@ def wide_hopper_kernel(
     x_desc, w_desc, y_desc, scales, out, M, N, N_PADDED, K, groups_per_split, BN: gl.constexpr, STAGES: gl.constexpr,
     EARLY: gl.constexpr, PRODUCER: gl.constexpr,
 ):
-    await_previous(EARLY)
     tile = gl.program_id(0), gl.program_id(1), gl.program_id(2)
     first = tile[2] * groups_per_split
     count = gl.minimum(groups_per_split, K // x_desc.block_type.shape[1] - first)
@@ -155,6 +154,7 @@ def wide_hopper_kernel(
         mbarrier.init(full.index(s), count=1)
         mbarrier.init(empty.index(s), count=1)
     fence_async_shared()
+    await_previous(EARLY)
     operands, ring = (x_desc, w_desc), (x_ring, w_ring, full, empty)
     if PRODUCER:
         gl.warp_specialize(
@@ -172,7 +172,7 @@ def wide_hopper_kernel(
 
 
 X_LAYOUT, WORDS_LAYOUT = gl.NVMMASharedLayout(128, 16, 2), gl.NVMMASharedLayout(64, 16, 3)
-OUT_LAYOUTS = {torch.bfloat16: gl.NVMMASharedLayout(128, 16, 2), torch.float32: gl.NVMMASharedLayout(128, 32, 2)}
+OUT_LAYOUTS = {torch.bfloat16: gl.NVMMASharedLayout(128, 16, 3), torch.float32: gl.NVMMASharedLayout(128, 32, 3)}
 
 
 def launch_options(config: HopperConfig) -> dict[str, int]:
@@ -209,11 +209,9 @@ def wide_hopper_partials(x: Tensor, weight: PackedWeight, config: HopperConfig) 
     box = [block_n // PLANE_ROWS, PLANE_ROWS, g // 4]
     x_desc = TensorDescriptor(x, [m, k], [k, 1], [block_m, g], X_LAYOUT)
     w_desc = TensorDescriptor(words, list(words.shape), list(words.stride()), box, WORDS_LAYOUT)
-    # TMA clips a tile at the end of out, but not where the next split begins; and the tile must fit into x's ring.
-    whole = splits == 1 or m % block_m == 0
     y_desc = None
-    if whole and n * size % 16 == 0 and block_n * size <= stages * g * 2:
-        y_desc = TensorDescriptor(out, [splits * m, n], [n, 1], [block_m, block_n], OUT_LAYOUTS[out.dtype])
+    if n * size % 16 == 0 and block_n * size <= stages * g * 2:  # else the tile does not fit into x's ring
+        y_desc = TensorDescriptor(out, [splits, m, n], [m * n, n, 1], [1, block_m, block_n], OUT_LAYOUTS[out.dtype])
     early = admission(config.late)
     grid = (triton.cdiv(m, block_m), triton.cdiv(n_padded, block_n), splits)
     wide_hopper_kernel[grid](

@@ -39,7 +39,7 @@ def compiled(config: HopperConfig, out: torch.dtype, by_tma: bool) -> Compiled:
     signature |= dict.fromkeys("M N N_PADDED K groups_per_split".split(), "i32")
     constants = {"BN": config.block_n, "STAGES": config.stages, "EARLY": 1, "PRODUCER": config.producer}
     if by_tma:
-        signature["y_desc"] = descriptor(element, [config.block_m, config.block_n], wide_hopper.OUT_LAYOUTS[out])
+        signature["y_desc"] = descriptor(element, [1, config.block_m, config.block_n], wide_hopper.OUT_LAYOUTS[out])
     else:
         constants["y_desc"] = None
     known = ["scales", "out", "N_PADDED", "K"]
