@@ -65,8 +65,7 @@ def bars() -> str:
         ),
         ("tokens/s with the panel on against off", "97 %", _overhead(), f"`{PYTHON} -m workbench.overhead`"),
         (
-            "H200: logits of `synthetic:7b` against its dequantized weights in float32, relative error (measured "
-            "before the kernels' last changes; `tests/gpu` holds the bounds)",
+            "H200: logits of `synthetic:7b` against its dequantized weights in float32, relative error",
             "3 %; with a KV cache of its own 4, 6, 35 % (bf16, int8, int4)",
             _logits(),
             f"`{PYTHON} -m tests.gpu.test_runner`",
@@ -96,6 +95,13 @@ def bars() -> str:
             _quantizing(),
             f"`{PYTHON} -m engine.quantize --model synthetic:7b --method hqq`",
         ),
+        (
+            "H200: 20 minutes of mixed traffic with random aborts on `synthetic:7b`, weights int4, KV int8; more memory "
+            "at the end than half way, host and device",
+            "nothing lost; none",
+            _soaked(),
+            f"`{PYTHON} -m engine.bench --model synthetic:7b --weights int4 --kv int8 --suite soak`",
+        ),
     ]
     machine = _read(ENGINE / "cpu-bundled.json")["machine"]
     table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
@@ -109,8 +115,7 @@ def gpu_table() -> str:
     head += ["offline tokens/s", "shared prefix (s)"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name, measured in _peer_rows().items():
-        mark = "*" if measured.get("rest") else ""
-        tpot = {row["batch"]: f"{row['tpot_ms']:.2f}{mark}" for row in measured.get("tpot", [])}
+        tpot = {row["batch"]: f"{row['tpot_ms']:.2f}" for row in measured.get("tpot", [])}
         cells = [tpot.get(batch, "") for batch in BATCHES]
         cells.append(f"{measured['ttft']['ttft_ms']:.1f}" if "ttft" in measured else "")
         cells.append(f"{measured['offline']['tokens_per_s']:,.0f}" if "offline" in measured else "")
@@ -123,7 +128,7 @@ def gpu_table() -> str:
         f"{machine['gpu']}, torch {versions['torch']}, Triton {versions['triton']}: "
         f"`{PYTHON} -m engine.bench --model synthetic:7b --suite peers --weights ... --kv ...`. Batch N: N prompts of "
         "512 tokens, 129 out. Offline: 256 requests, 100 to 1,024 tokens in and out. Shared: 128 prompts of a common "
-        "prefix of 1,024 tokens and 64 of their own. *: with a pause before each timed run (`PeerSizes.rest`)."
+        "prefix of 1,024 tokens and 64 of their own."
     )
     return "\n".join(lines)
 
@@ -131,7 +136,7 @@ def gpu_table() -> str:
 BATCHES = (1, 8, 64)
 PEERS = (
     "h200-peers-bf16.json", "h200-peers-tpot.json", "h200-peers-int4.json", "h200-peers-w8a8.json",
-    "h200-peers-w4a8.json", "h200-peers-bf16-tpot.json",
+    "h200-peers-w4a8.json", "h200-peers-bf16-repeats.json", "h200-peers-bf16-tpot.json",
 )  # fmt: skip
 """Of two runs of one configuration the later one counts, where it measured the same. What has no file yet was not
 measured."""
@@ -148,8 +153,6 @@ def _peer_rows() -> dict[str, dict[str, Any]]:
         for run in report["suites"]["peers"]:
             name = f"weights {run['config']['weights']}, KV {run['config']['kv']}"
             found.setdefault(name, {}).update({part: run[part] for part in PARTS if part in run})
-            if "tpot" in run:
-                found[name]["rest"] = run["sizes"].get("rest", 0.0)
     order = ("bf16", "int8", "w8a8", "fp8", "int4", "w4a8")
     return dict(sorted(found.items(), key=lambda item: order.index(item[0].split()[1].rstrip(","))))
 
@@ -222,6 +225,14 @@ def _quantizers() -> str:
 def _assigned() -> str:
     bar = _read(WORKBENCH / "cpu-sensitivity.json")["bar"]
     return f"{bar['percent']:+.2f} % at {bar['bits']:.2f} bits ({bar['plan'].split(', ')[-1]})"
+
+
+def _soaked() -> str:
+    report = _read(ENGINE / "h200-soak.json")["suites"]["soak"]
+    middle = next(held for held in report["memory"] if held["elapsed_s"] >= report["seconds"] / 2)
+    more = [(report["memory"][-1][name] - middle[name]) / 1e6 for name in ("host_bytes", "device_bytes")]
+    ended = f"{report['requests']:,} requests ended as they must, {report['ends']['abort']:,} by an abort"
+    return f"{ended}; {more[0]:+,.0f} MB, {more[1]:+,.0f} MB"
 
 
 def _switching() -> str:
