@@ -96,8 +96,8 @@ def bars() -> str:
             f"`{PYTHON} -m engine.quantize --model synthetic:7b --method hqq`",
         ),
         (
-            "H200: 20 minutes of mixed traffic with random aborts on `synthetic:7b`, weights int4, KV int8; more memory "
-            "at the end than half way, host and device",
+            "H200: 20 minutes of mixed traffic with random aborts on `synthetic:7b`, weights int4, KV int8; memory at "
+            "the end against half way, host and device",
             "nothing lost; none",
             _soaked(),
             f"`{PYTHON} -m engine.bench --model synthetic:7b --weights int4 --kv int8 --suite soak`",
