@@ -47,7 +47,19 @@ def impl_label(impl: str, device: torch.device) -> str:
         return f"impl torch in float32: the reference path, not the fast one ({fast})"
     if device.type == "cpu" and not has_mkldnn_linear():
         return f"impl {fast} in bfloat16; plain bf16 linear, oneDNN's packed one is not available here"
-    return f"impl {fast} in bfloat16"
+    left = _not_taken() if device.type == "cuda" else []
+    return f"impl {fast} in bfloat16" + (f" ({'; '.join(left)})" if left else "")
+
+
+def _not_taken() -> list[str]:
+    """The fast ways of the kernels that the current GPU does not go."""
+    from kernels import triton_common, tuning
+
+    ways = {
+        "tiles by rule, none are tuned for this GPU": bool(tuning.table()),
+        "4-bit weights without the kernel for Hopper": triton_common.warp_group_products(),
+    }
+    return [way for way, taken in ways.items() if not taken]
 
 
 def _too_old() -> str | None:

@@ -1,4 +1,4 @@
-"""A16W4 matmul for M > 64 on Hopper: one plane is dequantized while the tensor core multiplies by the one before.
+"""A16W4 matmul for M > 32 on Hopper: one plane is dequantized while the tensor core multiplies by the one before.
 
 What `wide` does, in Gluon, Triton's language for explicit schedules. In plain Triton every product of a loop waits for
 the one before it to end, or ptxas serializes them (C7515): dequantization and products take turns. Here a product is

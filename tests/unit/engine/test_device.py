@@ -8,6 +8,7 @@ import torch
 from engine import device
 from engine.device import check_impl, device_label, impl_label, resolve_device
 from engine.errors import ConfigError
+from kernels import tuning
 
 
 @pytest.fixture
@@ -39,6 +40,19 @@ def test_a_gpu_that_fits_is_taken(old_gpu: None, monkeypatch: pytest.MonkeyPatch
     assert resolve_device("auto").type == "cuda"
     check_impl("auto", torch.device("cuda", 0))
     assert "GPU" not in device_label(torch.device("cpu"), "auto")
+
+
+def test_a_gpu_without_tuned_tiles_or_warp_groups_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = pytest.importorskip("kernels.triton_common")
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(tuning, "table", lambda: {("planes", 1, 4096, 4096): {}})
+    monkeypatch.setattr(kernels, "warp_group_products", lambda: True)
+    assert impl_label("auto", gpu) == "impl triton in bfloat16"
+    monkeypatch.setattr(kernels, "warp_group_products", lambda: False)
+    assert impl_label("auto", gpu) == "impl triton in bfloat16 (4-bit weights without the kernel for Hopper)"
+    monkeypatch.setattr(tuning, "table", dict)
+    assert "(tiles by rule, none are tuned for this GPU; 4-bit" in impl_label("auto", gpu)
+    assert "reference path" in impl_label("torch", gpu)
 
 
 def test_a_cpu_without_packed_bf16_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
