@@ -23,7 +23,7 @@ class EngineConfig:
 
     model: "bundled", "synthetic:<shape>", a local folder, or a hub id.
     weights, kv: a key of kernels.WEIGHT_FORMATS and kernels.KV_FORMATS. group_size: of int4 and w4a8
-        weights, 64 or 128.
+        weights, 64 or 128; the tuned tiles and the kernel for Hopper are for 128.
         For mixed precision `weights` is a WeightPlan, or its mapping: {"default": "int4", "layers.3.down": "int8"}.
         A checkpoint quantized elsewhere keeps its own format and group: "bf16" takes it, another format is refused.
         For a choice by layer `kv` is a KVPlan, or its mapping: {"default": "int4", "layers.0": "int8"}.

@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 if sys.platform != "linux":
     pytest.skip("Triton is published for Linux only", allow_module_level=True)
 
-from kernels import candidates, tune, tune_layer, tuning
+from kernels import KV_FORMATS, PackedWeight, candidates, matmul_triton, tune, tune_layer, tuning
 from kernels.problems import SHAPES
-from kernels.tuning import SkinnyConfig, WideConfig
+from kernels.tuning import HopperConfig, SkinnyConfig, WideConfig
 
 H200 = json.loads((tuning.TUNED / "NVIDIA_H200.json").read_text())["entries"]
 SHARED = 227 << 10  # bytes of shared memory that a program may have on compute capability 9.0
@@ -41,6 +43,56 @@ def test_candidates_of_a8w4(m: int) -> None:
     assert len(found) >= 24 and len(set(found)) == len(found)
     for config in found:
         assert (config.block_m * 128 + config.block_n * 64) * config.stages <= SHARED
+
+
+def takes(config: HopperConfig) -> bool:
+    """What `wide_hopper_partials` and a multiprocessor's shared memory allow."""
+    ring = config.stages * (config.block_m * 256 + config.block_n * 64)
+    return config.block_n % max(64, 16 * config.warps) == 0 and config.stages >= 2 and ring + 1024 <= SHARED
+
+
+@pytest.mark.parametrize("m", [64, 128, 256, 512, 2048])
+@pytest.mark.parametrize("n", [4096, 28672])
+def test_candidates_for_hopper(m: int, n: int) -> None:
+    found = candidates.matmul_candidates("hopper", m, n)
+    assert len(found) >= 18 and len(set(found)) == len(found) and all(map(takes, found))
+    assert {config.producer for config in found} == {False, True}
+    assert n > 4096 or m > 512 or len({config.splits for config in found}) > 2
+
+
+@pytest.mark.parametrize("m", [33, 64, 100, 256, 300, 2048])
+@pytest.mark.parametrize("n, k", [*SHAPES.values(), (320, 512)])
+def test_tiles_for_hopper_with_and_without_an_entry(m: int, n: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = {(e["kind"], *e["problem"]): e["config"] for e in H200}
+    for held in (entries, {}):
+        monkeypatch.setattr(tuning, "table", lambda held=held: held)
+        assert takes(tuning.hopper_config(m, n, k))
+
+
+def test_by_which_kernel_4_bit_weights_are_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = {
+        g: PackedWeight("int4", "planes", (128, 256), torch.empty(0), torch.empty(0), group_size=g) for g in (64, 128)
+    }
+    for hopper in (False, True):
+        monkeypatch.setattr(matmul_triton, "warp_group_products", lambda hopper=hopper: hopper)
+        for m, group in product((1, 32, 33, 64, 65, 2048), (64, 128)):
+            found = type(matmul_triton.four_bit_config(m, weights[group]))
+            fast = hopper and group == 128
+            small = SkinnyConfig if m <= (32 if fast else 64) else None
+            assert found is (small or (HopperConfig if fast else WideConfig)), (hopper, m, group)
+        assert matmul_triton.fused_rows(weights[128]) == (2048 if hopper else 256)
+        assert matmul_triton.fused_rows(weights[64]) == 256
+
+
+@pytest.mark.parametrize("roomy", [False, True])
+@pytest.mark.parametrize("format", KV_FORMATS)
+def test_every_rule_of_decode_attention_fits(format: str, roomy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "roomy", lambda: roomy)
+    for batch, tokens in product((1, 2, 4, 8, 16, 32, 64, 128, 256), (64, 1024, 8192, 1 << 17)):
+        config = tuning.decode_config(format, batch, 8, tokens)
+        assert 1 <= config.splits <= min(128, -(-tokens // config.min_split))
+        held = config.tile * KV_FORMATS[format].bytes_per_token(1, 128) * config.stages
+        assert held <= (SHARED if roomy else 99 << 10), (batch, tokens, config)
 
 
 @pytest.mark.parametrize("entry", [e for e in H200 if "kernels.tune --op" in e.get("command", "")], ids=named)
@@ -134,6 +186,16 @@ def test_a_product_that_does_not_run_keeps_its_tiles(monkeypatch: pytest.MonkeyP
     assert entries["planes", 64, 28672, 4096] == held
     assert {entry["kind"] for entry in written} == {"gated planes"}
     assert ("planes", 64, 28672, 4096) not in tried and ("gated planes", 64, 28672, 4096) in tried
+
+
+def test_the_entries_of_4_bit_weights_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune_layer, "warp_group_products", lambda: True)
+    assert [tune_layer.kind_of("int4", m) for m in (1, 32, 33, 64)] == ["planes", "planes", "hopper", "hopper"]
+    assert tune_layer.problem_of("gated", "int4", 64) == ("gated planes", 64, 28672, 4096)
+    held = asdict(HopperConfig(64, 128, 2, 4, 3))
+    near = [HopperConfig(**c) for c in tune_layer.neighbours(held, "hopper")]
+    assert replace(HopperConfig(**held), producer=True) in near and all(c.warps % 4 == 0 for c in near)
+    assert all(sum(asdict(c)[name] != held[name] for name in held) == 1 for c in near)
 
 
 @pytest.mark.parametrize(
