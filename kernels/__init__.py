@@ -7,7 +7,8 @@ from .activations import Operand
 from .attention import AttentionPlan, decode_attention, plan_attention, prefill_attention
 from .elementwise import add_rms_norm, rms_norm, rope, rotation, silu_mul
 from .gated import gated_linear
-from .kv_cache import KV_FORMATS, KVFormat, KVLayer, allocate_kv, read_kv, write_kv
+from .kv_access import read_kv, write_kv
+from .kv_cache import KV_FORMATS, KVFormat, KVLayer, allocate_kv
 from .matmul import linear
 from .operands import add_normed, gated, normed
 from .packing import PackedWeight, pack_weight, random_weight

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from .decode_cpu import DecodePlan, decode_cpu, plan_decode
 from .dispatch import Implementations, choose
-from .kv_cache import KVLayer, read_kv
+from .kv_access import read_kv
+from .kv_cache import KVLayer
 from .prefill_cpu import PrefillPlan, plan_prefill, prefill_cpu
 
 

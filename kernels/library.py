@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import activations, attention, elementwise, kv_cache, matmul, qkv
+from . import attention, elementwise, kv_access, matmul, qkv, rounding
 from .activations import Activations
 from .kv_cache import KV_FORMATS, KVLayer
 from .packing import PackedWeight
@@ -164,26 +164,26 @@ def _linear(
 
 
 def _quantize_rows(x: Tensor, codes: torch.dtype, impl: str) -> tuple[Tensor, Tensor]:
-    found = activations.quantize_rows(x, codes, impl=impl)
+    found = rounding.quantize_rows(x, codes, impl=impl)
     return found.codes, found.scale
 
 
 def _quantized_rms_norm(
     x: Tensor, weight: Tensor, eps: float, codes: torch.dtype, impl: str
 ) -> tuple[Tensor, Tensor]:
-    found = activations.quantized_rms_norm(x, weight, eps, codes, impl=impl)
+    found = rounding.quantized_rms_norm(x, weight, eps, codes, impl=impl)
     return found.codes, found.scale
 
 
 def _quantized_add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, codes: torch.dtype, impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    found, total = activations.quantized_add_rms_norm(x, residual, weight, eps, codes, impl=impl)
+    found, total = rounding.quantized_add_rms_norm(x, residual, weight, eps, codes, impl=impl)
     return found.codes, found.scale, total
 
 
 def _quantized_silu_mul(gate_up: Tensor, codes: torch.dtype, impl: str) -> tuple[Tensor, Tensor]:
-    found = activations.quantized_silu_mul(gate_up, codes, impl=impl)
+    found = rounding.quantized_silu_mul(gate_up, codes, impl=impl)
     return found.codes, found.scale
 
 
@@ -195,7 +195,7 @@ def _layer(
 
 def _write_kv(*args: Any) -> None:
     *held, k, v, slots, impl = args
-    kv_cache.write_kv(_layer(*held), k, v, slots, impl=impl)
+    kv_access.write_kv(_layer(*held), k, v, slots, impl=impl)
 
 
 def _rope_write(x: Tensor, *args: Any) -> Tensor:

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .activations import Activations, Operand, SummedRows, activation_codes, quantize_rows
+from .activations import Activations, Operand, SummedRows, activation_codes
 from .dispatch import choose
 from .packing import PackedWeight, nibble_rows
+from .rounding import quantize_rows
 from .weights import weight_format
 
 # ATen's packed CPU kernels win while reading the weights dominates; above this many rows, dequantizing blocks of them

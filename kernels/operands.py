@@ -10,17 +10,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .activations import (
-    Operand,
-    activation_codes,
-    quantized_add_rms_norm,
-    quantized_rms_norm,
-    quantized_silu_mul,
-)
+from .activations import Operand, activation_codes
 from .elementwise import add_rms_norm, rms_norm
 from .gated import gated_linear
 from .matmul import linear
 from .packing import PackedWeight
+from .rounding import quantized_add_rms_norm, quantized_rms_norm, quantized_silu_mul
 
 
 def normed(x: Tensor, weight: Tensor, eps: float, reader: PackedWeight, *, impl: str = "auto") -> Operand:

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from .dispatch import choose
 from .elementwise import rms_norm, rope, rotate
-from .kv_cache import KVLayer, write_kv
+from .kv_access import write_kv
+from .kv_cache import KVLayer
 
 HeadNorms = tuple[Tensor, Tensor, float]
 """Weights [D] of the norms of query and key heads, and their eps (Qwen3)."""

@@ -26,7 +26,6 @@ from . import problems
 from .a8w4 import a8w4_partials
 from .a8w8 import a8w8_partials
 from .a16w4 import reduce_splits
-from .activations import quantize_rows
 from .candidates import (
     a8w4_candidates,
     a8w8_candidates,
@@ -39,6 +38,7 @@ from .elementwise_triton import add_rms_norm, silu_mul
 from .kv_cache import KV_FORMATS
 from .matmul_triton import linear_8_bit, linear_partials
 from .prefill_triton import prefill_triton
+from .rounding import quantize_rows
 from .timing import microseconds
 from .tuning import TUNED
 

@@ -19,11 +19,12 @@ from typing import Any
 import torch
 
 from . import problems
-from .activations import activation_codes, quantize_rows
+from .activations import activation_codes
 from .chain import Chain, chain
 from .gated import gated_linear
 from .matmul import linear
 from .matmul_triton import HOPPER_SKINNY_ROWS
+from .rounding import quantize_rows
 from .triton_common import warp_group_products
 from .tune import write_entries
 from .tuning import table

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from .. import problems
 from ..attention import attend
 from ..decode_triton import decode_triton
-from ..kv_cache import KV_FORMATS, read_kv
+from ..kv_access import read_kv
+from ..kv_cache import KV_FORMATS
 from ..prefill_triton import prefill_triton
 from ..timing import microseconds
 from .row import Row, checked, print_row, relative_error

@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import problems
-from ..activations import Activations, activation_codes, quantize_rows
+from ..activations import Activations, activation_codes
 from ..matmul import linear
 from ..matmul_triton import linear_8_bit, linear_fused, requantized_once
 from ..packing import PackedWeight
+from ..rounding import quantize_rows
 from ..timing import microseconds
 from ..tuning import a8w8_config
 from ..weights import WEIGHT_FORMATS

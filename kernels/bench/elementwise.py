@@ -8,8 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .. import activations, elementwise
-from ..activations import Activations, quantize_rows
+from .. import elementwise, rounding
+from ..activations import Activations
+from ..rounding import quantize_rows
 from ..timing import microseconds
 from .row import Row, checked, print_row, relative_error
 
@@ -52,18 +53,18 @@ def elementwise_rows() -> list[Row]:
         row(
             f"add + RMSNorm to {short}",
             7 * t * d,
-            partial(lambda codes, x, r, g: activations.quantized_add_rms_norm(x, r, weight, 1e-5, codes), codes),
+            partial(lambda codes, x, r, g: rounding.quantized_add_rms_norm(x, r, weight, 1e-5, codes), codes),
             of_codes(
-                activations.quantized_add_rms_norm(x, residual, weight, 1e-5, codes)[0],
+                rounding.quantized_add_rms_norm(x, residual, weight, 1e-5, codes)[0],
                 elementwise.rms_norm((x + residual).float(), weight.float(), 1e-5, impl="torch"),
             ),
         )
         row(
             f"SiLU-mul to {short}",
             5 * t * i,
-            partial(lambda codes, x, r, g: activations.quantized_silu_mul(g, codes), codes),
+            partial(lambda codes, x, r, g: rounding.quantized_silu_mul(g, codes), codes),
             of_codes(
-                activations.quantized_silu_mul(gate_up, codes), elementwise.silu_mul(gate_up.float(), impl="torch")
+                rounding.quantized_silu_mul(gate_up, codes), elementwise.silu_mul(gate_up.float(), impl="torch")
             ),
         )
         row(

@@ -10,7 +10,7 @@ import torch
 
 import kernels
 from kernels import library
-from kernels.activations import quantize_rows
+from kernels.rounding import quantize_rows
 from kernels.tuning import WideConfig
 from tests.unit.kernels import checks_8_bit as checks
 from tests.unit.kernels.checks import normal, relative_error

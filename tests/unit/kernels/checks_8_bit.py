@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 import kernels
-from kernels import activations, elementwise
-from kernels.activations import Activations, activation_codes, quantize_rows
+from kernels import elementwise, rounding
+from kernels.activations import Activations, activation_codes
+from kernels.rounding import quantize_rows
 from kernels.tuning import WideConfig
 from tests.unit.kernels.checks import generator, normal, poison, relative_error
 
@@ -215,23 +216,23 @@ def check_fused(rows: int, width: int, codes: torch.dtype, device: str, *, impl:
         return elementwise.rms_norm(x.double(), weight.double(), 1e-5, impl="torch")
 
     runs: list[tuple[Callable[[], Activations], Tensor]] = [
-        (lambda: activations.quantized_rms_norm(x, weight, 1e-5, codes, impl=impl), norm(x)),
-        (lambda: activations.quantized_silu_mul(gate_up, codes, impl=impl),
+        (lambda: rounding.quantized_rms_norm(x, weight, 1e-5, codes, impl=impl), norm(x)),
+        (lambda: rounding.quantized_silu_mul(gate_up, codes, impl=impl),
          elementwise.silu_mul(gate_up.double(), impl="torch")),
     ]  # fmt: skip
     for run, result in runs:
         poison(device)
         same_codes(run(), quantized(result), share=1e-3)
     poison(device)
-    got, total = activations.quantized_add_rms_norm(x, residual, weight, 1e-5, codes, impl=impl)
+    got, total = rounding.quantized_add_rms_norm(x, residual, weight, 1e-5, codes, impl=impl)
     assert torch.equal(total, x + residual)
     same_codes(got, quantized(norm(wide)), share=1e-3)
     for splits in (2, 5):  # float32 partials, as a product whose K is split leaves them
         parts = torch.randn(splits, rows, 2 * width, generator=generator(splits, device), device=device)
         poison(device)
-        got = activations.quantized_silu_mul(parts, codes, impl=impl)
+        got = rounding.quantized_silu_mul(parts, codes, impl=impl)
         same_codes(got, quantized(elementwise.silu_mul(parts.double().sum(0), impl="torch")), share=2e-3)
-        got, total = activations.quantized_add_rms_norm(parts[..., :width].contiguous(), residual, weight, 1e-5, codes,
+        got, total = rounding.quantized_add_rms_norm(parts[..., :width].contiguous(), residual, weight, 1e-5, codes,
                                                         impl=impl)  # fmt: skip
         assert got.dtype == total.dtype == torch.bfloat16
         assert relative_error(total, parts[..., :width].double().sum(0) + residual.double()) < 3e-3

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import kernels
-from kernels.activations import Activations, activation_codes, quantize_rows, quantized_silu_mul
+from kernels.activations import Activations, activation_codes
 from kernels.matmul import widen_e4m3
+from kernels.rounding import quantize_rows, quantized_silu_mul
 from tests.unit.kernels import checks_8_bit as checks
 from tests.unit.kernels.checks_8_bit import SIXTEEN_BIT_ROWS
 

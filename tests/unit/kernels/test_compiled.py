@@ -21,11 +21,11 @@ from kernels import (
     a8w4,
     a8w8,
     a16w4,
-    activations_triton,
     decode_triton,
     kv_cache_triton,
     prefill_triton,
     qkv_triton,
+    rounding_triton,
     skinny,
     tuning,
     wide,
@@ -179,7 +179,7 @@ def test_a8w4(block_m: int, block_n: int, group_size: int, warps: int, budget: f
 @pytest.mark.parametrize("name, width, warps", [("rms_norm", 4096, 8), ("silu_mul", 14336, 16)])
 def test_quantized_operations(name: str, width: int, warps: int, codes: str, largest: float) -> None:
     """A row stays in registers between its largest element and its codes."""
-    kernel = getattr(activations_triton, f"quantized_{name}_kernel")
+    kernel = getattr(rounding_triton, f"quantized_{name}_kernel")
     pointers = {"codes": f"*{codes}", "scales": "*fp32", "size": "i32"}
     constants: dict[str, object] = {"BLOCK": 1 << (width - 1).bit_length(), "LARGEST": largest, "SMALLEST": 1e-30}
     constants |= {"SPLITS": 1}

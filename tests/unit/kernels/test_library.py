@@ -56,7 +56,7 @@ def samples(impl: str) -> list[tuple[str, tuple[Any, ...]]]:
         for format in kernels.WEIGHT_FORMATS
         for bias in (None, bf16(96))
     ]
-    eight = kernels.activations.quantize_rows(bf16(2, 20, 128), torch.int8)
+    eight = kernels.rounding.quantize_rows(bf16(2, 20, 128), torch.int8)
     found += [("linear", (eight.codes, eight.scale, *_fields(weight("w8a8")), None, impl))]
     found += [("rms_norm", (bf16(T, 48), bf16(48), 1e-5, impl)), ("silu_mul", (bf16(T, 48), impl))]
     found += [("add_rms_norm", (bf16(T, 48), bf16(T, 48), bf16(48), 1e-5, impl))]
@@ -153,7 +153,7 @@ class Plain:
     """The functions as the package gives them."""
 
     linear = staticmethod(kernels.linear)
-    quantized_add_rms_norm = staticmethod(kernels.activations.quantized_add_rms_norm)
+    quantized_add_rms_norm = staticmethod(kernels.rounding.quantized_add_rms_norm)
 
 
 def test_importing_registers_nothing_and_registering_twice_changes_nothing() -> None:
