@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from engine.config import EngineConfig
 from engine.kv_plan import KVPlan
 from workbench import text
 from workbench.metrics import Metrics
-
-if TYPE_CHECKING:
-    from engine.config import EngineConfig
-    from workbench.run import Run, RunSnapshot
-    from workbench.workload import Workload
+from workbench.run_snapshot import RunSnapshot
+from workbench.workload import Workload
 
 RARELY = 0.05
 IDLE = 0.5
@@ -96,7 +94,7 @@ def _unblocked(metrics: Metrics, workload: Workload) -> str:
     )
 
 
-def change_sentence(run: Run | RunSnapshot, baseline: Run | RunSnapshot) -> str:
+def change_sentence(run: RunSnapshot, baseline: RunSnapshot) -> str:
     """What was changed and what came of it: knobs first, then ratios to the baseline."""
     knobs = [
         f"{name} {_knob(before)} -> {_knob(after)}"
@@ -115,7 +113,7 @@ def change_sentence(run: Run | RunSnapshot, baseline: Run | RunSnapshot) -> str:
 _EFFECTS = ("weights", "tokens that fit", "tokens/s", "TTFT p99", "TPOT p50", "latency p99", "perplexity")
 
 
-def _effects(run: Run | RunSnapshot) -> list[float | None]:
+def _effects(run: RunSnapshot) -> list[float | None]:
     plan, m, quality = run.memory, run.metrics, run.perplexity
     return [
         plan.weights_total if plan else None,

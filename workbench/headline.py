@@ -12,7 +12,7 @@ from workbench.metrics import ENOUGH_FOR_P99, SLO, Distribution, Metrics
 
 if TYPE_CHECKING:
     from engine.memory import MemoryPlan
-    from workbench.run import RunSnapshot
+    from workbench.run_snapshot import RunSnapshot
 
 MET, LIKELY, MISSED, UNKNOWN = "met", "met so far", "missed", "not measured"
 _WORDS = {MET: "✓ met", LIKELY: "✓ met", MISSED: "✗ missed", UNKNOWN: text.ABSENT}

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     import pandas
 
     from engine.memory import MemoryPlan
-    from workbench.run import Run, RunSnapshot
+    from workbench.run import Run
+    from workbench.run_snapshot import RunSnapshot
 
 TICK = 0.22
 SLOW = 1.0
@@ -118,7 +119,7 @@ class Workbench:
             return f"no run yet · {headline.sentence(self._tiles()) or 'the memory plan needs the model loaded'}"
         lines = [self._run.summary()]
         if self._baseline is not None and self._baseline.id != self._run.id and not self._run.error:
-            lines.append(change_sentence(self._run, self._baseline))
+            lines.append(change_sentence(self._run.snapshot(), self._baseline))
         return "\n".join(lines)
 
     def snapshot(self) -> Snapshot:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from workbench import text
 from workbench.metrics import ENOUGH_FOR_P99, Distribution
-
-if TYPE_CHECKING:
-    from workbench.run import RunSnapshot
+from workbench.run_snapshot import RunSnapshot
 
 
 def summary(run: RunSnapshot) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Literal
+from dataclasses import fields
+from typing import Any
 
 from engine.batch import StepEvent
 from engine.config import EngineConfig
@@ -15,43 +15,9 @@ from workbench.explain import limiting_sentence
 from workbench.metrics import SLO, Metrics, MetricsCollector
 from workbench.quality import Perplexity
 from workbench.report import row, summary
+from workbench.run_snapshot import RunSnapshot, Status
 from workbench.timeseries import Sample
 from workbench.workload import Workload
-
-Status = Literal["loading", "running", "done", "stopped", "failed"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunSnapshot:
-    """A run at one moment, immutable: what a panel draws from. None = not known or not measured.
-
-    phase: what is going on, in words. finished, total: requests. sentence: what limits the run so far.
-    memory: the plan; measured_memory: bytes by part after the run, empty where nothing could be measured.
-    """
-
-    id: int
-    label: str
-    config: EngineConfig
-    workload: Workload
-    slo: SLO
-    status: Status
-    phase: str
-    finished: int
-    total: int
-    error: str | None
-    notes: tuple[str, ...]
-    description: str
-    is_synthetic: bool
-    memory: MemoryPlan | None
-    measured_memory: Mapping[str, int]
-    metrics: Metrics | None
-    samples: tuple[Sample, ...]
-    perplexity: Perplexity | None
-    sentence: str
-
-    @property
-    def is_over(self) -> bool:
-        return self.status in ("done", "stopped", "failed")
 
 
 class Run:

@@ -16,7 +16,8 @@ from workbench.view import View
 
 if TYPE_CHECKING:
     from engine.memory import MemoryPlan
-    from workbench.run import Run, RunSnapshot
+    from workbench.run import Run
+    from workbench.run_snapshot import RunSnapshot
 
 NO_LIVE_CHARTS = (
     "The charts are still pictures here, drawn anew once a second: plotly's FigureWidget could not be built ({why}). "

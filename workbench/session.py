@@ -17,7 +17,8 @@ from engine.errors import CheckpointError, ConfigError, RequestError
 from workbench.driver import LoadDriver
 from workbench.metrics import SLO
 from workbench.quality import Perplexity, perplexity
-from workbench.run import Run, Status
+from workbench.run import Run
+from workbench.run_snapshot import Status
 from workbench.workload import WorkItem, Workload
 
 if TYPE_CHECKING:

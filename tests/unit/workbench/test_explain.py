@@ -99,7 +99,7 @@ def test_nothing_computed():
 def test_changes_come_first_then_ratios(session):
     before = session.run(CONFIG, BURST, progress=False)
     after = session.run(replace(CONFIG, weights="int4", batching="static"), replace(BURST, seed=3), progress=False)
-    text = change_sentence(after, before)
+    text = change_sentence(after.snapshot(), before.snapshot())
     knobs = f"Against run {before.id}: weights bf16 -> int4, batching continuous -> static, seed 0 -> 3; "
     assert text.startswith(knobs)
     assert f"weights x{after.memory.weights_total / before.memory.weights_total:.2f}" in text
@@ -111,4 +111,5 @@ def test_changes_come_first_then_ratios(session):
 def test_a_failed_run_has_nothing_to_compare(session):
     failed = session.run(replace(CONFIG, gpu="abacus"), BURST, progress=False)
     done = session.run(CONFIG, BURST, progress=False)
-    assert change_sentence(failed, done) == f"Against run {done.id}: gpu l4 -> abacus; nothing to compare yet."
+    sentence = change_sentence(failed.snapshot(), done.snapshot())
+    assert sentence == f"Against run {done.id}: gpu l4 -> abacus; nothing to compare yet."
