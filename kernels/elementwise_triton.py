@@ -34,24 +34,35 @@ def store_row(y, out, sums, at, i, inside, row, rows, BLOCK: tl.constexpr, G: tl
 
 
 @triton.jit
+def normed_row(
+    x, at, residual, weight, total, row, size, D, eps, SPLITS: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr,
+    EARLY: tl.constexpr, INTERP: tl.constexpr,
+):
+    """float32 RMSNorm [BLOCK] of the row of x at offset `at`, zeros past D; ADD: of its sum with a row of residual,
+    which goes to total. Comes before every other read of what the kernel before wrote: it waits for that one."""
+    i = tl.arange(0, BLOCK)
+    inside = i < D
+    factor = tl.load(weight + i, mask=inside, other=0.0).to(tl.float32)  # a parameter: no need to wait for it
+    await_previous(EARLY)
+    value = load_sum(x, at + i, inside, size, SPLITS, BLOCK)
+    if ADD:
+        value += tl.load(residual + row * D + i, mask=inside, other=0.0).to(tl.float32)
+        rounded = to_bf16(value, INTERP)
+        tl.store(total + row * D + i, rounded, mask=inside)
+        value = rounded.to(tl.float32)
+    return value * tl.rsqrt(tl.sum(value * value, 0) / D + eps) * factor
+
+
+@triton.jit
 def rms_norm_kernel(
     x, residual, weight, out, total, sums, stride_outer, stride_inner, INNER, size, D, eps, SPLITS: tl.constexpr,
     BLOCK: tl.constexpr, ADD: tl.constexpr, G: tl.constexpr, EARLY: tl.constexpr, INTERP: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
-    inside = i < D
-    factor = tl.load(weight + i, mask=inside, other=0.0).to(tl.float32)  # a parameter: no need to wait for it
-    await_previous(EARLY)
-    value = load_sum(x, (row // INNER) * stride_outer + (row % INNER) * stride_inner + i, inside, size, SPLITS, BLOCK)
-    if ADD:
-        value += tl.load(residual + row * D + i, mask=inside, other=0.0).to(tl.float32)
-        rounded = to_bf16(value, INTERP)
-        tl.store(total + row * D + i, rounded, mask=inside)
-        value = rounded.to(tl.float32)
-    rms = tl.rsqrt(tl.sum(value * value, 0) / D + eps)
-    y = value * rms * factor
-    store_row(y, out, sums, row * D, i, inside, row, tl.num_programs(0), BLOCK, G, INTERP)
+    at = (row // INNER) * stride_outer + (row % INNER) * stride_inner
+    y = normed_row(x, at, residual, weight, total, row, size, D, eps, SPLITS, BLOCK, ADD, EARLY, INTERP)
+    store_row(y, out, sums, row * D, i, i < D, row, tl.num_programs(0), BLOCK, G, INTERP)
 
 
 @triton.jit

@@ -12,8 +12,8 @@ from torch import Tensor
 from triton.language.extra import libdevice
 
 from .activations import LARGEST_CODE, SMALLEST_RANGE, Activations
-from .elementwise_triton import load_sum, split_sum
-from .triton_common import INTERP, await_previous, early_launch, next_power_of_2, to_bf16
+from .elementwise_triton import load_sum, normed_row, split_sum
+from .triton_common import INTERP, await_previous, early_launch, next_power_of_2
 
 
 @triton.jit
@@ -71,18 +71,7 @@ def quantized_rms_norm_kernel(
     ADD: tl.constexpr, LARGEST: tl.constexpr, SMALLEST: tl.constexpr, EARLY: tl.constexpr, INTERP: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    i = tl.arange(0, BLOCK)
-    inside = i < D
-    factor = tl.load(weight + i, mask=inside, other=0.0).to(tl.float32)  # a parameter: no need to wait for it
-    await_previous(EARLY)
-    value = load_sum(x, row * D + i, inside, size, SPLITS, BLOCK)
-    if ADD:
-        value += tl.load(residual + row * D + i, mask=inside, other=0.0).to(tl.float32)
-        rounded = to_bf16(value, INTERP)
-        tl.store(total + row * D + i, rounded, mask=inside)
-        value = rounded.to(tl.float32)
-    rms = tl.rsqrt(tl.sum(value * value, 0) / D + eps)
-    y = value * rms * factor
+    y = normed_row(x, row * D, residual, weight, total, row, size, D, eps, SPLITS, BLOCK, ADD, EARLY, INTERP)
     store_codes(y, codes, scales, row, D, BLOCK, LARGEST, SMALLEST, INTERP)
 
 
