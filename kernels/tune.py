@@ -40,6 +40,7 @@ from .matmul_triton import linear_8_bit, linear_partials
 from .prefill_triton import prefill_triton
 from .rounding import quantize_rows
 from .timing import microseconds
+from .triton_common import warp_group_products
 from .tuning import TUNED
 
 Task = tuple[str, dict[str, Any], list[Any]]  # operation, arguments of its problem, candidates
@@ -212,10 +213,15 @@ def write_entries(found: list[dict[str, Any]], command: str) -> None:
     path.write_text(file_text(about, merged(known, [{**entry, "command": command} for entry in found])))
 
 
+def kinds(hopper: bool) -> list[str]:
+    """What is tuned on a GPU: of the two kernels for many rows of 4-bit weights the one that runs there."""
+    return ["planes", "hopper" if hopper else "wide", "bf16", "int8", "a8w8", "a8w4", "decode", "prefill"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    kinds = ["planes", "wide", "hopper", "bf16", "int8", "a8w8", "a8w4", "decode", "prefill"]
-    parser.add_argument("--op", nargs="*", default=kinds)
+    here = kinds(warp_group_products())
+    parser.add_argument("--op", nargs="*", default=here, choices=here)
     parser.add_argument("--json", help="write every timing here")
     parser.add_argument("--write", action="store_true", help="write this GPU's file in kernels/tuned")
     parser.add_argument("--workers", type=int, default=12)

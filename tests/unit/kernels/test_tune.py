@@ -60,6 +60,13 @@ def test_candidates_for_hopper(m: int, n: int) -> None:
     assert n > 4096 or m > 512 or len({config.splits for config in found}) > 2
 
 
+def test_a_gpu_is_tuned_for_the_kernels_that_it_runs() -> None:
+    older, hopper = tune.kinds(hopper=False), tune.kinds(hopper=True)
+    assert "hopper" not in older and "wide" not in hopper and len(older) == len(hopper)
+    for kind in {*older, *hopper}:
+        assert tune.tasks([kind], 150), kind
+
+
 @pytest.mark.parametrize("m", [33, 64, 100, 256, 300, 2048])
 @pytest.mark.parametrize("n, k", [*SHAPES.values(), (320, 512)])
 def test_tiles_for_hopper_with_and_without_an_entry(m: int, n: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
