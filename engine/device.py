@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterable
 
 import torch
 
 from engine.errors import ConfigError
-from kernels.packing import has_mkldnn_linear
+from kernels.packing import PackedWeight, has_mkldnn_linear
+from kernels.tuning import table
 
 LEAST_CAPABILITY = (8, 0)
 """Compute capability from which tensor cores take bfloat16, in which every kernel computes: Ampere (2020) and later."""
@@ -40,24 +42,26 @@ def device_label(device: torch.device, asked: str) -> str:
     return name if left is None else f"{name}, not the GPU: {left}"
 
 
-def impl_label(impl: str, device: torch.device) -> str:
-    """The implementation in use, and whether a faster one exists."""
+def impl_label(impl: str, device: torch.device, weights: Iterable[PackedWeight] = ()) -> str:
+    """The implementation in use, and whether a faster one exists for `weights`, the matrices it multiplies by."""
     fast = "triton" if device.type == "cuda" else "aten"
     if impl == "torch":
         return f"impl torch in float32: the reference path, not the fast one ({fast})"
     if device.type == "cpu" and not has_mkldnn_linear():
         return f"impl {fast} in bfloat16; plain bf16 linear, oneDNN's packed one is not available here"
-    left = _not_taken() if device.type == "cuda" else []
+    left = _not_taken(weights) if device.type == "cuda" else []
     return f"impl {fast} in bfloat16" + (f" ({'; '.join(left)})" if left else "")
 
 
-def _not_taken() -> list[str]:
-    """The fast ways of the kernels that the current GPU does not go."""
-    from kernels import triton_common, tuning
+def _not_taken(weights: Iterable[PackedWeight]) -> list[str]:
+    """The fast ways of the kernels that are not gone on the current GPU, or with a group size."""
+    from kernels.matmul_triton import by_hopper
 
     ways = {
-        "tiles by rule, none are tuned for this GPU": bool(tuning.table()),
-        "4-bit weights without the kernel for Hopper": triton_common.warp_group_products(),
+        "tiles by rule, none are tuned for this GPU": bool(table()),
+        "4-bit weights without the kernel for Hopper and groups of 128": all(
+            by_hopper(weight) for weight in weights if weight.layout == "planes"
+        ),
     }
     return [way for way, taken in ways.items() if not taken]
 

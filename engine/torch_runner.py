@@ -58,6 +58,7 @@ class TorchRunner:
                 weights=config.weights, group_size=config.group_size, device=self.device, impl=config.impl
             )
             self._weights = _weights_label(config, self._spec, decoder)
+            self._impl = impl_label(config.impl, self.device, decoder.matrices().values())
             self._memory = self._plan(decoder)
             length = min(config.session_len or self._spec.max_positions, self._memory.tokens_that_fit)
             self._cos_sin: Tensor | None = cos_sin_table(self._spec, length, self.device)
@@ -129,7 +130,7 @@ class TorchRunner:
     def description(self) -> str:
         config = self.config
         return (
-            f"{device_label(self.device, config.device)}, {impl_label(config.impl, self.device)}; "
+            f"{device_label(self.device, config.device)}, {self._impl}; "
             f"weights {self._weights}, KV {self._spec.kv_label(config.kv, config.kv_repair)}, "
             f"block {self._memory.block_size}{self._replay}"
         )

@@ -8,7 +8,7 @@ import torch
 from engine import device
 from engine.device import check_impl, device_label, impl_label, resolve_device
 from engine.errors import ConfigError
-from kernels import tuning
+from kernels import pack_weight
 
 
 @pytest.fixture
@@ -42,16 +42,21 @@ def test_a_gpu_that_fits_is_taken(old_gpu: None, monkeypatch: pytest.MonkeyPatch
     assert "GPU" not in device_label(torch.device("cpu"), "auto")
 
 
-def test_a_gpu_without_tuned_tiles_or_warp_groups_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels = pytest.importorskip("kernels.triton_common")
-    gpu = torch.device("cuda", 0)
-    monkeypatch.setattr(tuning, "table", lambda: {("planes", 1, 4096, 4096): {}})
-    monkeypatch.setattr(kernels, "warp_group_products", lambda: True)
-    assert impl_label("auto", gpu) == "impl triton in bfloat16"
-    monkeypatch.setattr(kernels, "warp_group_products", lambda: False)
-    assert impl_label("auto", gpu) == "impl triton in bfloat16 (4-bit weights without the kernel for Hopper)"
-    monkeypatch.setattr(tuning, "table", dict)
-    assert "(tiles by rule, none are tuned for this GPU; 4-bit" in impl_label("auto", gpu)
+def test_a_run_without_tuned_tiles_or_the_kernel_for_hopper_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    matmul_triton = pytest.importorskip("kernels.matmul_triton")
+    gpu, slow = torch.device("cuda", 0), "4-bit weights without the kernel for Hopper and groups of 128"
+    dense = torch.zeros(64, 128)
+    bf16 = pack_weight(dense, "bf16", device="cpu", layout="plain")
+    groups = {g: pack_weight(dense, "int4", group_size=g, device="cpu", layout="planes") for g in (64, 128)}
+    monkeypatch.setattr(device, "table", lambda: {("planes", 1, 4096, 4096): {}})
+    for hopper in (True, False):
+        monkeypatch.setattr(matmul_triton, "warp_group_products", lambda hopper=hopper: hopper)
+        plain = "impl triton in bfloat16"
+        assert impl_label("auto", gpu, [bf16]) == plain
+        assert impl_label("auto", gpu, [bf16, groups[128]]) == (plain if hopper else f"{plain} ({slow})")
+        assert impl_label("auto", gpu, [groups[128], groups[64]]) == f"{plain} ({slow})"
+    monkeypatch.setattr(device, "table", dict)
+    assert impl_label("auto", gpu, groups.values()).endswith(f"(tiles by rule, none are tuned for this GPU; {slow})")
     assert "reference path" in impl_label("torch", gpu)
 
 
