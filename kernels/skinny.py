@@ -48,7 +48,7 @@ def skinny_kernel(
     w_at = w + n[:, None].to(tl.int64) * K + i[None, :]
     live_m, live_n = (m < M)[None, :], (n < N)[:, None]
     acc = tl.zeros((BN, BM), tl.float32)
-    tl.assume(first < last)
+    tl.assume(first < last)  # or ptxas serializes warp-group products (C7515)
     for k in tl.range(first, last, BK, num_stages=STAGES):
         for part in tl.static_range(DOTS):
             at = k + part * (BK // DOTS)

@@ -10,7 +10,7 @@ issued, and the wait behind it leaves one outstanding; so the next plane is dequ
     x tile   [BM, G] bf16          by TMA into a ring of STAGES slots; plane p multiplies G/4 columns of it
     words    [BN/64, 64, G/4]      int16 by TMA into a ring beside it, from there into registers
     scales   [BN] int32            straight into registers, one group ahead
-    acc      [BN, BM] float32      in registers; out through the ring by TMA, or masked where that cannot clip it
+    acc      [BN, BM] float32      in registers; out by TMA, or masked where a row of it is no multiple of 16 bytes
 
 Slots are refilled by a warp group of its own (`producer`), which waits for `empty` slots and gives its registers to the
 consumers, or by a thread of the warps that multiply, once the first product of the next group is on its way.

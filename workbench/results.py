@@ -100,7 +100,8 @@ def bars() -> str:
             "the end against half way, host and device",
             "nothing lost; none",
             _soaked(),
-            f"`{PYTHON} -m engine.bench --model synthetic:7b --weights int4 --kv int8 --suite soak`",
+            f"`{PYTHON} -m engine.bench --model synthetic:7b --weights int4 --kv int8 --suite soak "
+            "--max-batch-size 64`",
         ),
     ]
     machine = _read(ENGINE / "cpu-bundled.json")["machine"]

@@ -53,8 +53,8 @@ def with_sums(problem: problems.Matmul) -> problems.Calls:
 
 
 def layer_rows() -> list[Row]:
-    """A whole decoder layer in a step of decodes, 640 tokens of bf16 context each; beside it cuBLAS's four bf16
-    products alone."""
+    """A whole decoder layer in a step of decodes, 640 tokens of context each, in bf16 or as named; beside it cuBLAS's
+    four bf16 products alone."""
     found = []
     with torch.inference_mode():
         for m in (1, 8, 64):
@@ -65,9 +65,12 @@ def layer_rows() -> list[Row]:
             ]
             products = microseconds(calls) * len(problems.SHAPES)
             del calls
-            for format in ("bf16", "w8a8" if m > 16 else "int8", "int4"):
-                us = chain(format, m, 2 if format == "bf16" else 4).microseconds()
-                row = Row("layer", f"{format} M={m}", us, 0.0, others={"cuBLAS bf16, products only": products})
+            for format, kv in (
+                ("bf16", "bf16"), ("w8a8" if m > 16 else "int8", "bf16"), ("int4", "bf16"), ("int4", "int8"),
+            ):  # fmt: skip
+                us = chain(format, m, 2 if format == "bf16" else 4, kv).microseconds()
+                what = f"{format} M={m}" + ("" if kv == "bf16" else f" KV {kv}")
+                row = Row("layer", what, us, 0.0, others={"cuBLAS bf16, products only": products})
                 found.append(row)
                 print_row(row)
     return found

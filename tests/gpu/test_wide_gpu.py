@@ -83,7 +83,7 @@ def test_products(m: int, n: int, k: int) -> None:
         assert wrong == 0, f"{config}: {wrong} of {exact.numel()} elements differ"
 
 
-@pytest.mark.parametrize("m, late", [(300, False), (512, True)])  # out masked, and by TMA
+@pytest.mark.parametrize("m, late", [(300, False), (512, True)])  # ragged, and whole tiles
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_again_and_again(config: HopperConfig, m: int, late: bool) -> None:
     """The same bits each time: behind kernels that fill the GPU, and behind each other, where a launch overlaps the end
