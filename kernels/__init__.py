@@ -6,6 +6,7 @@ Every operation takes `impl`: "torch" (readable oracle), "aten" (CPU), "triton" 
 from .activations import Operand
 from .attention import AttentionPlan, decode_attention, plan_attention, prefill_attention
 from .elementwise import add_rms_norm, rms_norm, rope, rotation, silu_mul
+from .expansion import most_expanded_bytes
 from .gated import gated_linear
 from .kv_access import read_kv, write_kv
 from .kv_cache import KV_FORMATS, KVFormat, KVLayer, allocate_kv
@@ -32,6 +33,7 @@ __all__ = [
     "gated",
     "gated_linear",
     "linear",
+    "most_expanded_bytes",
     "normed",
     "pack_weight",
     "plan_attention",

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .codec_triton import bits_of, reading
 from .decode_triton import LOG2_E, accumulate, load_query, load_side, scores, store_planes, tile_blocks
+from .expansion import worth_expanding
 from .kv_cache import KVLayer
 from .kv_cache_triton import expand_blocks, scale_strides
 from .triton_common import INTERP, next_power_of_2
@@ -103,14 +104,6 @@ def prefill_kernel(
 
 
 LEAST_PADDED = 64  # sequences looked through at once: fewer cost the same, and each size is a variant to compile
-EXPAND_ROWS = 128  # new tokens per sequence from which expanding the blocks first is faster
-EXPAND_BYTES = 256 << 20  # and the largest workspace it may take
-
-
-def worth_expanding(rows: int, batch: int, width: int, layer: KVLayer) -> bool:
-    """Whether a quantized cache is better expanded to bf16 once than decoded by every tile of queries."""
-    workspace = 4 * batch * width * layer.block_size * layer.kv_heads * layer.head_dim
-    return layer.key_scale is not None and rows >= EXPAND_ROWS * batch and workspace <= EXPAND_BYTES
 
 
 def prefill_triton(
