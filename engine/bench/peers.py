@@ -56,12 +56,13 @@ def run_peers(
     report: dict[str, Any] = {"config": asdict(config), "sizes": asdict(sizes), "repeats": repeats}
     vocab = model.spec.vocab_size
     if set(parts) - {"shared"}:
+        bandwidth = measured_bandwidth(config.device)  # before the engine is, whose workspace is then its own alone
         with Engine(replace(config, prefix_caching=False), model=model) as engine:
             if "offline" in parts:  # the others warm up with their own shapes
                 engine.warm_up(2 * sizes.offline[2])
             elif "ttft" in parts:
                 engine.warm_up(sizes.prompt)
-            roofline = Roofline.of(engine, measured_bandwidth(config.device))
+            roofline = Roofline.of(engine, bandwidth)
             print(card(engine, roofline), flush=True)
             report |= {"description": engine.description, "roofline": roofline.as_dict()}
             if "ttft" in parts:
