@@ -10,8 +10,9 @@ equals would differ between devices and batch sizes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,12 @@ from engine.request import Request, TokenLogprobs
 from engine.step_inputs import Arrays
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+SORTED_ELEMENTS = 1 << 21
+"""Logits sorted at once, 16 MB of them: what a sort takes besides then stays small whatever the batch."""
+SORT_BYTES = 56
+"""Per logit, beside the logits themselves: sorted values and indices, 8 bytes each, and in torch's sort of several rows
+on CUDA (SortStable.cu) pairs of row and index, before and after, sorted keys, and as much again as keys and pairs for
+cub's radix sort."""
 
 
 def uniforms(seeds: Sequence[int], positions: ArrayLike) -> NDArray[np.float64]:
@@ -167,20 +174,49 @@ def filter_logits(logits: Tensor, plan: SamplingPlan, staged: Mapping[str, Tenso
     dropped = float("-inf")
     if plan.max_top_k:
         limited = staged["top_k"] <= plan.max_top_k
-        best = logits.topk(plan.max_top_k).values
-        floor = best.gather(1, staged["top_k"].clamp(max=plan.max_top_k)[:, None] - 1)
+        floor = _by_parts(partial(_kth_largest, most=plan.max_top_k), logits, staged["top_k"].clamp(max=plan.max_top_k))
         logits = logits.masked_fill((logits < floor) & limited[:, None], dropped)
     if plan.top_p:
-        ranked = logits.sort(descending=True).values
-        probabilities = ranked.softmax(-1)
-        before = probabilities.cumsum(-1) - probabilities
-        count = (before < staged["top_p"][:, None]).sum(-1, keepdim=True)
-        floor = ranked.gather(1, count - 1)
+        floor = _by_parts(_nucleus_floor, logits, staged["top_p"])
         logits = logits.masked_fill((logits < floor) & (staged["top_p"] < 1.0)[:, None], dropped)
     if plan.min_p:
         floor = logits.amax(-1, keepdim=True) + staged["min_p"].log()[:, None]
         logits = logits.masked_fill(logits < floor, dropped)
     return logits
+
+
+def _by_parts(find: Callable[[Tensor, Tensor], Tensor], logits: Tensor, bounds: Tensor) -> Tensor:
+    """`find` of all rows, `SORTED_ELEMENTS` logits at a time: a sort takes seven times the memory of what is sorted."""
+    rows = _sorted_rows(logits.shape[1])
+    return torch.cat([find(*part) for part in zip(logits.split(rows), bounds.split(rows), strict=True)])
+
+
+def _sorted_rows(vocab_size: int) -> int:
+    return max(1, SORTED_ELEMENTS // vocab_size)
+
+
+def sampling_bytes(rows: int, vocab_size: int, itemsize: int) -> int:
+    """Most bytes that logits of `itemsize` bytes and `sample` take for so many rows, what sorts take left out: the
+    logits, float32 of them where a penalty changes some, three times float64 where tokens are drawn, and a mask."""
+    return rows * vocab_size * (itemsize + 4 + 3 * 8 + 1)
+
+
+def sorting_bytes(rows: int, vocab_size: int) -> int:
+    """Most bytes that `sample` takes besides while it sorts, for so many rows on a GPU."""
+    return SORT_BYTES * vocab_size * min(rows, _sorted_rows(vocab_size))
+
+
+def _kth_largest(logits: Tensor, k: Tensor, most: int) -> Tensor:
+    """[R, 1]: of each row of logits [R, vocab] the k-th largest, k int64 [R] up to `most`."""
+    return logits.topk(most).values.gather(1, k[:, None] - 1)
+
+
+def _nucleus_floor(logits: Tensor, top_p: Tensor) -> Tensor:
+    """[R, 1]: the smallest logit of those whose probability together reaches top_p [R]."""
+    ranked = logits.sort(descending=True).values
+    probabilities = ranked.softmax(-1)
+    before = probabilities.cumsum(-1) - probabilities
+    return ranked.gather(1, (before < top_p[:, None]).sum(-1, keepdim=True) - 1)
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, requests: Sequence[Request]) -> list[TokenLogprobs | None]:

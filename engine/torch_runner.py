@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 
@@ -29,17 +28,11 @@ from engine.sampler import SamplingPlan, known_logprobs, sample, token_logprobs
 from engine.step_inputs import Arrays, Staging, StepInputs, inert_prompts, step_arrays
 from engine.torch_step import Scored, TorchStep, add_scored, by_item, scored_items
 from engine.weight_plan import WeightPlan
+from engine.workspace import CPU_BLOCK_SIZE, CUDA_BLOCK_SIZE, PROMPT_ROWS, step_tokens
+from engine.workspace import default_limit as default_limit
+from engine.workspace import workspace_bytes as workspace_bytes
 from kernels import KVLayer, allocate_kv
 from kernels.tuning import TUNED_ROWS
-
-CPU_POOL = 1 << 30
-"""Most bytes that the engine takes for KV and reserve on a CPU when no limit is given."""
-CUDA_SCRATCH = 160 << 20
-"""What libraries and kernels take on a GPU for themselves: cuBLAS 32 MB per stream on Hopper, 32 MB for the slice of a
-quantized matrix that a long prompt is multiplied with, as bf16 and as int8 each, partial sums of split matrices and of
-attention."""
-PROMPT_ROWS = 256
-"""Rows of logits held at once when prompt log-probabilities are asked for: 256 x 150,000 float32 are 150 MB."""
 
 
 class TorchRunner:
@@ -83,9 +76,6 @@ class TorchRunner:
         config, spec = self.config, self._spec
         weights = decoder.weight_bytes()
         workspace = workspace_bytes(spec, config, decoder.dtype.itemsize)
-        if self.device.type == "cuda":  # graphs have logits of their own, and keep them in a second place
-            logits = padded_size(config.max_batch_size) * spec.vocab_size * decoder.dtype.itemsize
-            workspace += CUDA_SCRATCH + 2 * logits
         return plan_memory(
             limit=config.memory_limit or default_limit(self.device, sum(weights.values()), workspace),
             weights=weights,
@@ -97,7 +87,7 @@ class TorchRunner:
 
     @property
     def _block_size(self) -> int:
-        return self.config.block_size or (64 if self.device.type == "cuda" else 16)
+        return self.config.block_size or (CUDA_BLOCK_SIZE if self.device.type == "cuda" else CPU_BLOCK_SIZE)
 
     def _preparation(self) -> Preparation:
         return Preparation(self._memory.block_size, self._spec.vocab_size, len(self._readback.ids))
@@ -185,7 +175,7 @@ class TorchRunner:
         if self._graphs is not None:
             self._graphs.warm_up(self.config.max_batch_size, -(-most // self._memory.block_size))
         if self._prompt_graphs is not None:
-            self._prompt_graphs.warm_up(most)
+            self._prompt_graphs.warm_up(min(most, step_tokens(self._spec, self.config)))
 
     def _prompt_shapes(self) -> list[tuple[int, int]]:
         """(prompts, tokens of each) of steps whose kernels differ: by the number of prompts, and of tokens in all."""
@@ -290,32 +280,6 @@ class TorchRunner:
 
 
 _STEP_FIELDS = ("tokens", "positions", "slots", "block_tables", "lengths", "query_starts", "rows")
-
-
-def default_limit(device: torch.device, weights: int, workspace: int) -> int:
-    """Bytes the engine may use when nobody says: what the GPU has free now (weights counted as ours), or on a CPU the
-    weights, the workspace, and at most 1 GiB more or half of the RAM that is available."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + weights
-    return weights + workspace + min(CPU_POOL, psutil.virtual_memory().available // 2)
-
-
-def workspace_bytes(spec: ModelSpec, config: EngineConfig, itemsize: int) -> int:
-    """Upper estimate of what one step allocates: activations of its tokens, and logits of the rows that are sampled.
-
-    Alive at once in a layer: the residual and two hidden states, q, k and v before and after rotation, gate_up and its
-    product. Logits count in the activations' dtype and in float32; where tokens are drawn from them, three times in
-    float64 besides (sorted, softmax, summed), and where prompts are scored, in float32 once more.
-    """
-    tokens = config.max_batched_tokens
-    if not config.chunked_prefill:  # a prompt is then computed whole, however long
-        tokens = max(tokens, config.session_len or spec.max_positions)
-    per_token = 4 * spec.hidden_size + 2 * spec.qkv_size + 3 * spec.intermediate_size
-    drawn = config.max_batch_size * (itemsize + 4 + 3 * 8)
-    scored = PROMPT_ROWS * (itemsize + 2 * 4)
-    return tokens * per_token * itemsize + spec.vocab_size * max(drawn, scored)
 
 
 def _weights_label(config: EngineConfig, spec: ModelSpec, decoder: Decoder) -> str:

@@ -11,6 +11,7 @@ from engine.bench.work import fixed_work
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.loader import LoadedModel
+from engine.workspace import workspace_bytes
 
 LENGTH = 1024
 OUTPUT = 16
@@ -27,7 +28,13 @@ def run_kvfit(
         plan = engine.memory
     pool = concurrent * -(-LENGTH // plan.block_size) * plan.block_bytes
     limit = plan.weights_total + plan.workspace + int((pool + plan.block_bytes / 2) / config.cache_ratio)
-    rows = [_row(replace(config, kv=name, memory_limit=limit), model, concurrent, seed) for name in formats]
+    configs = [replace(config, kv=name) for name in formats]
+    workspaces = [workspace_bytes(model.spec, each, itemsize=2) for each in configs]  # it differs by the format
+    limits = [limit + workspace - workspaces[0] for workspace in workspaces]
+    rows = [
+        _row(replace(each, memory_limit=most), model, concurrent, seed)
+        for each, most in zip(configs, limits, strict=True)
+    ]
     for row in rows:
         row["ratio"] = row["most_running"] / rows[0]["most_running"]
         print(

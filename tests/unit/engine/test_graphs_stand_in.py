@@ -141,13 +141,24 @@ def test_warm_up_asks_for_no_more_than_a_session_may_hold(stand_in: None, model:
         assert {key.width for key in graphs.captured} == {16}
 
 
-def with_prompt_graphs(engine: Engine) -> PromptGraphs:
+def with_prompt_graphs(engine: Engine, warm: int = 256) -> PromptGraphs:
     runner: Any = engine.runner
     with torch.inference_mode():
         graphs = PromptGraphs(runner._decoder, runner._kv, runner._cos_sin, runner._readback, engine.block_size)
-        graphs.warm_up(256)
+        graphs.warm_up(warm)
     runner._prompt_graphs = graphs
     return graphs
+
+
+@pytest.mark.parametrize(("chunked", "sizes"), [(True, [64, 128]), (False, [64, 128, 192, 256])])
+def test_prompts_are_captured_up_to_the_tokens_of_a_step(
+    stand_in: None, model: LoadedModel, chunked: bool, sizes: list[int]
+) -> None:
+    options = {"max_batch_size": 2, "max_batched_tokens": 100, "session_len": 300, "chunked_prefill": chunked}
+    with Engine(EngineConfig(**OPTIONS, **options), model=model) as engine:
+        graphs = with_prompt_graphs(engine, warm=0)
+        engine.warm_up(300)
+        assert sorted(graphs._graphs) == sizes
 
 
 @pytest.mark.parametrize(
