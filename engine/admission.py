@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 
 from engine.errors import ConfigError, RequestError
 from engine.model_spec import ModelSpec
@@ -12,6 +13,20 @@ def check_session_len(asked: int | None, longest: int, why: str) -> None:
     """ConfigError where a session is asked to hold more tokens than `longest`; why: "the model has positions for"."""
     if asked is not None and asked > longest:
         raise ConfigError(f"session_len is {asked:,}; {why} {longest:,} tokens, so it must be at most that")
+
+
+def whole_tokens(prompt: Iterable[int]) -> list[int]:
+    """Token ids as ints, also out of an array, whose own numbers are found in no prefix cache. RequestError where they
+    are none."""
+    if not isinstance(prompt, Iterable):
+        raise RequestError(f"the prompt is {prompt!r}; it must be text or token ids")
+    tokens = []
+    for token in prompt:
+        try:
+            tokens.append(operator.index(token))
+        except TypeError:
+            raise RequestError(f"the prompt holds {token!r}; token ids are whole numbers") from None
+    return tokens
 
 
 def check_prompt(tokens: Sequence[int], session_len: int, spec: ModelSpec, tokens_that_fit: int) -> None:

@@ -10,7 +10,7 @@ from typing import Self
 
 from tqdm.auto import tqdm
 
-from engine.admission import check_prompt, check_session_len
+from engine.admission import check_prompt, check_session_len, whole_tokens
 from engine.batch import ScheduledBatch, StepEvent, StepResult
 from engine.cache import KVCache
 from engine.config import EngineConfig
@@ -119,7 +119,8 @@ class Engine:
     ) -> str:
         """Put a prompt (text or token ids) in line; returns its id. Times are seconds on `clock`.
 
-        Raises RequestError when the prompt is empty, holds ids outside the vocabulary, or leaves no room for a token.
+        Raises RequestError when the prompt is empty, holds what is no id of the vocabulary, or leaves no room for a
+        token.
         """
         if self._closed:
             raise RequestError("the engine is closed; build a new one")
@@ -128,7 +129,7 @@ class Engine:
         name = request_id if request_id is not None else f"request-{number}"
         if name in self._requests:
             raise RequestError(f"request id {name!r} is already being served; ids must be unique")
-        tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else whole_tokens(prompt)
         check_prompt(tokens, self.session_len, self.spec, self.memory.tokens_that_fit)
         now = self.clock.now()
         self._requests[name] = request = Request(

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+import operator
+from collections.abc import Iterable
 from dataclasses import dataclass
+from numbers import Real
+from typing import SupportsIndex
 
 from engine.errors import RequestError
 
@@ -46,16 +50,21 @@ class SamplingParams:
         _within("top_p", self.top_p, 0.0, 1.0, open_low=True)
         _within("min_p", self.min_p, 0.0, 1.0)
         _within("repetition_penalty", self.repetition_penalty, 0.0, 10.0, open_low=True)
+        for name in ("top_k", "max_tokens", "seed", "logprobs"):
+            value = getattr(self, name)
+            if value is not None or name in ("top_k", "max_tokens"):
+                object.__setattr__(self, name, _whole(name, value))
         if self.top_k < 0:
             raise RequestError(f"top_k is {self.top_k}; it must be 0 (keep all) or a positive number of tokens")
         if self.max_tokens < 1:
             raise RequestError(f"max_tokens is {self.max_tokens}; it must be at least 1")
         if self.logprobs is not None and not 0 <= self.logprobs <= 20:
             raise RequestError(f"logprobs is {self.logprobs}; it must be between 0 and 20, or None")
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        if any(not text for text in self.stop):
-            raise RequestError(f"stop is {self.stop!r}; a stop string must not be empty")
+        object.__setattr__(self, "stop", _texts("stop", self.stop))
+        if not isinstance(self.stop_token_ids, Iterable):
+            raise RequestError(f"stop_token_ids is {self.stop_token_ids!r}; it must be token ids")
+        ids = tuple(_whole("stop_token_ids", token) for token in self.stop_token_ids)
+        object.__setattr__(self, "stop_token_ids", ids)
 
     @property
     def greedy(self) -> bool:
@@ -68,6 +77,26 @@ class SamplingParams:
 
 
 def _within(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
+    if not isinstance(value, Real):
+        raise RequestError(f"{name} is {value!r}; it must be a number")
     inside = (low < value if open_low else low <= value) and value <= high
     if math.isnan(value) or not inside:
         raise RequestError(f"{name} is {value}; it must be in {'(' if open_low else '['}{low:g}, {high:g}]")
+
+
+def _whole(name: str, value: SupportsIndex) -> int:
+    """As an int, which a number of NumPy's is not: its arithmetic overflows. Found here and not in a step, where it
+    would break off the others of the batch."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise RequestError(f"{name} is {value!r}; it must be a whole number") from None
+
+
+def _texts(name: str, value: str | Iterable[str]) -> tuple[str, ...]:
+    texts = (value,) if isinstance(value, str) or not isinstance(value, Iterable) else tuple(value)
+    if not all(isinstance(text, str) for text in texts):
+        raise RequestError(f"{name} is {value!r}; it must be text, or a sequence of texts")
+    if not all(texts):
+        raise RequestError(f"{name} is {value!r}; a {name} string must not be empty")
+    return texts

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from tqdm import tqdm
 
 from engine.batch import ScheduledBatch, StepEvent
@@ -220,6 +222,10 @@ def test_a_request_is_cut_to_what_the_session_holds() -> None:
         ([1] * 5000, "the prompt has 5,000 tokens"),
         ([1, 999_999], "token id 999999 is outside the vocabulary"),
         ([-1], "token id -1 is outside"),
+        ([1, 2.5], "prompt holds 2.5; token ids are whole numbers"),
+        (torch.tensor([1.0, 2.5]), r"prompt holds tensor\(1.\); token ids are whole numbers"),
+        (["a", "b"], "prompt holds 'a'; token ids are whole numbers"),
+        (7, "prompt is 7; it must be text or token ids"),
     ],
 )
 def test_a_bad_prompt_is_refused_and_the_others_are_served(engine: Engine, prompt: object, words: str) -> None:
@@ -321,8 +327,43 @@ def test_lmdeploy_names_are_understood() -> None:
         ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0"),
         ({"stop": ("",)}, "must not be empty"),
         ({"logprobs": 50}, "logprobs is 50"),
+        ({"temperature": None}, "temperature is None; it must be a number"),
+        ({"top_p": "0.9"}, "top_p is '0.9'; it must be a number"),
+        ({"max_tokens": float("nan")}, "max_tokens is nan; it must be a whole number"),
+        ({"max_tokens": None}, "max_tokens is None; it must be a whole number"),
+        ({"top_k": 2.5}, "top_k is 2.5; it must be a whole number"),
+        ({"logprobs": 1.5}, "logprobs is 1.5; it must be a whole number"),
+        ({"seed": 1.5}, "seed is 1.5; it must be a whole number"),
+        ({"seed": "a"}, "seed is 'a'; it must be a whole number"),
+        ({"stop": (5,)}, "must be text"),
+        ({"stop": None}, "must be text"),
+        ({"stop_token_ids": (1.5,)}, "stop_token_ids is 1.5; it must be a whole number"),
+        ({"stop_token_ids": 7}, "must be token ids"),
     ],
 )
 def test_bad_sampling_options_name_value_and_range(options: dict[str, object], words: str) -> None:
     with pytest.raises(RequestError, match=words):
         SamplingParams(**options)  # type: ignore[arg-type]
+
+
+def test_whole_numbers_of_other_libraries_are_taken() -> None:
+    """A seed drawn by NumPy, ids out of an array: a step would fail on them, for everybody in it."""
+    params = SamplingParams(
+        seed=np.int64(-3),  # type: ignore[arg-type]
+        top_k=np.int32(4),  # type: ignore[arg-type]
+        max_tokens=np.uint8(3),  # type: ignore[arg-type]
+        stop=["a", "b"],  # type: ignore[arg-type]
+        stop_token_ids=np.array([7, 8]),  # type: ignore[arg-type]
+    )
+    assert params == SamplingParams(seed=-3, top_k=4, max_tokens=3, stop=("a", "b"), stop_token_ids=(7, 8))
+    assert {type(params.seed), type(params.top_k), type(params.max_tokens)} == {int} and hash(params)
+
+
+@pytest.mark.parametrize("tokens", [np.arange(1, 40), torch.arange(1, 40)])
+def test_a_prompt_out_of_an_array_is_the_prompt(engine: Engine, tokens: Any) -> None:
+    params = SamplingParams(max_tokens=3, seed=1)
+    plain = engine.generate([list(range(1, 40))], params)[0]
+    output = engine.generate([tokens], params)[0]
+    assert output.token_ids == plain.token_ids and output.prompt_token_ids == plain.prompt_token_ids
+    assert output.num_cached == 32, "equal tokens are found in the prefix cache whatever held them"
+    assert {type(token) for token in output.prompt_token_ids} == {int}
