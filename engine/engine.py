@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -179,9 +179,7 @@ class Engine:
 
     def next_wakeup(self) -> float | None:
         """When `step` will have work although it has none now; None means now, or never if nothing is unfinished."""
-        if self._to_abort or self._undelivered or self._launched:
-            return None
-        return self.scheduler.next_wakeup(self.clock.now())
+        return None if self._undelivered else self._next_work()
 
     def abort(self, request_id: str) -> bool:
         """End a request; False when no such request is being served. Its last output comes with the current step."""
@@ -197,7 +195,7 @@ class Engine:
         *,
         progress: bool = False,
     ) -> list[RequestOutput]:
-        """Serve all prompts and return their final outputs in the order given.
+        """Serve all prompts and return their final outputs in the order given; those of other requests stay for `step`.
 
         An interrupt aborts these prompts, and only these, before it is passed on.
         """
@@ -271,20 +269,29 @@ class Engine:
         self.close()
 
     def _outputs(self, names: Sequence[str], *, last_only: bool = False) -> Iterator[RequestOutput]:
-        """Outputs of these requests as they come, or the last one of each."""
+        """Outputs of these requests as they come, or the last one of each. Those of others stay for their callers."""
         awaited = set(names)
         while awaited:
-            for output in self._step_or_wait():
+            outputs = self._step_or_wait(awaited)
+            self._undelivered += [output for output in outputs if output.request_id not in awaited]
+            for output in outputs:
                 if (output.finished or not last_only) and output.request_id in awaited:
                     if output.finished:
                         awaited.remove(output.request_id)
                     yield output
 
-    def _step_or_wait(self) -> list[RequestOutput]:
-        wakeup = self.next_wakeup()
+    def _step_or_wait(self, awaited: Container[str]) -> list[RequestOutput]:
+        known = any(output.request_id in awaited for output in self._undelivered)
+        wakeup = None if known else self._next_work()
         if wakeup is not None:
             self.clock.wait_until(wakeup)
         return self.step()
+
+    def _next_work(self) -> float | None:
+        """As `next_wakeup`, outputs that wait for their caller left out."""
+        if self._to_abort or self._launched:
+            return None
+        return self.scheduler.next_wakeup(self.clock.now())
 
     def _launch(self) -> int:
         """Schedule and launch a step; returns how many may stay on their way: one, if the next can be built on it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from typing import Any
 
 import numpy as np
@@ -195,6 +195,41 @@ def test_leaving_a_stream_aborts_it(engine: Engine) -> None:
             break
     assert not engine.has_unfinished()
     engine.check_integrity()
+
+
+def test_streams_side_by_side_get_all_of_their_own(engine: Engine) -> None:
+    prompts, lengths = ([1, 2, 3], [4, 5]), (5, 9)
+    params = [SamplingParams(max_tokens=length, seed=1) for length in lengths]
+    alone = [engine.generate([prompt], each)[0].token_ids for prompt, each in zip(prompts, params, strict=True)]
+    told: list[list[int]] = [[], []]
+    for outputs in zip_longest(*map(engine.stream, prompts, params)):
+        for tokens, output in zip(told, outputs, strict=True):
+            tokens += output.new_token_ids if output else []
+    assert told == alone
+    assert not engine.has_unfinished()
+
+
+def test_generate_leaves_the_outputs_of_others_to_them(engine: Engine) -> None:
+    name = engine.add_request([7] * 10, SamplingParams(max_tokens=3, seed=1))
+    whole = engine.generate([[7] * 10, [1] * 10], SamplingParams(max_tokens=20, seed=1))[0]
+    assert engine.has_unfinished(), "its end was not told yet"
+    told = engine.step()
+    assert {output.request_id for output in told} == {name} and told[-1].finished
+    assert [token for output in told for token in output.new_token_ids] == whole.token_ids[:3]
+    assert not engine.has_unfinished()
+
+
+def test_outputs_of_others_do_not_stop_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch that forms in a window of time is waited for, also while somebody has not fetched what is theirs."""
+    with build(batching="dynamic", batch_window=1.0) as engine:
+        engine.add_request([1, 2, 3], SamplingParams(max_tokens=1))
+        engine.generate([[4, 5, 6]], SamplingParams(max_tokens=1))
+        assert engine.has_unfinished() and engine.next_wakeup() is None
+        step, calls = engine.step, iter(range(10))
+        monkeypatch.setattr(engine, "step", lambda: [next(calls), step()][1])
+        before = engine.clock.now()
+        assert engine.generate([[7, 8, 9]], SamplingParams(max_tokens=1))[0].finish_reason == "length"
+        assert engine.clock.now() > before + 1.0
 
 
 def test_stop_token_and_stop_string_end_a_request(engine: Engine) -> None:
