@@ -325,18 +325,18 @@ class Engine:
 
     def _complete(self, batch: ScheduledBatch, result: StepResult, now: float) -> int:
         """Hand out the step's tokens; returns how many found somebody who still waited for them."""
-        told = self.scheduler.complete(batch, result.token_ids, now)
         for item, known in zip(batch.items, result.prompt_logprobs or (), strict=False):
-            if known is not None:
+            if known is not None and not item.request.is_finished:
                 item.request.prompt_logprobs.extend(known)
         for item, chosen in zip(batch.items, result.logprobs or (), strict=False):
-            if chosen is not None:
+            if chosen is not None and not item.request.is_finished:
                 item.request.logprobs.append(chosen)
+        told = self.scheduler.complete(batch, result.token_ids, now)
         for request in told:
             status = self._ending(request)
             if status is not None:
                 self.scheduler.finish(request, status, now)
-            self._deliver(request, num_new=1)
+            self._deliver(request)
         return len(told)
 
     def _ending(self, request: Request) -> RequestStatus | None:
@@ -352,12 +352,14 @@ class Engine:
                 return RequestStatus.STOPPED
         return RequestStatus.LENGTH if len(output) >= request.max_tokens else None
 
-    def _deliver(self, request: Request, num_new: int = 0) -> None:
+    def _deliver(self, request: Request) -> None:
         """Queue an output for the caller; it stays queued if the step breaks off before it is handed over."""
         name = request.request_id
         finished = request.status >= FINISHED
-        stop = len(request.output_token_ids)
-        self._undelivered.append(RequestOutput(finished, request, self._detokenizers[name], stop - num_new, stop))
+        first, stop = request.num_told, len(request.output_token_ids)
+        output = RequestOutput(finished, request, self._detokenizers[name], first, stop)
+        self._undelivered.append(output)
+        output.note()
         if finished:
             self._num_finished += 1
             self._num_exacting -= request.params.needs_values
@@ -393,13 +395,18 @@ class Engine:
         self._undelivered = [output for output in self._undelivered if output.request_id not in gone]
 
     def _recover(self) -> None:
-        """A step broke off: forget what is on its way, rebuild the block lists, and end what had already met its stop
-        condition."""
+        """A step broke off, anywhere: forget what is on its way, rebuild the block lists, end what had already met its
+        stop condition, and tell what had become known."""
         self._launched.clear()
+        for output in self._undelivered:
+            output.note()
+            if output.finished and output.is_of(self._requests.get(output.request_id)):
+                del self._requests[output.request_id]
+        for request in self._requests.values():
+            if not request.is_finished and (status := self._ending(request)) is not None:
+                request.status, request.finish_time = status, self.clock.now()
         self.scheduler.recover()
+        self._num_exacting = sum(request.params.needs_values for request in self._requests.values())
         for request in list(self._requests.values()):
-            status = self._ending(request)
-            if status is not None and not request.is_finished:
-                self.scheduler.finish(request, status, self.clock.now())
             if request.is_finished:
                 self._deliver(request)

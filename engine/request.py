@@ -43,7 +43,7 @@ class Request:
     steps on their way are done) chases `num_tokens` (prompt plus output so far). Prefill, decode, chunked prefill and
     recomputation after preemption are all that rule. `num_pending` of those tokens are sampled on the device by a step
     that is still on its way: they count, the next step may already be built on them, but nobody knows their value.
-    `ends`: tokens that end the output.
+    `ends`: tokens that end the output. `num_told`: output tokens that are in the outputs made so far.
     Times are seconds on the engine's clock. Latency counts from `scheduled_arrival`, the moment the load generator
     meant to send the request, so that a stalled engine cannot hide its own queue (coordinated omission).
     """
@@ -68,6 +68,7 @@ class Request:
     num_cached: int = 0
     num_preemptions: int = 0
     num_recomputed: int = 0
+    num_told: int = 0
     token_times: list[float] = field(default_factory=list)
     finish_time: float | None = None
     error: str | None = None
@@ -172,9 +173,17 @@ class RequestOutput:
     _first: int
     _stop: int
 
+    def note(self) -> None:
+        """The next output of the request begins behind this one."""
+        self._request.num_told = self._stop
+
+    def is_of(self, request: Request | None) -> bool:
+        """Whether it tells of this request, not of another one with the same id."""
+        return self._request is request
+
     @property
     def new_token_ids(self) -> list[int]:
-        """The tokens that came with this step."""
+        """The tokens since the output before: those of one step."""
         return self._request.output_token_ids[self._first : self._stop]
 
     @property

@@ -98,14 +98,13 @@ class Scheduler:
         """Take a request out, wherever it stands, and give its blocks back."""
         if request.is_finished:
             return
+        request.status, request.finish_time = status, now  # first: if this breaks off, `recover` does the rest
         if request in self.running:
             self.running.remove(request)
         else:
             self.waiting.remove(request)
         self.cache.release(request)
         request.num_pending = 0
-        request.status = status
-        request.finish_time = now
 
     def next_wakeup(self, now: float) -> float | None:
         """When a policy that waits will have work, if it has none now."""
@@ -115,8 +114,9 @@ class Scheduler:
         return moment if moment > now and len(self.waiting) < self.config.max_batch_size else None
 
     def recover(self) -> None:
-        """After a step that broke off: everything running goes back to the line and will be computed again."""
-        everyone = [request for request in dict.fromkeys([*self.running, *self.waiting]) if not request.is_finished]
+        """After a step that broke off, anywhere: everything running goes back to the line and will be computed again,
+        what has ended is let go, and what was noted of a token that did not become known is crossed out."""
+        everyone = list(dict.fromkeys([*self.running, *self.waiting]))
         old = self.cache
         self.cache = KVCache(old.pool.num_blocks, old.block_size, prefix_caching=old.prefix_caching)
         for request in everyone:
@@ -125,8 +125,9 @@ class Scheduler:
             request.block_ids.clear()
             request.num_pending = 0
             self.cache.release(request)
+            del request.token_times[request.num_output :], request.logprobs[request.num_output :]
         self.running.clear()
-        self.waiting = deque(everyone)
+        self.waiting = deque(request for request in everyone if not request.is_finished)
 
     def check_integrity(self) -> None:
         """Raises AssertionError when the two lists, the requests and the blocks disagree."""

@@ -20,6 +20,7 @@ from engine.bench.work import shared_work, uniform_work
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.loader import load_model
+from engine.request import Request
 from tests.unit.engine.test_overlap import SlotDevice
 
 TINY = ["--model", "synthetic:tiny", "--device", "cpu", "--memory-limit", "0.1"]
@@ -128,7 +129,13 @@ def test_soak_sees_a_lost_token() -> None:
     config = EngineConfig(model="synthetic:tiny", runner="simulated", max_batch_size=4)
     with load_model(config) as model, Engine(config, model=model) as engine:
         deliver, calls = engine._deliver, iter(range(1 << 20))
-        engine._deliver = lambda request, num_new=0: deliver(request, 0 if next(calls) == 50 else num_new)  # type: ignore[method-assign]
+
+        def forgetful(request: Request) -> None:
+            if next(calls) == 50:
+                request.num_told = request.num_output
+            deliver(request)
+
+        engine._deliver = forgetful  # type: ignore[method-assign]
         with pytest.raises(AssertionError, match="tokens were lost on the way"):
             Soak(engine, seed=0).run(2.0)
 

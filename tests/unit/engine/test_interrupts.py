@@ -1,0 +1,132 @@
+"""An interrupt may arrive between any two lines of the loop: whatever it breaks off, everybody is answered in full and
+once, and every list agrees."""
+
+from __future__ import annotations
+
+import linecache
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import pytest
+
+from engine import batch, blocks, cache, engine, request, scheduler
+from engine.batch import ScheduledBatch, StepResult
+from engine.engine import Engine
+from engine.request import RequestOutput, TokenLogprobs
+from engine.runner import Pending
+from engine.sampling_params import SamplingParams
+from tests.unit.engine.test_overlap import Late, SlotDevice, build, expected, tight
+
+WATCHED = {module.__file__ for module in (batch, blocks, cache, engine, request, scheduler)}
+HANDED_OVER = "return outputs"  # what `step` has given away is its caller's to lose
+STRIDE = 37  # every line is a matter of minutes; it was run so, too
+
+PARAMS = [
+    SamplingParams(max_tokens=6, seed=0),
+    SamplingParams(max_tokens=9, seed=1, stop_token_ids=(2,), logprobs=0),
+    SamplingParams(max_tokens=12, seed=2, prompt_logprobs=True),
+    SamplingParams(max_tokens=1, seed=3, prompt_logprobs=True, logprobs=1),
+]
+PROMPTS = [[i % 2] * (10 + 9 * i) for i in range(len(PARAMS))]
+
+
+class ValuedDevice(SlotDevice):
+    """Also returns log-probabilities that tell which token or position they belong to."""
+
+    def launch(self, batch: ScheduledBatch) -> Pending:
+        late = super().launch(batch)
+        assert isinstance(late, Late) and isinstance(late._result, StepResult)
+        result, items = late._result, batch.items
+        asked = [item.request.params for item in items]
+        result.logprobs = [
+            TokenLogprobs(token, 0.0) if token is not None and params.logprobs is not None else None
+            for token, params in zip(result.token_ids, asked, strict=True)
+        ]
+        result.prompt_logprobs = [
+            [-float(at) for at in range(item.start + 1, min(item.stop, item.request.num_prompt - 1) + 1)]
+            if params.prompt_logprobs
+            else None
+            for item, params in zip(items, asked, strict=True)
+        ]
+        return late
+
+
+class Interrupt:
+    """Raises KeyboardInterrupt before the n-th line of the loop that is run inside."""
+
+    def __init__(self, at: int) -> None:
+        self.at, self.lines, self.where = at, 0, ""
+
+    @contextmanager
+    def armed(self) -> Iterator[None]:
+        sys.settrace(self._enter)
+        try:
+            yield
+        finally:
+            sys.settrace(None)
+
+    def _enter(self, frame: FrameType, event: str, argument: Any) -> Any:
+        return self._line if frame.f_code.co_filename in WATCHED else None
+
+    def _line(self, frame: FrameType, event: str, argument: Any) -> Any:
+        if event == "line":
+            line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
+            self.lines += line != HANDED_OVER
+            if self.lines == self.at and not self.where:
+                self.where = f"{frame.f_code.co_name}: {line}"
+                raise KeyboardInterrupt
+        return self._line
+
+
+def serve(served: Engine, interrupt: Interrupt) -> dict[str, tuple[list[int], RequestOutput]]:
+    """Each request's tokens as they were told, and its last output."""
+    told: dict[str, list[int]] = {}
+    done: dict[str, tuple[list[int], RequestOutput]] = {}
+    for _ in range(200):
+        if not served.has_unfinished():
+            return done
+        outputs = []
+        try:
+            with interrupt.armed():
+                outputs = served.step()
+        except KeyboardInterrupt:
+            served.check_integrity()
+        for output in outputs:
+            assert output.request_id not in done, "an end is told once"
+            told.setdefault(output.request_id, []).extend(output.new_token_ids)
+            if output.finished:
+                done[output.request_id] = told[output.request_id], output
+    raise AssertionError("somebody is never answered")
+
+
+def run(options: dict[str, Any], interrupt: Interrupt) -> None:
+    with build(**options) as served:
+        served.runner = ValuedDevice(served.runner)  # type: ignore[arg-type]
+        names = [served.add_request(prompt, params) for prompt, params in zip(PROMPTS, PARAMS, strict=True)]
+        done = serve(served, interrupt)
+        served.check_integrity()
+        assert served.scheduler.cache.pool.num_used == 0
+    for name, prompt, params in zip(names, PROMPTS, PARAMS, strict=True):
+        told, output = done[name]
+        assert told == output.token_ids == expected(prompt, params.seed or 0, params, 1000)
+        assert len(output.timing.token_times) == len(told)
+        assert [chosen.token_id for chosen in output.logprobs] == (told if params.logprobs is not None else [])
+        known = range(1, len(prompt)) if params.prompt_logprobs else ()
+        assert output.prompt_logprobs == [-float(at) for at in known]
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_a_step_may_break_off_at_any_line(overlap: bool) -> None:
+    options = tight(7, overlap=overlap, max_batch_size=3, max_batched_tokens=24)
+    whole = Interrupt(0)
+    run(options, whole)
+    assert whole.lines > 1000
+    for at in range(1, whole.lines, STRIDE):
+        interrupt = Interrupt(at)
+        try:
+            run(options, interrupt)
+        except Exception as error:
+            raise AssertionError(f"interrupted in {interrupt.where}") from error
