@@ -93,6 +93,7 @@ class EngineConfig:
             _at_least("session_len", self.session_len, 2, 1 << 24)
         if self.memory_limit is not None:
             _at_least("memory_limit", self.memory_limit, 1 << 20, 1 << 50)
+        _at_least("seed", self.seed, -(1 << 63), (1 << 63) - 1)
         if not self.model:
             raise ConfigError("model is empty; give 'bundled', 'synthetic:<shape>', a folder, or a hub id")
 

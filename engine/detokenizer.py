@@ -44,14 +44,17 @@ class Detokenizer:
             return self._settled
         before = self._tokenizer.decode(token_ids[self._window : self._read])
         after = self._tokenizer.decode(token_ids[self._window :])
-        new = after[len(before) :]
-        if after.endswith(REPLACEMENT):
-            return self._settled + new.rstrip(REPLACEMENT)
+        incomplete = after.endswith(REPLACEMENT)
+        new = after[len(before) :].rstrip(REPLACEMENT) if incomplete else after[len(before) :]
         searched = max(0, len(self._settled) - max(map(len, self._stop), default=1) + 1)
-        self._settled += new
-        self._window, self._read = self._read, len(token_ids)
-        hits = [at for text in self._stop if (at := self._settled.find(text, searched)) >= 0]
+        text = self._settled + new
+        hits = [at for stop in self._stop if (at := text.find(stop, searched)) >= 0]
         if hits:
-            self._settled = self._settled[: min(hits)]
+            self._settled = text[: min(hits)]
             self.stopped = True
+        elif incomplete:
+            return text
+        else:
+            self._settled = text
+            self._window, self._read = self._read, len(token_ids)
         return self._settled

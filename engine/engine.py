@@ -122,10 +122,11 @@ class Engine:
         Raises RequestError when the prompt is empty, holds what is no id of the vocabulary, or leaves no room for a
         token.
         """
-        if self._closed:
-            raise RequestError("the engine is closed; build a new one")
+        self._check_open()
         params = params or SamplingParams()
         number = next(self._serial)
+        while request_id is None and f"request-{number}" in self._requests:  # somebody was given that name
+            number = next(self._serial)
         name = request_id if request_id is not None else f"request-{number}"
         if name in self._requests:
             raise RequestError(f"request id {name!r} is already being served; ids must be unique")
@@ -152,8 +153,7 @@ class Engine:
 
         Where steps overlap, what is new comes from the step before.
         """
-        if self._closed:
-            raise RequestError("the engine is closed; build a new one")
+        self._check_open()
         try:
             self._apply_aborts()
             room = self._launch()
@@ -230,6 +230,7 @@ class Engine:
         Without it each is made when it is first needed, and the requests of that step wait: seconds where a kernel is
         compiled for the first time on a machine, tens of milliseconds after that.
         """
+        self._check_open()
         self.runner.warm_up(num_tokens)
 
     def reset_prefix_cache(self) -> None:
@@ -253,12 +254,13 @@ class Engine:
         self._launched.clear()
         for request in list(self._requests.values()):
             self.scheduler.finish(request, RequestStatus.ABORTED, self.clock.now())
-        self._requests.clear()
-        self._detokenizers.clear()
-        self.observers.clear()
-        self.runner.close()
-        if self._owns_model:
-            self.model.close()
+        for held in (self._requests, self._detokenizers, self._undelivered, self._to_abort, self.observers):
+            held.clear()
+        try:
+            self.runner.close()
+        finally:
+            if self._owns_model:
+                self.model.close()
 
     def __enter__(self) -> Self:
         return self
@@ -267,6 +269,10 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RequestError("the engine is closed; build a new one")
 
     def _outputs(self, names: Sequence[str], *, last_only: bool = False) -> Iterator[RequestOutput]:
         """Outputs of these requests as they come, or the last one of each. Those of others stay for their callers."""

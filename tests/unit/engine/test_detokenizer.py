@@ -47,3 +47,21 @@ def test_a_stop_string_is_found_across_token_borders(text: str, stop: str, strid
 def test_the_earliest_of_several_stop_strings_wins() -> None:
     detokenizer = Detokenizer(Bytes(), ("cd", "bc"))
     assert detokenizer.update(Bytes().encode("abcd")) == "a"
+
+
+class Halves(Bytes):
+    """Tokens that end inside the character that another one begins with text before it."""
+
+    pieces = (b"a", b"end\xe2", b"\x82\xac", b"end")
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return b"".join(self.pieces[i] for i in ids).decode(errors="replace")
+
+
+def test_a_stop_string_is_found_before_half_a_character() -> None:
+    """It ends the request with this token, not with the one that completes the character."""
+    detokenizer = Detokenizer(Halves(), ("end",))
+    assert (detokenizer.update([0, 1]), detokenizer.stopped) == ("a", True)
+    other = Detokenizer(Halves(), ("d\u20ac",))
+    assert (other.update([0, 1]), other.stopped) == ("aend", False)
+    assert (other.update([0, 1, 2]), other.stopped) == ("aen", True)

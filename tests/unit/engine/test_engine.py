@@ -304,6 +304,37 @@ def test_closed_twice_and_used_after(engine: Engine) -> None:
             use()
 
 
+def test_a_closed_engine_has_nothing_left_and_says_so(engine: Engine) -> None:
+    engine.add_request([1] * 5, SamplingParams(max_tokens=1))
+    engine.generate([[2] * 5], SamplingParams(max_tokens=1))
+    assert engine.has_unfinished(), "an output that nobody has fetched"
+    engine.close()
+    assert not engine.has_unfinished() and engine.next_wakeup() is None and not engine.abort("request-0")
+    with pytest.raises(RequestError, match="engine is closed"):
+        engine.warm_up()
+
+
+def test_a_device_that_fails_in_closing_does_not_keep_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[str] = []
+    monkeypatch.setattr("engine.engine.load_model", lambda config: StubModel(tiny_spec()))
+    monkeypatch.setattr(StubModel, "close", lambda self: closed.append("model"))
+
+    def lost() -> None:
+        raise RuntimeError("the device is lost")
+
+    engine = Engine(EngineConfig(runner="simulated", memory_limit=64 << 20))
+    engine.runner.close = lost  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="device is lost"):
+        engine.close()
+    assert closed == ["model"]
+
+
+def test_a_name_that_was_given_is_not_given_again(engine: Engine) -> None:
+    engine.add_request([1], request_id="request-1")
+    names = [engine.add_request([2]) for _ in range(3)]
+    assert len({*names, "request-1"}) == 4
+
+
 def test_two_engines_side_by_side_do_not_meet() -> None:
     with build() as one, build(batching="static") as two:
         a = one.add_request([1] * 10, SamplingParams(max_tokens=3, seed=1), request_id="x")
@@ -327,6 +358,8 @@ def test_two_engines_side_by_side_do_not_meet() -> None:
         ({"group_size": 100}, "group_size is 100"),
         ({"block_size": 7}, "block_size is 7"),
         ({"batch_window": -1.0}, "batch_window is -1.0 s"),
+        ({"seed": 1.5}, "seed is 1.5; it must be a whole number"),
+        ({"seed": np.int64(3)}, "seed is .*3.*; it must be a whole number"),
     ],
 )
 def test_bad_configuration_names_value_and_range(options: dict[str, object], words: str) -> None:
