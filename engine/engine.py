@@ -133,7 +133,7 @@ class Engine:
         tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else whole_tokens(prompt)
         check_prompt(tokens, self.session_len, self.spec, self.memory.tokens_that_fit)
         now = self.clock.now()
-        self._requests[name] = request = Request(
+        request = Request(
             request_id=name,
             prompt_token_ids=tokens,
             params=params,
@@ -143,9 +143,16 @@ class Engine:
             max_tokens=min(params.max_tokens, self.session_len - len(tokens)),
             ends=frozenset(params.stop_token_ids + (() if params.ignore_eos else tuple(self.spec.eos_token_ids))),
         )
-        self._detokenizers[name] = Detokenizer(self.tokenizer, params.stop)
-        self._num_exacting += params.needs_values
-        self.scheduler.add(request)
+        try:
+            self._requests[name], self._detokenizers[name] = request, Detokenizer(self.tokenizer, params.stop)
+            self._num_exacting += params.needs_values
+            self.scheduler.add(request)
+        except BaseException:  # an interrupt: a request stands everywhere or nowhere
+            if request in self.scheduler.waiting:
+                self.scheduler.waiting.remove(request)
+            self._requests.pop(name, None)
+            self._detokenizers.pop(name, None)
+            raise
         return name
 
     def step(self) -> list[RequestOutput]:
@@ -218,11 +225,12 @@ class Engine:
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """Outputs of one prompt as they come; leaving the loop early aborts it."""
-        name = self.add_request(prompt, params)
+        names: list[str] = []
         try:
-            yield from self._outputs([name])
+            names.append(self.add_request(prompt, params))
+            yield from self._outputs(names)
         finally:
-            self._abandon([name])
+            self._abandon(names)
 
     def warm_up(self, num_tokens: int = 1024) -> None:
         """Compile kernels and capture CUDA graphs for every batch size and sequences of up to `num_tokens` tokens.
@@ -393,8 +401,13 @@ class Engine:
 
     def _abandon(self, names: Sequence[str]) -> None:
         """Abort requests whose caller has left; nobody waits for their outputs."""
-        for name in names:
-            self._finish_aborted(name)
+        try:
+            for name in names:
+                self._finish_aborted(name)
+        except BaseException:  # interrupted once more: the next step ends the others
+            self._recover()
+            self._to_abort += names
+            raise
         if not self._requests:
             self._launched.clear()
         gone = set(names)

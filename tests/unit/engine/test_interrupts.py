@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import linecache
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -21,7 +21,8 @@ from engine.sampling_params import SamplingParams
 from tests.unit.engine.test_overlap import Late, SlotDevice, build, expected, tight
 
 WATCHED = {module.__file__ for module in (batch, blocks, cache, engine, request, scheduler)}
-HANDED_OVER = "return outputs"  # what `step` has given away is its caller's to lose
+SPARED = ("return outputs", "return name", "self._abandon(names)")
+"""What was given away is its caller's to lose, and before a clean-up begins nothing can be cleaned up."""
 STRIDE = 37  # every line is a matter of minutes; it was run so, too
 
 PARAMS = [
@@ -74,7 +75,7 @@ class Interrupt:
     def _line(self, frame: FrameType, event: str, argument: Any) -> Any:
         if event == "line":
             line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
-            self.lines += line != HANDED_OVER
+            self.lines += line not in SPARED
             if self.lines == self.at and not self.where:
                 self.where = f"{frame.f_code.co_name}: {line}"
                 raise KeyboardInterrupt
@@ -128,5 +129,45 @@ def test_a_step_may_break_off_at_any_line(overlap: bool) -> None:
         interrupt = Interrupt(at)
         try:
             run(options, interrupt)
+        except Exception as error:
+            raise AssertionError(f"interrupted in {interrupt.where}") from error
+
+
+def generate(served: Engine) -> None:
+    served.generate([[0] * 12, [1, 0] * 8], SamplingParams(max_tokens=4, seed=1))
+
+
+def leave_a_stream(served: Engine) -> None:
+    outputs = served.stream([0] * 12, SamplingParams(max_tokens=6, seed=1))
+    next(outputs)
+    outputs.close()  # type: ignore[attr-defined]
+
+
+def call(options: dict[str, Any], use: Callable[[Engine], None], interrupt: Interrupt) -> None:
+    """Beside another request, which is answered in full and is the only one that goes on."""
+    with build(**options) as served:
+        other = served.add_request([1] * 20, SamplingParams(max_tokens=12, seed=5))
+        served.step()
+        with suppress(KeyboardInterrupt), interrupt.armed():
+            use(served)
+        served.check_integrity()
+        outputs = served.step()
+        assert set(served._requests) <= {other}
+        while served.has_unfinished():
+            outputs += served.step()
+        served.check_integrity()
+        [last] = [output for output in outputs if output.finished and output.request_id == other]
+        assert last.token_ids == expected([1] * 20, 5, SamplingParams(max_tokens=12), 1000)
+
+
+@pytest.mark.parametrize("use", [generate, leave_a_stream])
+def test_a_call_may_break_off_at_any_line(use: Callable[[Engine], None]) -> None:
+    options = tight(7, max_batch_size=3, max_batched_tokens=24)
+    whole = Interrupt(0)
+    call(options, use, whole)
+    for at in range(1, whole.lines, STRIDE // 3):
+        interrupt = Interrupt(at)
+        try:
+            call(options, use, interrupt)
         except Exception as error:
             raise AssertionError(f"interrupted in {interrupt.where}") from error
