@@ -158,7 +158,8 @@ def _slo_detail(m: Metrics | None, state: str) -> str:
         return ""
     if state == LIKELY and m.ttft.count < ENOUGH_FOR_P99:
         return f"so far; {m.ttft.count:,} of {ENOUGH_FOR_P99} to be sure"
-    return f"by {text.percent(m.good_fraction)} of requests"
+    share = text.percent(m.good_fraction)
+    return f"{share} of requests met it" if state == MISSED else f"by {share} of requests"
 
 
 def _memory(plan: MemoryPlan | None) -> tuple[str, str]:

@@ -99,6 +99,15 @@ def test_a_verdict_is_certain_only_with_enough_requests():
     assert verdict(measured([0.9] * 50, [0.01] * 50, slo), slo) == MISSED
 
 
+def test_a_missed_target_does_not_say_that_the_good_requests_missed_it():
+    with Workbench(threaded=False, model="synthetic:0.5b", device="l4", requests=30, rate=20.0) as panel:
+        details = []
+        for bound in (0.1, 60_000):
+            panel.run(blocking=True, slo_ttft_ms=1000, slo_tpot_ms=bound)
+            details.append(tiles(panel._shown, None, None)[0].detail)
+    assert details == ["0 % of requests met it", "so far; 30 of 300 to be sure"]
+
+
 def test_what_was_not_measured_is_a_dash_not_a_zero():
     values = {tile.name: tile.value for tile in tiles(None, None, None)}
     assert set(values.values()) == {"–"}
