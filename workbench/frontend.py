@@ -24,6 +24,9 @@ function decorate(root, charts) {
     const name = pair.querySelector("label")?.textContent ?? "";
     pair.querySelectorAll("[role=slider]").forEach(handle => handle.setAttribute("aria-label", name + ", slider"));
   }
+  for (const input of root.querySelectorAll("select, [role=slider]")) {
+    input.dataset.lmSuppressShortcuts = "true";  // JupyterLab would take the arrows, and letters, for its cells
+  }
   for (const plot of root.querySelectorAll(".js-plotly-plot")) {
     plot.setAttribute("role", "figure");
     plot.setAttribute("aria-label", ("Charts of memory, throughput, latency and runs. " + charts).trim());

@@ -166,6 +166,22 @@ def test_a_knob_tells_what_would_fit_before_the_next_run(page: sync_api.Page) ->
     sync_api.expect(page.locator(".inferlab .js-plotly-plot .ytick", has_text="next run")).to_be_visible()
 
 
+def test_the_keyboard_turns_knobs_and_leaves_the_cells_alone(page: sync_api.Page) -> None:
+    panel = page.locator(".inferlab").first
+    weights, ratio = panel.get_by_role("combobox", name="Weights"), panel.get_by_role("spinbutton", name="Cache ratio")
+    weights.focus()
+    page.keyboard.press("ArrowDown")
+    sync_api.expect(weights).to_have_value("int8 (A16W8)")
+    panel.get_by_role("slider", name="Cache ratio, slider").focus()
+    page.keyboard.press("ArrowDown")
+    sync_api.expect(ratio).to_have_value("0.75")
+    page.keyboard.press("ArrowUp")
+    weights.focus()
+    page.keyboard.press("ArrowUp")
+    sync_api.expect(weights).to_have_value("bf16")
+    sync_api.expect(ratio).to_have_value("0.8")
+
+
 def test_inputs_have_names(page: sync_api.Page) -> None:
     tree = page.locator(".inferlab").first.aria_snapshot()
     for role in ("slider", "spinbutton", "combobox", "textbox", "checkbox", "button", "group", "figure"):
