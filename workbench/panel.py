@@ -233,6 +233,10 @@ class Workbench:
         self._plan = None
         try:
             self._plan = predicted_plan(config_from(self.controls.values()))
+        except UNDERSTOOD:
+            if self._screen is not None:
+                self._screen.step(0.0, "No next run with the knobs as they are.")
+            raise
         finally:
             if self._screen is not None:
                 self._screen.charts.show(self._view())
