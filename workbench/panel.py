@@ -256,6 +256,7 @@ class Workbench:
         if run is None or not self._is_running:
             return
         shown = run.snapshot()
+        turned = self._shown is None or self._shown.status != shown.status
         if shown.is_over:
             self.session.stop()  # waits until the engine's thread has left
             self._finished.append(shown)
@@ -263,7 +264,7 @@ class Workbench:
         self._shown = shown
         now = time.monotonic()
         self._draw(slow=shown.is_over or now - self._drawn_slow > SLOW)
-        if shown.is_over or now - self._spoken_at > SPOKEN:
+        if turned or now - self._spoken_at > SPOKEN:
             self._spoken_at = now
             self._speak(shown)
 
@@ -300,7 +301,7 @@ class Workbench:
 
     def _sentence(self, run: RunSnapshot) -> str:
         if not run.is_over:
-            return run.sentence or f"{run.phase.capitalize()} …"
+            return run.sentence if run.metrics and run.metrics.num_steps else f"{run.phase.capitalize()} …"
         if self._other_baseline is None or run.error:
             return run.sentence
         return f"{run.sentence} {change_sentence(run, self._other_baseline)}"

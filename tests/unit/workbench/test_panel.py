@@ -108,6 +108,20 @@ def test_run_button_only_asks_and_the_tick_starts(live):
     assert live.screen.status.text == live._run.snapshot().sentence
 
 
+def test_the_sentence_follows_a_run_from_loading_to_serving_at_once(live, monkeypatch):
+    monkeypatch.setattr(panel_module, "SPOKEN", 1e9)
+    values = start_values(SIMULATED)
+    live._run = Run(1, config_from(values), workload_from(values), slo_from(values))
+    live.tick()
+    assert live.screen.status.text == "Loading the model …"
+    live._run.begin(0.0)
+    live.tick()
+    assert live.screen.status.text == "Serving …"
+    live._run.end("stopped")
+    live.tick()
+    assert live.screen.status.text == "No step was computed."
+
+
 def test_stop_button_ends_a_run_midway(live):
     live.set(requests=20_000)
     live.screen.run.click()
