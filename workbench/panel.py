@@ -97,10 +97,11 @@ class Workbench:
             self._run.stop()
 
     def keep_baseline(self) -> None:
-        """Keep the latest finished run to compare the next ones with."""
-        if not self._finished:
+        """Keep the latest finished run that measured something to compare the next ones with."""
+        measured = [run for run in self._finished if run.metrics]
+        if not measured:
             raise ConfigError("there is no finished run to keep as baseline yet: run first")
-        self._baseline = self._finished[-1]
+        self._baseline = measured[-1]
         self._draw(slow=True)
 
     def set(self, **knobs: Any) -> None:
@@ -293,7 +294,7 @@ class Workbench:
         else:
             self._screen.say(self._sentence(run), headline.sentence(self._tiles()) if run.is_over else "")
         if run.is_over:
-            self._screen.busy(False, can_keep=run.metrics is not None)
+            self._screen.busy(False, can_keep=any(over.metrics for over in self._finished))
 
     def _complain(self, sentence: str) -> None:
         if self._screen is not None:

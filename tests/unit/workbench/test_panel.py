@@ -165,6 +165,15 @@ def test_baseline_before_a_run_is_refused_in_words(live):
     assert "no finished run" in live.screen.alert.text
 
 
+def test_a_run_that_failed_is_no_baseline_and_hides_none(live):
+    live.run(blocking=True)
+    live.run(blocking=True, model="no-such-folder", device="cpu")
+    assert not live.screen.keep.disabled
+    live.screen.keep.click()
+    live.tick()
+    assert live._baseline.id == 1
+
+
 def test_a_knob_shows_what_would_fit_before_a_run(live):
     before = live._plan.tokens_that_fit
     live.controls.widget("kv").value = "int4"
