@@ -97,8 +97,8 @@ def _unblocked(metrics: Metrics, workload: Workload) -> str:
 def change_sentence(run: RunSnapshot, baseline: RunSnapshot) -> str:
     """What was changed and what came of it: knobs first, then ratios to the baseline."""
     knobs = [
-        f"{name} {_knob(before)} -> {_knob(after)}"
-        for now, then in ((run.config, baseline.config), (run.workload, baseline.workload))
+        f"{_CALLED.get(name, name)} {_knob(name, before)} -> {_knob(name, after)}"
+        for now, then in ((run.config, baseline.config), (run.workload, baseline.workload), (run.slo, baseline.slo))
         for name, before, after in _differences(then, now)
     ]
     effects = [
@@ -110,6 +110,8 @@ def change_sentence(run: RunSnapshot, baseline: RunSnapshot) -> str:
     return f"Against run {baseline.id}: {changed}; {', '.join(effects) if effects else 'nothing to compare yet'}."
 
 
+_CALLED = {"num_requests": "requests", "ttft": "SLO TTFT", "tpot": "SLO TPOT"}
+_WRITTEN = {"memory_limit": text.size, "ttft": text.seconds, "tpot": text.seconds}
 _EFFECTS = ("weights", "tokens that fit", "tokens/s", "TTFT p99", "TPOT p50", "latency p99", "perplexity")
 
 
@@ -131,5 +133,7 @@ def _differences(before: Any, after: Any) -> list[tuple[str, Any, Any]]:
     return [(name, a, b) for name, a, b in pairs if a != b]
 
 
-def _knob(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else "unset" if value is None else str(value)
+def _knob(name: str, value: Any) -> str:
+    if value is None:
+        return "unset"
+    return _WRITTEN[name](value) if name in _WRITTEN else f"{value:g}" if isinstance(value, float) else str(value)

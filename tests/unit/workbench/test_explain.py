@@ -108,6 +108,14 @@ def test_changes_come_first_then_ratios(session):
     assert "nothing changed but the moment" in change_sentence(before.snapshot(), before.snapshot())
 
 
+def test_changes_carry_units_and_the_names_of_the_knobs(session):
+    before = session.run(CONFIG, BURST, progress=False)
+    limit = replace(CONFIG, memory_limit=12 * 10**9)
+    after = session.run(limit, replace(BURST, num_requests=10), SLO(ttft=0.25), progress=False)
+    text = change_sentence(after.snapshot(), before.snapshot())
+    assert ": memory_limit unset -> 12 GB, requests 40 -> 10, SLO TTFT 1 s -> 250 ms; " in text
+
+
 def test_a_failed_run_has_nothing_to_compare(session):
     failed = session.run(replace(CONFIG, gpu="abacus"), BURST, progress=False)
     done = session.run(CONFIG, BURST, progress=False)
