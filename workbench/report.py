@@ -104,8 +104,10 @@ def row(run: RunSnapshot) -> dict[str, Any]:
         "label": run.label,
         "status": run.status,
         "model": config.model,
+        "engine": run.description or None,
         "weights": str(config.weights),
         "kv": str(config.kv),
+        "memory_limit": config.memory_limit,
         "cache_ratio": config.cache_ratio,
         "batching": config.batching,
         "max_batch_size": config.max_batch_size,
@@ -115,6 +117,8 @@ def row(run: RunSnapshot) -> dict[str, Any]:
         "concurrency": run.workload.concurrency,
         "requests": run.total,
         "seed": run.workload.seed,
+        "slo_ttft_s": run.slo.ttft,
+        "slo_tpot_s": run.slo.tpot,
     }
     memory = {
         "weights_bytes": plan and plan.weights_total,
@@ -124,7 +128,8 @@ def row(run: RunSnapshot) -> dict[str, Any]:
     times: dict[str, Any] = {"duration_s": m and m.duration}
     for name in ("ttft", "tpot", "itl", "latency"):
         d: Distribution | None = getattr(m, name, None)
-        times |= {f"{name}_{q}_s": getattr(d, q, None) for q in ("mean", "p50", "p95", "p99")}
+        bounds = () if name == "itl" else ("p99_low", "p99_high")  # gaps of one request are not independent
+        times |= {f"{name}_{q}_s": getattr(d, q, None) for q in ("mean", "p50", "p95", "p99", *bounds)}
     names = (
         "num_finished tokens_per_s requests_per_s goodput good_tokens_per_s good_fraction slo_met hit_rate mean_batch "
         "occupancy padding_waste num_preemptions recomputed_tokens kv_peak num_steps device_s host_s busy"

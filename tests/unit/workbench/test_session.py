@@ -249,8 +249,17 @@ def test_the_table_has_one_row_per_run_and_no_zero_for_what_is_absent(session):
     frame = session.frame()
     assert list(frame.index) == [1, 2] and list(frame["status"]) == ["done", "failed"]
     assert frame.loc[1, "label"] == "mine" and frame.loc[1, "tokens_per_s"] > 0
-    assert frame.loc[2, ["tokens_per_s", "ttft_p99_s", "weights_bytes", "perplexity"]].isna().all()
+    assert frame.loc[2, ["tokens_per_s", "ttft_p99_s", "weights_bytes", "perplexity", "engine"]].isna().all()
     assert Session().frame().empty
+
+
+def test_a_row_says_what_its_verdict_was_measured_on_and_against(session):
+    load = Workload.preset("dialogue service", num_requests=300, rate=20.0)
+    session.run(replace(CONFIG, memory_limit=20 * 10**9), load, SLO(ttft=0.5, tpot=0.2), progress=False)
+    row = session.frame().loc[1]
+    assert (row["slo_ttft_s"], row["slo_tpot_s"], row["memory_limit"]) == (0.5, 0.2, 20 * 10**9)
+    assert row["engine"].startswith("simulated NVIDIA L4")
+    assert row["ttft_p99_low_s"] <= row["ttft_p99_s"] <= row["ttft_p99_high_s"]
 
 
 def test_the_summary_names_every_subject(session):
