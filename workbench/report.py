@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from workbench import text
+from workbench.headline import verdict
 from workbench.metrics import ENOUGH_FOR_P99, Distribution
 from workbench.run_snapshot import RunSnapshot
 
@@ -32,10 +33,9 @@ def summary(run: RunSnapshot) -> str:
 def _measured_lines(run: RunSnapshot) -> list[str]:
     m = run.metrics
     assert m is not None
-    verdict = {True: "met", False: "missed", None: "not measured"}[m.slo_met]
     bounds = f"p99 TTFT <= {text.seconds(run.slo.ttft)}, p99 TPOT <= {text.seconds(run.slo.tpot)}"
     return [
-        _line("SLO", f"{verdict} ({bounds})"),
+        _line("SLO", f"{verdict(m, run.slo)} ({bounds})"),
         _line("TTFT", distribution(m.ttft)),
         _line("TPOT", distribution(m.tpot)),
         _line("ITL", distribution(m.itl, interval=False)),

@@ -266,6 +266,7 @@ def test_the_summary_names_every_subject(session):
     text = session.run(CONFIG, SHORT, SLO(ttft=0.5, tpot=0.1), progress=False).summary()
     for word in ("engine", "workload", "memory", "SLO", "TTFT", "TPOT", "throughput", "cache", "batch", "limited by"):
         assert f"\n  {word} " in text
+    assert "\n  SLO         met so far (p99 TTFT <= 500 ms, p99 TPOT <= 100 ms)\n" in text
     assert "20 are too few for a p99" in text and "text and quality do not" in text
     assert "quality     " not in text  # perplexity was not measured
 
