@@ -391,7 +391,7 @@ def _layout() -> dict[str, Any]:
         "yaxis2": axis("x2", _TOP, "tokens/s", **zero),
         "yaxis5": axis("x2", _TOP, "requests", **zero, overlaying="y2", side="right", showgrid=False, tickmode="auto"),
         "xaxis3": axis("y3", _LEFT, "time (log scale)", **log),
-        "yaxis3": axis("x3", _BOTTOM, "", range=[0, 104], ticksuffix=" %", dtick=25),
+        "yaxis3": axis("x3", _BOTTOM, "share of requests", range=[0, 104], ticksuffix=" %", dtick=25),
         "xaxis4": axis("y4", _RIGHT, "TTFT p99 (log scale)", **log),
         "yaxis4": axis("x4", _BOTTOM, "tokens/s", **zero),
     }

@@ -262,7 +262,7 @@ def _latency(view: View) -> list[str]:
         ('<path d="M11 -7v14" stroke="#222" stroke-dasharray="2 3" stroke-width="1.6"/>', "SLO"),
     ]
     parts = [_heading("latency", "Latency: requests done within"), *_key("latency", samples)]
-    parts += axes.frame("seconds, log scale", lambda v: f"{v:.0f} %")
+    parts += axes.frame("seconds, log scale", lambda v: f"{v:.0f} %", "requests")
     for bound, colour in bounds:
         parts.append(axes.line(np.array([bound, bound]), np.array([0.0, 100.0]), colour, "dot", 1.6))
     for curve, colour, dash, width in curves:

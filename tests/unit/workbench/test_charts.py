@@ -47,6 +47,12 @@ def test_a_change_is_one_update(charts, sent):
     assert len(updates_in(sent)) == 1 and len(sent) <= 4
 
 
+def test_every_axis_with_numbers_says_of_what():
+    layout = blank_figure()["layout"]
+    named = {name for name, axis in layout.items() if "axis" in name and axis["title"]["text"]}
+    assert {name for name in layout if "axis" in name} - named == {"yaxis"}, "whose rows have names of their own"
+
+
 def test_what_stands_already_is_not_sent_again(charts, sent):
     charts.show(view())
     sent.clear()

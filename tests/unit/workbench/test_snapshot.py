@@ -36,6 +36,7 @@ def test_an_empty_view_is_a_picture_too():
 def test_a_run_is_drawn_whole(still):
     assert {"Where the memory goes", "this run", "baseline", "TTFT", "SLO", "1", "2"} <= set(words(still.svg))
     assert len(list(ET.fromstring(still.svg).iter(f"{SVG}path"))) > 20
+    assert words(still.svg).count("requests") == 2, "on the axis of those that wait and on that of the latencies"
 
 
 def test_the_same_run_gives_the_same_picture(still):
