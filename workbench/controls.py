@@ -137,7 +137,9 @@ class _ModelField(_Field):
 
 
 def _field(knob: Knob) -> _Field:
-    common = {"description": knob.label, "tooltip": knob.help, "description_allow_html": False, "style": _LABEL}
+    # A field takes the nearest number it may hold, without a word, so the range must be in sight beforehand.
+    help = f"{knob.help} ({knob.permitted})" if isinstance(knob, Number) else knob.help
+    common = {"description": knob.label, "tooltip": help, "description_allow_html": False, "style": _LABEL}
     match knob:
         case Text():
             options = [(label, value) for value, label in knob.suggestions().items()]

@@ -86,9 +86,12 @@ class Number(Knob):
     def check(self, value: Any) -> float:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not number or not self.low <= value <= self.high or (self.whole and value != int(value)):
-            kind = "a whole number" if self.whole else "a number"
-            raise ConfigError(f"{self.name} is {value!r}; it must be {kind} from {self.low:,g} to {self.high:,g}")
+            raise ConfigError(f"{self.name} is {value!r}; it must be {self.permitted}")
         return int(value) if self.whole else float(value)
+
+    @property
+    def permitted(self) -> str:
+        return f"a {'whole ' if self.whole else ''}number from {self.low:,.10g} to {self.high:,.10g}"
 
 
 def model_options() -> Options:

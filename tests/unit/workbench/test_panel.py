@@ -229,6 +229,12 @@ def test_every_input_has_a_name_and_help(live):
         assert field.inputs[0].description and len(field.inputs[0].tooltip) > 20, name
 
 
+def test_a_field_for_a_number_tells_its_range(live):
+    tips = {name: field.inputs[0].tooltip for name, field in live.controls._fields.items()}
+    assert tips["cache_ratio"].endswith(" (a number from 0.05 to 0.95)")
+    assert tips["seed"].endswith(" (a whole number from 0 to 2,147,483,647)")
+
+
 @pytest.mark.parametrize("hostile", ["<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "</pre><b>", "&lt;"])
 def test_model_text_is_shown_escaped(live, hostile, monkeypatch):
     run = live.run(blocking=True)
