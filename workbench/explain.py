@@ -21,7 +21,7 @@ def limiting_sentence(metrics: Metrics, config: EngineConfig, workload: Workload
 
     The reason that kept requests waiting in the most steps wins, if it did so in more than RARELY of them; a KV pool
     that preempted goes before the others, for it also makes work. With nobody kept waiting it is the load, or the
-    computation itself.
+    engine's speed; whether memory or arithmetic bounds that is not measured, so no sentence says it.
     """
     if not metrics.num_steps:
         return "No step was computed."
@@ -89,7 +89,7 @@ def _unblocked(metrics: Metrics, workload: Workload) -> str:
             f"{text.number(metrics.mean_batch)} at {text.seconds(step)} a step, and nobody waited for room."
         )
     return (
-        f"Computation limited the run: nobody waited for room, the engine was busy {text.percent(metrics.busy)} of the "
+        f"The engine's speed limited the run: nobody waited for room, it was busy {text.percent(metrics.busy)} of the "
         f"time at {text.seconds(step)} a step with a mean batch of {text.number(metrics.mean_batch)}."
     )
 
