@@ -27,6 +27,7 @@ from engine.loader import load_model
 from engine.sampling_params import SamplingParams
 from kernels import WEIGHT_FORMATS
 from workbench import text as words
+from workbench.files import writable
 
 if TYPE_CHECKING:
     import pandas
@@ -255,7 +256,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=3, help="repeats, the formats in turns")
     parser.add_argument("--steps", type=int, default=8, help="most decode steps that are timed together")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--json", metavar="FILE", help="also write every figure, the versions and the machine to FILE")
+    parser.add_argument(
+        "--json", metavar="FILE", type=writable, help="also write every figure, the versions and the machine to FILE"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     options = parser.parse_args(argv)
     if options.batches and min(options.batches) < 1:

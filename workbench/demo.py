@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from engine.config import EngineConfig
 from workbench import text
+from workbench.files import writable
 from workbench.metrics import ENOUGH_FOR_P99, SLO
 from workbench.quality import Perplexity
 from workbench.report import finite
@@ -34,7 +35,9 @@ PERPLEXITY_TOKENS = 4096
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 1 when a run failed, 130 after an interrupt; what was measured until then is still shown."""
     parser = argparse.ArgumentParser(prog="python -m workbench.demo", description=__doc__.splitlines()[0])
-    parser.add_argument("--json", metavar="FILE", help="also write every figure, the versions and the machine to FILE")
+    parser.add_argument(
+        "--json", metavar="FILE", type=writable, help="also write every figure, the versions and the machine to FILE"
+    )
     parser.add_argument("--model", default=CONFIG.model, help="'bundled' (default), a folder, a hub id")
     parser.add_argument("--requests", type=int, default=WORKLOAD.num_requests, help="requests per run")
     parser.add_argument("--rate", type=float, default=WORKLOAD.rate, help="requests per second (inf: all at once)")

@@ -24,6 +24,7 @@ from engine.errors import CheckpointError, ConfigError, RequestError
 from engine.sampling_params import SamplingParams
 from engine.scoring import prompt_logits
 from kernels import KV_FORMATS, WEIGHT_FORMATS
+from workbench.files import writable
 from workbench.quality import check_meaning
 
 if TYPE_CHECKING:
@@ -186,7 +187,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--include-path", metavar="DIR", help="folder with task files of your own")
     parser.add_argument("--limit", type=int, help="examples per task (default: all)")
     parser.add_argument("--fewshot", type=int, help="solved examples before each question (default: the task's)")
-    parser.add_argument("--json", metavar="FILE", help="also write results, versions and the machine to FILE")
+    parser.add_argument(
+        "--json", metavar="FILE", type=writable, help="also write results, versions and the machine to FILE"
+    )
     options = parser.parse_args(argv)
     try:
         import lm_eval

@@ -23,6 +23,7 @@ from comm.base_comm import BaseComm
 from jupyter_client.session import json_packer
 from tqdm import tqdm
 
+from workbench.files import writable
 from workbench.panel import Workbench
 from workbench.run import Run
 
@@ -163,7 +164,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--requests", type=int, default=96, help="requests per run")
     parser.add_argument("--concurrency", type=int, default=16, help="requests in flight")
     parser.add_argument("--model", default="bundled", help="as the panel's knob")
-    parser.add_argument("--json", metavar="FILE", help="also write the pairs, the versions and the machine to FILE")
+    parser.add_argument(
+        "--json", metavar="FILE", type=writable, help="also write the pairs, the versions and the machine to FILE"
+    )
     options = parser.parse_args(argv)
     if options.pairs < 1:
         parser.error(f"--pairs is {options.pairs}; it must be at least 1")

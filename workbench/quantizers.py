@@ -28,6 +28,7 @@ from engine.quantize import bits_per_weight, quantize
 from engine.quantize.calibration import BUDGET
 from engine.quantize.layers import METHODS
 from workbench import text as words
+from workbench.files import writable
 from workbench.quality import Perplexity, check_meaning, perplexity, small_pool
 
 BASELINE = "bf16"
@@ -188,7 +189,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--budget", type=int, default=BUDGET, help="most calibration tokens (default %(default)s)")
     parser.add_argument("--tokens", type=int, default=65536, help="most tokens to measure on (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the files drawn for calibration")
-    parser.add_argument("--json", metavar="FILE", help="also write every figure, the versions and the machine to FILE")
+    parser.add_argument(
+        "--json", metavar="FILE", type=writable, help="also write every figure, the versions and the machine to FILE"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     options = parser.parse_args(argv)
     try:

@@ -20,6 +20,7 @@ from engine.loader import load_model
 from engine.weight_plan import WeightPlan
 from kernels import KV_FORMATS, WEIGHT_FORMATS
 from workbench import text as words
+from workbench.files import writable
 from workbench.quality.agreement import Agreement, greedy_answers, prompts_from
 from workbench.quality.divergence import Baseline, Divergence, Estimate
 from workbench.quality.perplexity import Perplexity, small_pool
@@ -267,7 +268,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--window", type=int, default=512, help="tokens computed without memory of those before")
     parser.add_argument("--prompts", type=int, default=64, help="greedy answers to compare (0: none)")
     parser.add_argument("--answer", type=int, default=128, help="tokens of each answer")
-    parser.add_argument("--json", metavar="FILE", help="also write every figure, the versions and the machine to FILE")
+    parser.add_argument(
+        "--json", metavar="FILE", type=writable, help="also write every figure, the versions and the machine to FILE"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     options = parser.parse_args(argv)
     try:

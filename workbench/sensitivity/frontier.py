@@ -24,6 +24,7 @@ from engine.quantize.layers import METHODS
 from engine.weight_plan import LM_HEAD, WeightPlan
 from kernels import WEIGHT_FORMATS
 from workbench import text as words
+from workbench.files import writable
 from workbench.quality.divergence import Baseline, Divergence
 from workbench.sensitivity.losses import FORMATS, PlannedWeights, Sensitivity, measure
 
@@ -235,7 +236,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--methods", nargs="+", default=[ROUNDED], choices=METHODS, help="of the int4 codes")
     parser.add_argument("--tokens", type=int, default=4096, help="most tokens that each matrix is measured on")
     parser.add_argument("--judge-tokens", type=int, default=16384, help="most tokens that each plan is measured on")
-    parser.add_argument("--json", metavar="FILE", help="also write every figure, the versions and the machine to FILE")
+    parser.add_argument(
+        "--json", metavar="FILE", type=writable, help="also write every figure, the versions and the machine to FILE"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     options = parser.parse_args(argv)
     try:

@@ -1,5 +1,6 @@
 """The demo's table and record, on a simulated GPU in place of the bundled model's arithmetic."""
 
+import importlib
 import json
 
 import pytest
@@ -54,3 +55,14 @@ def test_an_interrupt_shows_what_was_measured(capsys, monkeypatch):
     monkeypatch.setattr(demo.Session, "run", interrupted)
     assert demo.main(["--requests", "4", "--quiet"]) == 130
     assert "bf16     static" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["demo", "crossover", "overhead", "quantizers", "quality.formats", "lm_eval",
+                                     "sensitivity.frontier"])  # fmt: skip
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(command, capsys, tmp_path):
+    main = importlib.import_module(f"workbench.{command}").main
+    for path, words in ((tmp_path / "none" / "x.json", "there is no folder"), (tmp_path, "it is a folder")):
+        with pytest.raises(SystemExit) as left:
+            main(["--json", str(path)])
+        assert left.value.code == 2
+        assert f"argument --json: '{path}' cannot be written: {words}" in capsys.readouterr().err
