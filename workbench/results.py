@@ -106,15 +106,26 @@ def bars() -> str:
     ]
     machine = _read(ENGINE / "cpu-bundled.json")["machine"]
     table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
-    where = f"Without a GPU: {machine['processor']}, {machine['cores']} cores, torch {machine['versions']['torch']}."
+    where = (
+        f"Rows that do not begin with H200: {machine['processor']}, {machine['cores']} cores and no GPU, "
+        f"torch {machine['versions']['torch']}."
+    )
     return f"{table}\n\n{where}"
 
 
 def gpu_table() -> str:
     """The workloads that other engines were measured with, on a GPU; what was not measured is left empty."""
+    machine = _peer_reports()[-1]["machine"]
+    versions = machine["versions"]
+    caption = (
+        f"{machine['gpu']}, torch {versions['torch']}, Triton {versions['triton']}: "
+        f"`{PYTHON} -m engine.bench --model synthetic:7b --suite peers --weights ... --kv ...`. Batch N: N prompts of "
+        "512 tokens, 129 out. Offline: 256 requests, 100 to 1,024 tokens in and out. Shared: 128 prompts of a common "
+        "prefix of 1,024 tokens and 64 of their own."
+    )
     head = ["`synthetic:7b`", *(f"ms/token, batch {n}" for n in BATCHES), "TTFT, 512 tokens (ms)"]
     head += ["offline tokens/s", "shared prefix (s)"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines = [caption, "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name, measured in _peer_rows().items():
         tpot = {row["batch"]: f"{row['tpot_ms']:.2f}" for row in measured.get("tpot", [])}
         cells = [tpot.get(batch, "") for batch in BATCHES]
@@ -122,15 +133,6 @@ def gpu_table() -> str:
         cells.append(f"{measured['offline']['tokens_per_s']:,.0f}" if "offline" in measured else "")
         cells.append(f"{measured['shared']['seconds']:.2f}" if "shared" in measured else "")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    machine = _peer_reports()[-1]["machine"]
-    versions = machine["versions"]
-    lines.append("")
-    lines.append(
-        f"{machine['gpu']}, torch {versions['torch']}, Triton {versions['triton']}: "
-        f"`{PYTHON} -m engine.bench --model synthetic:7b --suite peers --weights ... --kv ...`. Batch N: N prompts of "
-        "512 tokens, 129 out. Offline: 256 requests, 100 to 1,024 tokens in and out. Shared: 128 prompts of a common "
-        "prefix of 1,024 tokens and 64 of their own."
-    )
     return "\n".join(lines)
 
 
