@@ -82,17 +82,22 @@ class Crossover:
         batches, won = self.batches, self.last_win(format, over)
         if not batches:
             return f"{format} against {over}: nothing was measured"
-        first = f"{self.speedup(format, over, batches[0])[0]:.2f}x at batch {batches[0]}"
+        ratio, low, high = self.speedup(format, over, batches[0])
+        first = f"{ratio:.2f}x at batch {batches[0]}"
         if won is None:
+            if ratio > 1.0:  # the rounds disagree
+                first = f"{low:.2f}x to {high:.2f}x at batch {batches[0]}"
+                return f"{format} is not faster than {over} in every round ({first})"
             return f"{format} is not faster than {over} even at batch {batches[0]} ({first})"
         if won == batches[-1]:
             last = f", {self.speedup(format, over, won)[0]:.2f}x at {won}" if len(batches) > 1 else ""
             return f"{format} is faster than {over} at every batch size measured: {first}{last}"
         following = batches[batches.index(won) + 1]
-        ratio = self.speedup(format, over, following)[0]
-        return (
-            f"{format} is faster than {over} up to batch {won} ({first}), and no longer at {following} ({ratio:.2f}x)"
-        )
+        ratio, low, high = self.speedup(format, over, following)
+        until = f"{format} is faster than {over} up to batch {won} ({first}), and"
+        if ratio > 1.0:
+            return f"{until} at {following} not in every round ({low:.2f}x to {high:.2f}x)"
+        return f"{until} no longer at {following} ({ratio:.2f}x)"
 
     def sentences(self) -> list[str]:
         names = list(self.seconds)

@@ -27,7 +27,7 @@ def test_the_last_batch_that_wins_is_named():
     assert found.speedup("int4", "bf16", 8) == (pytest.approx(5 / 3), pytest.approx(4 / 3), 2.0)
     assert found.last_win("int4", "bf16") == 8
     assert found.sentences() == [
-        "int4 is faster than bf16 up to batch 8 (4.00x at batch 1), and no longer at 64 (1.12x)"  # not in every round
+        "int4 is faster than bf16 up to batch 8 (4.00x at batch 1), and at 64 not in every round (0.91x to 1.33x)"
     ]
     always = given(bf16=[(4.0,)] * 3, int8=[(2.0,)] * 3, int4=[(1.0,), (2.5,), (3.0,)])
     assert always.sentences() == [
@@ -37,6 +37,8 @@ def test_the_last_batch_that_wins_is_named():
     ]
     never = given(bf16=[(1.0,)] * 3, int4=[(1.0,), (0.5,), (0.5,)])
     assert never.sentences() == ["int4 is not faster than bf16 even at batch 1 (1.00x at batch 1)"]
+    torn = given(bf16=[(1.0, 1.0)] * 3, int4=[(1.25, 0.5)] * 3)
+    assert torn.sentences() == ["int4 is not faster than bf16 in every round (0.80x to 2.00x at batch 1)"]
     assert "nothing was measured" in Crossover("m", "d", {"bf16": {}, "int4": {}}).sentence("int4", "bf16")
 
 
