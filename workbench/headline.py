@@ -159,7 +159,7 @@ def _slo_detail(m: Metrics | None, state: str) -> str:
     if state == LIKELY and m.ttft.count < ENOUGH_FOR_P99:
         return f"so far; {m.ttft.count:,} of {ENOUGH_FOR_P99} to be sure"
     share = text.percent(m.good_fraction)
-    return f"{share} of requests met it" if state == MISSED else f"by {share} of requests"
+    return f"{share} met it" if state == MISSED else f"by {share} of requests"
 
 
 def _memory(plan: MemoryPlan | None) -> tuple[str, str]:
