@@ -23,11 +23,11 @@ from engine.config import EngineConfig
 from engine.device import resolve_device
 from engine.engine import Engine
 from engine.errors import CheckpointError, ConfigError
+from engine.files import writable
 from engine.loader import load_model
 from engine.sampling_params import SamplingParams
 from kernels import WEIGHT_FORMATS
 from workbench import text as words
-from workbench.files import writable
 
 if TYPE_CHECKING:
     import pandas

@@ -14,8 +14,8 @@ from typing import Any
 from tqdm import tqdm
 
 from engine.config import EngineConfig
+from engine.files import writable
 from workbench import text
-from workbench.files import writable
 from workbench.metrics import ENOUGH_FOR_P99, SLO
 from workbench.quality import Perplexity
 from workbench.report import finite

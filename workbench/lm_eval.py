@@ -21,10 +21,10 @@ from tqdm.auto import tqdm
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import CheckpointError, ConfigError, RequestError
+from engine.files import writable
 from engine.sampling_params import SamplingParams
 from engine.scoring import prompt_logits
 from kernels import KV_FORMATS, WEIGHT_FORMATS
-from workbench.files import writable
 from workbench.quality import check_meaning
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from comm.base_comm import BaseComm
 from jupyter_client.session import json_packer
 from tqdm import tqdm
 
-from workbench.files import writable
+from engine.files import writable
 from workbench.panel import Workbench
 from workbench.run import Run
 

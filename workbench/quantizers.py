@@ -23,12 +23,12 @@ from tqdm.auto import tqdm
 from engine.config import GROUP_SIZES, EngineConfig
 from engine.engine import Engine
 from engine.errors import CheckpointError, ConfigError
+from engine.files import writable
 from engine.loader import LoadedModel, load_model
 from engine.quantize import bits_per_weight, quantize
 from engine.quantize.calibration import BUDGET
 from engine.quantize.layers import METHODS
 from workbench import text as words
-from workbench.files import writable
 from workbench.quality import Perplexity, check_meaning, perplexity, small_pool
 
 BASELINE = "bf16"

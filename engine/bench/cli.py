@@ -6,7 +6,6 @@ import argparse
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from engine.bench.host import run_host
@@ -21,6 +20,8 @@ from engine.bench.work import WORKS
 from engine.config import EngineConfig
 from engine.device import resolve_device
 from engine.engine import Engine
+from engine.errors import CheckpointError, ConfigError
+from engine.files import writable
 from engine.loader import load_model
 from engine.machine import write_report
 
@@ -62,7 +63,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--compare", choices=["transformers", "generate"],
         help="generate: transformers' generate, padded batches of 16; transformers: its continuous batching too",
     )  # fmt: skip
-    parser.add_argument("--json", type=Path, help="write everything with machine, versions, seed and command")
+    parser.add_argument("--json", type=writable, help="write everything with machine, versions, seed and command")
     args = parser.parse_args(argv)
     for name in ("repeats", "divide", "concurrent"):
         value = getattr(args, name)
@@ -70,6 +71,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"--{name} is {value}; it must be at least 1")
     if args.minutes <= 0:
         parser.error(f"--minutes is {args.minutes:g}; it must be greater than 0")
+    try:  # before a model is loaded
+        for form in formats(args):
+            EngineConfig(**form, **options(args))
+        for count in args.counts:
+            EngineConfig(max_batch_size=count)
+    except ConfigError as error:
+        parser.error(str(error))
     return args
 
 
@@ -83,8 +91,8 @@ def options(args: argparse.Namespace, **defaults: int) -> dict[str, Any]:
         "device": args.device,
         "graphs": not args.no_graphs,
         "overlap": not args.no_overlap,
-        "memory_limit": int(args.memory_limit * 1e9) if args.memory_limit else None,
-        **{name: getattr(args, name) or value for name, value in sizes.items()},
+        "memory_limit": None if args.memory_limit is None else int(args.memory_limit * 1e9),
+        **{name: value if getattr(args, name) is None else getattr(args, name) for name, value in sizes.items()},
     }
 
 
@@ -160,10 +168,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     report: dict[str, Any] = {"model": args.model, "seed": args.seed}
     works = [suite for suite in args.suite if suite in WORKS]
-    report["suites"] = side_by_side(args, works) if works else {}
-    for suite in args.suite:
-        if suite in SUITES:
-            print(f"{suite}:")
-            report["suites"][suite] = SUITES[suite](args)
+    try:
+        report["suites"] = side_by_side(args, works) if works else {}
+        for suite in args.suite:
+            if suite in SUITES:
+                print(f"{suite}:")
+                report["suites"][suite] = SUITES[suite](args)
+    except (ConfigError, CheckpointError) as error:
+        raise SystemExit(f"python -m engine.bench: error: {error}") from None
     if args.json:
         write_report(args.json, report, argv)

@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from engine.checkpoint import CheckpointWeights
 from engine.config import GROUP_SIZES, EngineConfig
 from engine.errors import CheckpointError, ConfigError
+from engine.files import writable
 from engine.loader import LoadedModel, load_model
 from engine.machine import write_report
 from engine.model_spec import ModelSpec, StoredFormat
@@ -171,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--layout", choices=LAYOUTS, help="default: the first that holds the result")
     parser.add_argument("--order", default="static", choices=ORDERS, help="of GPTQ's columns (default %(default)s)")
     parser.add_argument("--device", default="auto", choices=DEVICES)
-    parser.add_argument("--json", metavar="FILE", help="also write seconds, bytes, versions and machine to FILE")
+    parser.add_argument("--json", metavar="FILE", type=writable, help="also write seconds, bytes, machine, versions")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     options = parser.parse_args(argv)
     started = time.perf_counter()

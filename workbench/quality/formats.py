@@ -16,11 +16,11 @@ from tqdm.auto import tqdm
 from engine.config import GROUP_SIZES, EngineConfig
 from engine.engine import Engine
 from engine.errors import CheckpointError, ConfigError
+from engine.files import writable
 from engine.loader import load_model
 from engine.weight_plan import WeightPlan
 from kernels import KV_FORMATS, WEIGHT_FORMATS
 from workbench import text as words
-from workbench.files import writable
 from workbench.quality.agreement import Agreement, greedy_answers, prompts_from
 from workbench.quality.divergence import Baseline, Divergence, Estimate
 from workbench.quality.perplexity import Perplexity, small_pool

@@ -147,6 +147,30 @@ def test_numbers_that_make_no_sense(argv: list[str], capsys: pytest.CaptureFixtu
     assert f"{argv[0]} is 0; it must be" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--weights", "int3"], "weights is 'int3'; it must be one of bf16, int8,"),
+        (["--kv", "int8", "int5"], "kv is 'int5'; it must be one of bf16, int8,"),
+        (["--max-batch-size", "0"], "max_batch_size is 0; it must be a whole number from 1 to 4,096"),
+        (["--suite", "host", "--counts", "0"], "is 0; it must be a whole number from 1 to 4,096"),
+        (["--memory-limit", "0"], "memory_limit is 0; it must be"),
+        (["--json", "no/such/folder.json"], "cannot be written: there is no folder 'no/such'"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_a_model_is_loaded(
+    argv: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parse(argv)
+    assert words in capsys.readouterr().err
+
+
+def test_a_model_that_is_not_there() -> None:
+    with pytest.raises(SystemExit, match=r"error: model is 'nosuch'; it must be 'bundled',"):
+        main(["--model", "nosuch"])
+
+
 @pytest.mark.parametrize("model", ["synthetic:tiny", "bundled"])
 def test_transformers_computes_the_same_dimensions(model: str) -> None:
     with load_model(EngineConfig(model=model)) as loaded:
