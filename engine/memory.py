@@ -42,6 +42,11 @@ class MemoryPlan:
         return self.num_blocks * self.block_size
 
 
+def megabytes(nbytes: int) -> str:
+    """Rounded up, so that what is said to be needed is enough."""
+    return f"{-(-nbytes // 100_000) / 10:,.1f} MB"
+
+
 def plan_memory(
     *,
     limit: int,
@@ -57,8 +62,9 @@ def plan_memory(
     if num_blocks < MIN_BLOCKS:
         need = sum(weights.values()) + workspace + int(MIN_BLOCKS * block_bytes / cache_ratio) + 1
         raise ConfigError(
-            f"memory_limit is {limit:,} bytes; weights take {sum(weights.values()):,}, workspace {workspace:,}, and "
-            f"cache_ratio {cache_ratio:g} of the rest holds {num_blocks} KV blocks: at least {need:,} bytes are needed"
+            f"memory_limit is {megabytes(limit)}; weights take {megabytes(sum(weights.values()))}, workspace "
+            f"{megabytes(workspace)} (by max_batch_size and max_batched_tokens), and cache_ratio {cache_ratio:g} of "
+            f"the rest holds {num_blocks} KV blocks: at least {megabytes(need)} are needed"
         )
     return MemoryPlan(
         limit=limit,

@@ -241,6 +241,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     options = parser.parse_args(argv)
+    least = min(WEIGHT_FORMATS[name].nbytes(4096, 4096, options.group_size) * 8 / 4096**2 for name in options.formats)
+    if min(options.bits) < least:
+        parser.error(f"--bits is {min(options.bits):g}; {', '.join(options.formats)} take {least:.2f} or more")
     try:
         text = _text(options.text)
         config = EngineConfig(model=options.model, group_size=options.group_size)

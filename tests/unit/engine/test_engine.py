@@ -279,7 +279,7 @@ def test_equal_request_ids_are_refused(engine: Engine) -> None:
 
 
 def test_a_pool_without_room_is_refused_with_the_bytes_needed() -> None:
-    with pytest.raises(ConfigError, match=r"memory_limit is 1,048,576 bytes; weights .*at least [\d,]+ bytes"):
+    with pytest.raises(ConfigError, match=r"memory_limit is 1.1 MB; weights .*at least [\d,.]+ MB"):
         build(memory_limit=1 << 20)
 
 

@@ -252,7 +252,7 @@ def test_the_default_limit_is_modest_on_a_cpu(model: LoadedModel) -> None:
 
 
 def test_a_limit_that_holds_no_cache_is_refused(model: LoadedModel) -> None:
-    with pytest.raises(ConfigError, match=r"memory_limit is 1,048,576 bytes.*at least [\d,]+ bytes are needed"):
+    with pytest.raises(ConfigError, match=r"memory_limit is 1.1 MB.*at least [\d,.]+ MB are needed"):
         TorchRunner(config(memory_limit=MEGABYTE), model)
 
 

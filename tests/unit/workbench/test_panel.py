@@ -186,7 +186,7 @@ def test_a_knob_shows_what_would_fit_before_a_run(live):
 def test_an_impossible_memory_is_one_sentence_and_passes(live):
     live.controls.widget("memory_limit_mb").value = 100
     live.tick()
-    assert live.screen.alert.text.startswith("memory_limit is 100,000,000 bytes; weights take")
+    assert live.screen.alert.text.startswith("memory_limit is 100.0 MB; weights take")
     assert "tokens fit" not in live.screen.progress.value, "what the knobs before would have had is not true any more"
     live.controls.widget("memory_limit_mb").value = 0
     live.tick()

@@ -164,6 +164,10 @@ def test_the_command_prints_and_writes(folder, tmp_path, capsys):
     arguments = ["--model", str(folder), "--text", str(text), "--tokens", "64", "--judge-tokens", "64"]
     with pytest.raises(SystemExit):
         sensitivity_frontier.main([*arguments, "--tokens", "600", "--group-size", "64", "--text", str(tmp_path / "no")])
+    assert "no" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        sensitivity_frontier.main([*arguments, "--bits", "6", "1"])
+    assert "--bits is 1; int4, int8 take 4.25 or more" in capsys.readouterr().err
     code = sensitivity_frontier.main(
         [*arguments, "--tokens", "512", "--judge-tokens", "512", "--group-size", "64", "--bits", "6", "--quiet",
          "--json", str(path)]

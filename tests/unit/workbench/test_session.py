@@ -164,7 +164,7 @@ def test_an_interrupt_is_passed_on_and_the_session_stays_usable(session, monkeyp
     ("config", "workload", "said"),
     [
         (replace(CONFIG, gpu="abacus"), SHORT, "gpu is 'abacus'; it must be one of"),
-        (replace(CONFIG, memory_limit=1 << 20), SHORT, "memory_limit is 1,048,576 bytes"),
+        (replace(CONFIG, memory_limit=1 << 20), SHORT, "memory_limit is 1.1 MB"),
         (replace(CONFIG, model="synthetic:9000b"), SHORT, "9000b"),
         (replace(CONFIG, model="nowhere"), SHORT, "model is 'nowhere'"),
         (replace(CONFIG, session_len=64), SHORT, "at most session_len (64)"),
