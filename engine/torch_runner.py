@@ -28,9 +28,14 @@ from engine.sampler import SamplingPlan, known_logprobs, sample, token_logprobs
 from engine.step_inputs import Arrays, Staging, StepInputs, inert_prompts, step_arrays
 from engine.torch_step import Scored, TorchStep, add_scored, by_item, scored_items
 from engine.weight_plan import WeightPlan
-from engine.workspace import CPU_BLOCK_SIZE, CUDA_BLOCK_SIZE, PROMPT_ROWS, step_tokens
-from engine.workspace import default_limit as default_limit
-from engine.workspace import workspace_bytes as workspace_bytes
+from engine.workspace import (
+    CPU_BLOCK_SIZE,
+    CUDA_BLOCK_SIZE,
+    PROMPT_ROWS,
+    default_limit,
+    step_tokens,
+    workspace_bytes,
+)
 from kernels import KVLayer, allocate_kv
 from kernels.tuning import TUNED_ROWS
 

@@ -14,8 +14,8 @@ from engine.memory import MemoryPlan, plan_memory
 from engine.model_spec import ModelSpec
 from engine.shapes import synthetic_spec
 from engine.simulated import SimulatedRunner
-from engine.torch_runner import default_limit, workspace_bytes
 from engine.weight_plan import WeightPlan
+from engine.workspace import default_limit, workspace_bytes
 
 
 def predicted_plan(config: EngineConfig) -> MemoryPlan | None:
