@@ -72,7 +72,7 @@ def _row(kind: str, params: SamplingParams, count: int, seed: int) -> dict[str, 
     )
     with load_model(config) as model, Engine(config, model=model) as engine:
         device = IdleDevice(engine.runner, count)  # type: ignore[arg-type]
-        engine.runner = device
+        engine.core.runner = device
         for i in range(count):
             engine.add_request([(7 * i + j) % 1000 for j in range(PROMPT)], params)
         while any(not request.is_decoding for request in [*engine.scheduler.waiting, *engine.scheduler.running]):

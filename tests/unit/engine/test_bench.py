@@ -105,7 +105,7 @@ def test_soak_on_a_device_that_remembers(overlap: bool) -> None:
     small = {"memory_limit": 24 << 20, "block_size": 16, "max_batch_size": 6}
     config = EngineConfig(model="synthetic:tiny", runner="simulated", overlap=overlap, **small)  # type: ignore[arg-type]
     with load_model(config) as model, Engine(config, model=model) as engine:
-        engine.runner = SlotDevice(engine.runner)  # type: ignore[arg-type]
+        engine.core.runner = SlotDevice(engine.core.runner)  # type: ignore[arg-type]
         report = Soak(engine, seed=0).run(0.7)
     assert report["requests"] > 5 and report["steps"] > 100 and set(report["ends"]) <= {"length", "stop", "abort"}
 
@@ -128,14 +128,14 @@ def test_an_interrupt_ends_a_soak_with_its_report() -> None:
 def test_soak_sees_a_lost_token() -> None:
     config = EngineConfig(model="synthetic:tiny", runner="simulated", max_batch_size=4)
     with load_model(config) as model, Engine(config, model=model) as engine:
-        deliver, calls = engine._deliver, iter(range(1 << 20))
+        deliver, calls = engine.core._deliver, iter(range(1 << 20))
 
         def forgetful(request: Request) -> None:
             if next(calls) == 50:
                 request.num_told = request.num_output
             deliver(request)
 
-        engine._deliver = forgetful  # type: ignore[method-assign]
+        engine.core._deliver = forgetful  # type: ignore[method-assign]
         with pytest.raises(AssertionError, match="tokens were lost on the way"):
             Soak(engine, seed=0).run(2.0)
 

@@ -225,8 +225,8 @@ def test_outputs_of_others_do_not_stop_the_clock(monkeypatch: pytest.MonkeyPatch
         engine.add_request([1, 2, 3], SamplingParams(max_tokens=1))
         engine.generate([[4, 5, 6]], SamplingParams(max_tokens=1))
         assert engine.has_unfinished() and engine.next_wakeup() is None
-        step, calls = engine.step, iter(range(10))
-        monkeypatch.setattr(engine, "step", lambda: [next(calls), step()][1])
+        step_for, calls = engine.core.step_for, iter(range(10))
+        monkeypatch.setattr(engine.core, "step_for", lambda names: [next(calls), step_for(names)][1])
         before = engine.clock.now()
         assert engine.generate([[7, 8, 9]], SamplingParams(max_tokens=1))[0].finish_reason == "length"
         assert engine.clock.now() > before + 1.0

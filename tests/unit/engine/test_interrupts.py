@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from engine import batch, blocks, cache, engine, request, scheduler
+from engine import batch, blocks, cache, core, engine, request, scheduler
 from engine.batch import ScheduledBatch, StepResult
 from engine.engine import Engine
 from engine.request import RequestOutput, TokenLogprobs
@@ -20,8 +20,8 @@ from engine.runner import Pending
 from engine.sampling_params import SamplingParams
 from tests.unit.engine.test_overlap import Late, SlotDevice, build, expected, tight
 
-WATCHED = {module.__file__ for module in (batch, blocks, cache, engine, request, scheduler)}
-SPARED = ("return outputs", "return name", "self._abandon(names)", "try:")
+WATCHED = {module.__file__ for module in (batch, blocks, cache, core, engine, request, scheduler)}
+SPARED = ("return outputs", "return name", "self.core.abandon(names)", "try:")
 """What was given away is its caller's to lose, and before a clean-up begins nothing can be cleaned up."""
 STRIDE = 37  # every line is a matter of minutes; it was run so, too
 
@@ -105,7 +105,7 @@ def serve(served: Engine, interrupt: Interrupt) -> dict[str, tuple[list[int], Re
 
 def run(options: dict[str, Any], interrupt: Interrupt) -> None:
     with build(**options) as served:
-        served.runner = ValuedDevice(served.runner)  # type: ignore[arg-type]
+        served.core.runner = ValuedDevice(served.core.runner)  # type: ignore[arg-type]
         names = [served.add_request(prompt, params) for prompt, params in zip(PROMPTS, PARAMS, strict=True)]
         done = serve(served, interrupt)
         served.check_integrity()
@@ -152,7 +152,7 @@ def call(options: dict[str, Any], use: Callable[[Engine], None], interrupt: Inte
             use(served)
         served.check_integrity()
         outputs = served.step()
-        assert set(served._requests) <= {other}
+        assert set(served.core.requests) <= {other}
         while served.has_unfinished():
             outputs += served.step()
         served.check_integrity()

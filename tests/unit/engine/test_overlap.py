@@ -98,7 +98,7 @@ class SlotDevice(SimulatedRunner):
 def build(**options: Any) -> Engine:
     defaults = {"runner": "simulated", "memory_limit": 64 << 20, "block_size": BLOCK, "max_batch_size": 6}
     engine = Engine(EngineConfig(**{**defaults, **options}), model=StubModel(tiny_spec()))  # type: ignore[arg-type]
-    engine.runner = SlotDevice(engine.runner)  # type: ignore[arg-type]
+    engine.core.runner = SlotDevice(engine.core.runner)  # type: ignore[arg-type]
     return engine
 
 
@@ -219,7 +219,7 @@ def test_requests_that_need_values_make_their_steps_wait(params: dict[str, Any])
             engine.step()
         assert events[-1].overlapped
         exacting = engine.add_request([1] * 9, SamplingParams(max_tokens=5, **params))
-        while exacting in engine._requests:
+        while exacting in engine.core.requests:
             engine.step()
         together = [event.overlapped for event in events if event.num_running == 2]
         # One step was on its way already; the first with both is prepared while that one runs, and waited for.
