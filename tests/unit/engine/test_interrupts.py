@@ -23,7 +23,7 @@ from tests.unit.engine.test_overlap import Late, SlotDevice, build, expected, ti
 WATCHED = {module.__file__ for module in (batch, blocks, cache, core, engine, request, scheduler)}
 SPARED = ("return outputs", "return name", "self.core.abandon(names)", "try:")
 """What was given away is its caller's to lose, and before a clean-up begins nothing can be cleaned up."""
-STRIDE = 37  # every line is a matter of minutes; it was run so, too
+STRIDE = 37  # every line takes about a minute; it was run so, too
 
 PARAMS = [
     SamplingParams(max_tokens=6, seed=0),
@@ -133,6 +133,23 @@ def test_a_step_may_break_off_at_any_line(overlap: bool) -> None:
             raise AssertionError(f"interrupted in {interrupt.where}") from error
 
 
+def test_an_interrupted_request_stands_nowhere() -> None:
+    """Whatever line of adding it breaks off: its name is free again."""
+    at, broken = 0, True
+    while broken:
+        at += 1
+        interrupt = Interrupt(at)
+        with build() as served:
+            with suppress(KeyboardInterrupt), interrupt.armed():
+                served.add_request(PROMPTS[0], PARAMS[0], request_id="a")
+            served.check_integrity()
+            broken = bool(interrupt.where)
+            if broken:
+                served.add_request(PROMPTS[0], PARAMS[0], request_id="a")
+            assert serve(served, Interrupt(0)).keys() == {"a"}, interrupt.where
+    assert at > 10
+
+
 def generate(served: Engine) -> None:
     served.generate([[0] * 12, [1, 0] * 8], SamplingParams(max_tokens=4, seed=1))
 
@@ -147,17 +164,19 @@ def call(options: dict[str, Any], use: Callable[[Engine], None], interrupt: Inte
     """Beside another request, which is answered in full and is the only one that goes on."""
     with build(**options) as served:
         other = served.add_request([1] * 20, SamplingParams(max_tokens=12, seed=5))
-        served.step()
+        outputs = served.step()
         with suppress(KeyboardInterrupt), interrupt.armed():
             use(served)
         served.check_integrity()
-        outputs = served.step()
+        outputs += served.step()
         assert set(served.core.requests) <= {other}
         while served.has_unfinished():
             outputs += served.step()
         served.check_integrity()
         [last] = [output for output in outputs if output.finished and output.request_id == other]
         assert last.token_ids == expected([1] * 20, 5, SamplingParams(max_tokens=12), 1000)
+        told = [token for output in outputs if output.request_id == other for token in output.new_token_ids]
+        assert told == last.token_ids, "its outputs stay for its caller"
 
 
 @pytest.mark.parametrize("use", [generate, leave_a_stream])
