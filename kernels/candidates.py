@@ -33,29 +33,73 @@ def wide_candidates(m: int) -> list[Any]:
 
 
 def hopper_candidates(m: int, n: int) -> list[Any]:
-    """Tiles that give work to most multiprocessors, in about as many stages as fit; two programs of four warps share
-    one."""
+    """Tiles of `a16w4_hopper` above 32 rows that give work to most multiprocessors, in about as many stages as fit; two
+    programs of four warps share one, or three of 64 x 64."""
     rows = (64,) if m <= 64 else (64, 128) if m <= 128 else (128, 256)
     shapes = [
-        (bm, bn, warps, stages)
+        (bm, bn, warps, stages, programs)
         for bm, bn, warps, stages in product(rows, (64, 128, 256), (4, 8), (2, 3, 4, 5))
+        for programs in ((2, 3) if bm * bn <= 1 << 12 else (2,) if warps == 4 and bm * bn <= 1 << 14 else (1,))
         if bn >= 16 * warps and 1 << 10 <= bm * bn // warps <= 1 << 12
-        and 140 << 10 <= (bm * 256 + bn * 64) * stages * (2 if warps == 4 and bm * bn <= 1 << 14 else 1) <= 224 << 10
+        and 140 << 10 <= (bm * 256 + bn * 68) * stages * programs <= 224 << 10
     ]  # fmt: skip
     return [
-        HopperConfig(bm, bn, splits, warps, stages, producer)
-        for (bm, bn, warps, stages), splits, producer in product(shapes, (1, 2, 3, 4, 6, 8), (False, True))
+        HopperConfig(bm, bn, splits, warps, stages, producer, programs)
+        for (bm, bn, warps, stages, programs), splits, producer in product(shapes, (1, 2, 3, 4, 6, 8), (False, True))
         if 90 <= -(-n // bn) * -(-m // bm) * splits and (splits == 1 or m <= 512)
         and -(-n // bn) * -(-m // bm) * splits <= max(600, -(-n // bn) * -(-m // bm))
     ]  # fmt: skip
 
 
-def matmul_candidates(kind: str, m: int, n: int) -> list[Any]:
+def deepest_ring(block_m: int, block_n: int, programs: int) -> int:
+    """Stages of `a16w4_hopper` that fit into a multiprocessor's shared memory beside those of the other programs."""
+    return ((228 << 10) // programs - 2560) // (block_m * 256 + block_n * 68)
+
+
+FEW_ROWS_SHAPES = (
+    (64, 4, 4), (64, 4, 5), (64, 4, 6), (128, 4, 2), (128, 4, 3), (128, 4, 4), (128, 8, 2), (256, 4, 2), (256, 8, 2),
+)  # fmt: skip
+"""block_n, warps and programs of `a16w4_hopper` at up to 32 rows."""
+
+
+def few_rows_candidates(m: int, n: int) -> list[Any]:
+    """Of `a16w4_hopper` at up to 32 rows: about one turn of the multiprocessors, and where that is uneven, around it;
+    a ring as deep as fits, or half of that."""
+    bm = 8 if m <= 8 else 16 if m <= 16 else 32
+    found = []
+    for (bn, warps, programs), splits in product(FEW_ROWS_SHAPES, (1, 2, 3, 4, 6, 8, 12, 16)):
+        deepest = deepest_ring(bm, bn, programs)
+        if not 0.4 <= -(-n // bn) * splits / (132 * programs) <= 1.7:
+            continue
+        for producer, stages, ahead in product((False, True), {deepest, max(2, deepest // 2)}, (0, 1, 16)):
+            registers = 65536 // (32 * (warps + 4 * producer) * programs)
+            if producer:
+                registers = (registers * (warps + 4) - 24 * 4) // warps
+            if bn // warps < 32 or registers >= {8: 0, 16: 110 * (warps == 8), 32: 150}[bm]:  # or it spills
+                found.append(HopperConfig(bm, bn, splits, warps, stages, producer, programs, min(ahead, stages)))
+    return found
+
+
+def gated_hopper_candidates(m: int) -> list[HopperConfig]:
+    """Of `a16w4_hopper` with SiLU-mul at its end, up to 64 rows."""
+    bm = 8 if m <= 8 else 16 if m <= 16 else 32 if m <= 32 else 64
+    return [
+        HopperConfig(bm, bn, 1, warps, deepest_ring(bm, bn, programs), producer, programs, ahead)
+        for (bn, warps, programs), producer, ahead in product(
+            ((128, 4, 2), (128, 4, 3), (256, 8, 1), (256, 8, 2)), (False, True), (0, 1)
+        )
+        if bm <= 16 or programs < 3
+    ]
+
+
+def matmul_candidates(kind: str, m: int, n: int, hopper: bool = False) -> list[Any]:
     """Of a product that reads x in 16 bits, by the kind of tuned entry."""
     if kind == "hopper":
         return hopper_candidates(m, n)
-    if kind in ("planes", "wide"):
-        return planes_candidates(m) if kind == "planes" else wide_candidates(m)
+    if kind == "planes":
+        return planes_candidates(m) + (few_rows_candidates(m, n) if hopper and m <= 32 else [])
+    if kind == "wide":
+        return wide_candidates(m)
     return plain_candidates(m, 2 if kind == "bf16" else 1)
 
 

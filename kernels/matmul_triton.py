@@ -33,11 +33,11 @@ Config = SkinnyConfig | WideConfig | HopperConfig
 # cuBLAS. bf16 goes to cuBLAS directly; where a format has 8-bit activations, they have 8 bits there.
 FUSED_ROWS = {"bf16": 64, "int8": 256, "int4": 256}
 FUSED_ROWS |= {name: form.sixteen_bit_rows for name, form in WEIGHT_FORMATS.items() if form.activations}
-HOPPER_ROWS = 2048  # int4 by `wide_hopper`
+HOPPER_ROWS = 2048  # int4 by `a16w4_hopper`
 # w4a8: up to here the weight becomes int8 in registers (`a8w4`), above once (in slices), for the product of w8a8.
 REQUANTIZED_ROWS = 512
 # 4-bit weights: up to here scales are applied per group to the accumulator (`a16w4`), above to the weight (`wide`, or
-# `wide_hopper`, which is worth it from fewer rows).
+# `a16w4_hopper`, which is worth it from fewer rows).
 SKINNY_ROWS, HOPPER_SKINNY_ROWS = 64, 32
 DEQUANTIZED_ELEMENTS = 1 << 24  # 32 MB of bf16 workspace at a time, which stays in the L2 cache
 REQUANTIZED_ELEMENTS = 1 << 25  # the same of int8
@@ -61,7 +61,7 @@ def linear_triton(x: Operand, weight: PackedWeight, bias: Tensor | None, partial
 
 
 def by_hopper(weight: PackedWeight) -> bool:
-    """Whether `wide_hopper` takes the weight on this GPU."""
+    """Whether `a16w4_hopper` takes the weight on this GPU."""
     return weight.layout == "planes" and weight.group_size == 128 and warp_group_products()
 
 
@@ -117,13 +117,21 @@ def linear_partials(x: Tensor | SummedRows, weight: PackedWeight, config: Config
         assert not isinstance(config, HopperConfig)
         return skinny_partials(x, weight, config or plain_config(m, n, k, weight.data.element_size()))
     config = config or four_bit_config(m, weight)
-    if isinstance(config, SkinnyConfig):
-        return a16w4_partials(x, weight, config, sums)
     if isinstance(config, WideConfig):
         return wide_partials(x, weight, config)
-    from .wide_hopper import wide_hopper_partials
+    return planes_partials(x, weight, config, sums)
 
-    return wide_hopper_partials(x, weight, config)
+
+def planes_partials(
+    x: Tensor, weight: PackedWeight, config: SkinnyConfig | HopperConfig, sums: Tensor | None = None,
+    gated: bool = False,
+) -> Tensor:
+    """As `a16w4_partials`, by the kernel that the tiles are for."""
+    if isinstance(config, SkinnyConfig):
+        return a16w4_partials(x, weight, config, sums, gated)
+    from .a16w4_hopper import a16w4_hopper_partials
+
+    return a16w4_hopper_partials(x, weight, config, gated)
 
 
 def four_bit_config(m: int, weight: PackedWeight) -> Config:
@@ -153,15 +161,19 @@ def gated_fused(x: Tensor, weight: PackedWeight) -> Tensor | None:
         return None
     if weight.layout == "planes":
         assert weight.group_size is not None
-        kind, config = "planes", planes_config(m, n, k, weight.group_size)
+        kind = "planes"
+        config: SkinnyConfig | HopperConfig = planes_config(m, n, k, weight.group_size)
     else:
         kind = "bf16" if weight.format == "bf16" else "int8"
         config = plain_config(m, n, k, weight.data.element_size())
-    config = gated_config(kind, m, n, k, config)
+    tuned = gated_config(kind, m, n, k, config)
+    if isinstance(tuned, SkinnyConfig) or weight.group_size == 128:
+        config = tuned
     if config.splits > 1 or n % config.block_n:
         return None
-    run = a16w4_partials if weight.layout == "planes" else skinny_partials
-    return run(x.contiguous(), weight, config, gated=True)[0]
+    if isinstance(config, SkinnyConfig) and weight.layout == "plain":
+        return skinny_partials(x.contiguous(), weight, config, gated=True)[0]
+    return planes_partials(x.contiguous(), weight, config, gated=True)[0]
 
 
 def _summed(partials: Tensor, bias: Tensor | None, partial: bool = False) -> Tensor:

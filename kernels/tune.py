@@ -131,12 +131,12 @@ def run(tasks: Iterable[Task], workers: int) -> list[dict[str, Any]]:
     return records
 
 
-def tasks(kinds: list[str], most: int) -> list[Task]:
+def tasks(kinds: list[str], most: int, hopper: bool = False) -> list[Task]:
     """What is tuned: the shapes of `problems.SHAPES` at the M where a configuration changes, and attention; at most
-    `most` candidates of each problem, drawn with a fixed seed."""
+    `most` candidates of each problem, drawn with a fixed seed. hopper: for a GPU that has `a16w4_hopper`."""
     found: list[Task] = []
     rows = {
-        "planes": (1, 16, 32, 64), "wide": (128, 256), "hopper": (64, 128, 256, 512, 2048),
+        "planes": (1, 8, 16, 32, 64), "wide": (128, 256), "hopper": (64, 128, 256, 512, 2048),
         "bf16": (1, 16, 32, 64), "int8": (1, 16, 64, 128, 256),
         "a8w8": (64, 128, 256, 2048), "a8w4": (128, 192, 256, 512),
     }  # fmt: skip
@@ -166,7 +166,7 @@ def tasks(kinds: list[str], most: int) -> list[Task]:
             format = "int4" if kind in ("planes", "wide", "hopper") else kind
             shapes = [*problems.SHAPES.values(), *([problems.HEAD] if kind in ("bf16", "int8") else [])]
             for m, (n, k) in product(rows[kind], shapes):
-                candidates = matmul_candidates(kind, m, n)
+                candidates = matmul_candidates(kind, m, n, hopper)
                 found.append((kind, {"format": format, "m": m, "n": n, "k": k}, candidates))
     return [
         (op, arguments, configs if len(configs) <= most else Random(0).sample(configs, most))
@@ -228,7 +228,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="*", help="only these M")
     parser.add_argument("--most", type=int, default=150, help="candidates per problem")
     chosen = parser.parse_args()
-    wanted = [task for task in tasks(chosen.op, chosen.most) if not chosen.rows or task[1].get("m") in chosen.rows]
+    found = tasks(chosen.op, chosen.most, warp_group_products())
+    wanted = [task for task in found if not chosen.rows or task[1].get("m") in chosen.rows]
     records = run(wanted, chosen.workers)
     if chosen.json:
         with open(chosen.json, "w") as file:

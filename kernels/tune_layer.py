@@ -14,12 +14,14 @@ import json
 import multiprocessing
 import time
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
 from . import problems
 from .activations import activation_codes
+from .candidates import gated_hopper_candidates
 from .chain import Chain, chain
 from .gated import gated_linear
 from .matmul import linear
@@ -62,14 +64,16 @@ def runs_gated(format: str, m: int) -> bool:
     return problem is not None and table().get(problem, APART)["splits"] == 1
 
 
-RANGES = {"block_n": (32, 256), "block_k": (64, 256), "splits": (1, 16), "warps": (1, 8), "stages": (2, 6)}
+RANGES = {"block_n": (32, 256), "block_k": (64, 256), "splits": (1, 16), "warps": (1, 8), "stages": (2, 12)}
 
 
 def neighbours(config: Config, kind: str) -> list[Config]:
     """One field changed at a time; block_k means nothing to 4-bit weights, and a gated product does not split K."""
     changes: list[Config] = [{"late": not config.get("late", False)}]
-    if kind == "hopper":
+    hopper = "producer" in config
+    if hopper:
         changes.append({"producer": not config["producer"]})
+        changes += [{"ahead": ahead} for ahead in (0, 1, config["stages"]) if ahead != config.get("ahead", 0)]
     unread = "splits" if kind.startswith("gated ") else "block_k" if kind in ("planes", "hopper") else ""
     for name, (least, most) in RANGES.items():
         if name == unread or name not in config:
@@ -78,8 +82,8 @@ def neighbours(config: Config, kind: str) -> list[Config]:
         near = (held + 1, held - 1) if name == "stages" else (held * 2, held // 2)
         changes += [{name: value} for value in near if least <= value <= most]
     found = [config | change for change in changes]
-    whole_groups = kind != "hopper"  # its warps come in fours
-    return [c for c in found if c["block_n"] >= 16 * c["warps"] and (whole_groups or c["warps"] % 4 == 0)]
+    rows = 32 if hopper and kind.startswith("gated ") else 16  # of block_n a warp
+    return [c for c in found if c["block_n"] >= rows * c["warps"] and not (hopper and c["warps"] % 4)]
 
 
 def candidates(records: list[dict[str, Any]], problem: Problem, most: int = 9) -> list[Config]:
@@ -94,6 +98,8 @@ def candidates(records: list[dict[str, Any]], problem: Problem, most: int = 9) -
     used = table().get(problem) or (table().get((kind.removeprefix("gated "), m, n, k)) if gated else None)
     start = [] if used is None else [used | {"splits": 1} if gated else used]
     found: list[Config] = [APART] if gated else []
+    if kind == "gated planes" and warp_group_products():
+        found += [asdict(config) for config in gated_hopper_candidates(m)]
     for config in start + [c for one in start for c in neighbours(one, kind)] + ranked[:most] + many[: most // 2]:
         if config not in found:
             found.append(config)

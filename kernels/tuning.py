@@ -47,7 +47,8 @@ class WideConfig:
 
 @dataclass(frozen=True)
 class HopperConfig:
-    """Tiles of `wide_hopper`. warps: those that multiply; producer: four more issue the copies. late: as in
+    """Tiles of `a16w4_hopper`. warps: those that multiply; producer: four more issue the copies. programs: that are to
+    share a multiprocessor. ahead: groups whose weights are copied before the kernel before has ended. late: as in
     SkinnyConfig."""
 
     block_m: int
@@ -56,6 +57,8 @@ class HopperConfig:
     warps: int
     stages: int
     producer: bool = False
+    programs: int = 1
+    ahead: int = 0
     late: bool = False
 
 
@@ -116,11 +119,16 @@ def _splits(n: int, k: int, block_n: int, step: int, programs: int, least_steps:
     return max(1, min(round(programs / -(-n // block_n)), k // (least_steps * step), 16))
 
 
-def planes_config(m: int, n: int, k: int, group_size: int) -> SkinnyConfig:
+def skinny_or_hopper(fields: dict[str, Any]) -> SkinnyConfig | HopperConfig:
+    """A tuned entry by its fields: on Hopper either kernel may be the better one at few rows."""
+    return HopperConfig(**fields) if "producer" in fields else SkinnyConfig(**fields)
+
+
+def planes_config(m: int, n: int, k: int, group_size: int) -> SkinnyConfig | HopperConfig:
     """A16W4, M <= 64: the configuration for x [m, k] and a planes weight [n, k]."""
     found = _tuned("planes", m, n, k)
     if found is not None and group_size == 128:
-        return SkinnyConfig(**found)
+        return skinny_or_hopper(found)
     if m <= 16:
         block_m = 8 if m <= 8 else 16
         if n >= 1 << 14:
@@ -144,7 +152,9 @@ def hopper_config(m: int, n: int, k: int) -> HopperConfig:
         return HopperConfig(**found)
     if m <= 128:
         splits = _splits(n, k, 128, 128, 264, 4)
-        return HopperConfig(64, 128, splits, 4, 3, True) if m <= 64 else HopperConfig(128, 128, splits, 4, 2)
+        if m <= 64:
+            return HopperConfig(64, 128, splits, 4, 3, True, 2)
+        return HopperConfig(128, 128, splits, 4, 2, False, 2)
     programs = 132 // -(-m // 256)
     return HopperConfig(256, 128, _splits(n, k, 128, 128, programs, 8) if m <= 512 else 1, 8, 3, True)
 
@@ -160,11 +170,13 @@ def plain_config(m: int, n: int, k: int, element_bytes: int) -> SkinnyConfig:
     return SkinnyConfig(block_m, 64, _splits(n, k, 64, 128, 512, 4), 4, 3, 128)
 
 
-def gated_config(kind: str, m: int, n: int, k: int, plain: SkinnyConfig) -> SkinnyConfig:
+def gated_config(
+    kind: str, m: int, n: int, k: int, plain: SkinnyConfig | HopperConfig
+) -> SkinnyConfig | HopperConfig:
     """The configuration for a product that ends in SiLU-mul: a tuned one, which does not split K, or that of the
     product alone, which may."""
     found = _tuned(f"gated {kind}", m, n, k)
-    return plain if found is None else SkinnyConfig(**found)
+    return plain if found is None else skinny_or_hopper(found)
 
 
 def a8w4_config(m: int, n: int, k: int, group_size: int) -> WideConfig:

@@ -15,7 +15,17 @@ import torch
 if sys.platform != "linux":
     pytest.skip("Triton is published for Linux only", allow_module_level=True)
 
-from kernels import KV_FORMATS, PackedWeight, candidates, matmul_triton, tune, tune_layer, tuning
+from kernels import (
+    KV_FORMATS,
+    PackedWeight,
+    a16w4_hopper,
+    candidates,
+    matmul_triton,
+    pack_weight,
+    tune,
+    tune_layer,
+    tuning,
+)
 from kernels.problems import SHAPES
 from kernels.tuning import HopperConfig, SkinnyConfig, WideConfig
 
@@ -46,9 +56,10 @@ def test_candidates_of_a8w4(m: int) -> None:
 
 
 def takes(config: HopperConfig) -> bool:
-    """What `wide_hopper_partials` and a multiprocessor's shared memory allow."""
-    ring = config.stages * (config.block_m * 256 + config.block_n * 64)
-    return config.block_n % max(64, 16 * config.warps) == 0 and config.stages >= 2 and ring + 1024 <= SHARED
+    """What `a16w4_hopper_partials` and a multiprocessor's shared memory allow."""
+    program = config.stages * (config.block_m * 256 + config.block_n * 68 + 16) + 1024  # which the driver keeps
+    fits = program <= SHARED and program * config.programs <= SHARED + 1024
+    return fits and config.block_n % max(64, 16 * config.warps) == 0 and config.ahead <= config.stages >= 2
 
 
 @pytest.mark.parametrize("m", [64, 128, 256, 512, 2048])
@@ -60,11 +71,44 @@ def test_candidates_for_hopper(m: int, n: int) -> None:
     assert n > 4096 or m > 512 or len({config.splits for config in found}) > 2
 
 
+@pytest.mark.parametrize("m", [1, 8, 16, 32])
+@pytest.mark.parametrize("n, k", SHAPES.values())
+def test_candidates_of_few_rows(m: int, n: int, k: int) -> None:
+    """On Hopper either kernel may be the better one, so that both are tried."""
+    older, hopper = (candidates.matmul_candidates("planes", m, n, hopper) for hopper in (False, True))
+    found = [c for c in hopper if isinstance(c, HopperConfig)]
+    assert not any(isinstance(c, HopperConfig) for c in older) and len(found) >= 24 and len(set(found)) == len(found)
+    assert all(map(takes, found)) and {c.ahead > 0 for c in found} == {c.producer for c in found} == {False, True}
+    gated = candidates.gated_hopper_candidates(m)
+    assert all(map(takes, gated)) and all(c.splits == 1 and c.block_n % (32 * c.warps) == 0 for c in gated)
+
+
+def test_an_entry_says_by_which_kernel_few_rows_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiles = HopperConfig(16, 128, 1, 4, 4, True, 3, 1)
+    entries = {(kind, 16, 256, 512): asdict(tiles) for kind in ("planes", "gated planes")}
+    monkeypatch.setattr(tuning, "table", lambda: entries)
+    run: list[tuple[object, bool]] = []
+
+    def noted(x: torch.Tensor, weight: PackedWeight, config: HopperConfig, gated: bool = False) -> torch.Tensor:
+        run.append((config, gated))
+        return torch.empty(1, x.shape[0], 128 if gated else 256)
+
+    monkeypatch.setattr(a16w4_hopper, "a16w4_hopper_partials", noted)
+    x = torch.ones(16, 512).bfloat16()
+    weights = {
+        g: pack_weight(torch.ones(256, 512), "int4", group_size=g, device="cpu", layout="planes") for g in (64, 128)
+    }
+    matmul_triton.linear_partials(x, weights[128])
+    assert matmul_triton.gated_fused(x, weights[128]) is not None
+    assert run == [(tiles, False), (tiles, True)]
+    assert isinstance(matmul_triton.four_bit_config(16, weights[64]), SkinnyConfig)
+
+
 def test_a_gpu_is_tuned_for_the_kernels_that_it_runs() -> None:
     older, hopper = tune.kinds(hopper=False), tune.kinds(hopper=True)
     assert "hopper" not in older and "wide" not in hopper and len(older) == len(hopper)
     for kind in {*older, *hopper}:
-        assert tune.tasks([kind], 150), kind
+        assert tune.tasks([kind], 150, kind in hopper), kind
 
 
 @pytest.mark.parametrize("m", [33, 64, 100, 256, 300, 2048])

@@ -1,6 +1,6 @@
-"""4-bit weights by `wide_hopper` on a Hopper GPU, against float64.
+"""4-bit weights by `a16w4_hopper` on a Hopper GPU, against float64.
 
-    python -m pytest tests/gpu/test_wide_gpu.py -q
+    python -m pytest tests/gpu/test_a16w4_hopper_gpu.py -q
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
     pytest.skip("needs a CUDA device of compute capability 9.0, and PyTorch sees none here", allow_module_level=True)
 
 import kernels
-from kernels import wide_hopper
+from kernels import a16w4_hopper
+from kernels.a16w4_hopper import a16w4_hopper_partials
+from kernels.candidates import gated_hopper_candidates
 from kernels.tuning import HopperConfig
-from kernels.wide_hopper import wide_hopper_partials
 from tests.unit.kernels.checks import normal, relative_error
 
 pytestmark = pytest.mark.gpu
@@ -30,18 +31,26 @@ CONFIGS = [
     )
     for producer in (False, True)
 ]  # fmt: skip
+FEW = [
+    HopperConfig(block_m, block_n, 1, warps, stages, producer, programs, ahead)
+    for block_m, block_n, warps, stages, programs in (
+        (8, 64, 4, 8, 4), (8, 256, 4, 5, 2), (16, 128, 4, 5, 3), (16, 256, 8, 2, 2), (32, 128, 4, 4, 2),
+    )
+    for producer in (False, True)
+    for ahead in (0, 1, stages)
+]  # fmt: skip
 
 
 @pytest.fixture
 def poisoned_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """NaN in all that a kernel is to write."""
-    empty = wide_hopper.new_partials
+    empty = a16w4_hopper.new_partials
 
     def filled(steps: int, splits: int, m: int, n: int, device: torch.device) -> tuple[Tensor, int]:
         out, per_split = empty(steps, splits, m, n, device)
         return out.fill_(float("nan")), per_split
 
-    monkeypatch.setattr(wide_hopper, "new_partials", filled)
+    monkeypatch.setattr(a16w4_hopper, "new_partials", filled)
 
 
 def poisoned_behind(x: Tensor) -> Tensor:
@@ -67,20 +76,62 @@ def oracle(x: Tensor, weight: kernels.PackedWeight) -> Tensor:
 
 
 @pytest.mark.usefixtures("poisoned_out")
-@pytest.mark.parametrize("m", [33, 64, 65, 200, 256, 1000, 2048])
+@pytest.mark.parametrize("m", [1, 3, 8, 13, 16, 32, 33, 64, 65, 200, 256, 1000, 2048])
 @pytest.mark.parametrize("n, k", [(4608, 4096), (320, 512), (200, 14336), (4612, 512)])  # 4612: out not by TMA
 def test_products(m: int, n: int, k: int) -> None:
     x, weight = poisoned_behind(normal((m, k), m, "cuda")), drawn(n, k)
     whole_x, whole_weight = whole(m, n, k)
     want, exact = oracle(x, weight), oracle(whole_x, whole_weight)
-    for config in (replace(config, splits=splits) for config in CONFIGS for splits in (1, 3)):
-        parts = wide_hopper_partials(x, weight, config)
+    for config in (replace(config, splits=splits) for config in (FEW if m <= 32 else CONFIGS) for splits in (1, 3)):
+        parts = a16w4_hopper_partials(x, weight, config)
         assert parts.dtype == (torch.bfloat16 if len(parts) == 1 else torch.float32) and parts.shape[1:] == (m, n)
         assert relative_error(parts.double().sum(0), want) < 4e-3, config
-        parts = wide_hopper_partials(poisoned_behind(whole_x), whole_weight, config)
+        parts = a16w4_hopper_partials(poisoned_behind(whole_x), whole_weight, config)
         rounded = exact.bfloat16().double() if len(parts) == 1 else exact
         wrong = int((parts.double().sum(0) != rounded).sum())
         assert wrong == 0, f"{config}: {wrong} of {exact.numel()} elements differ"
+
+
+@pytest.mark.usefixtures("poisoned_out")
+@pytest.mark.parametrize("m", [1, 5, 8, 16, 30, 33, 64])
+def test_silu_mul_at_the_end(m: int) -> None:
+    n, k = 4608, 4096
+    x, weight = poisoned_behind(normal((m, k), m, "cuda")), drawn(n, k)
+    gate, up = oracle(x, weight).chunk(2, 1)
+    want = torch.nn.functional.silu(gate) * up
+    tried = [c for c in gated_hopper_candidates(m) if n % c.block_n == 0]
+    assert tried
+    for config in tried:
+        got = a16w4_hopper_partials(x, weight, config, gated=True)
+        assert got.shape == (1, m, n // 2) and relative_error(got[0].double(), want) < 4e-3, config
+
+
+@pytest.mark.parametrize("config", [c for c in FEW if c.ahead], ids=str)
+@pytest.mark.parametrize("late", [False, True])
+def test_behind_the_kernel_that_writes_x(config: HopperConfig, late: bool) -> None:
+    """In a graph of norms and products, each let in before the one before it has ended: weights are read ahead, x must
+    not be."""
+    config = replace(config, splits=3, late=late)
+    weights, norm = [drawn(4608, 4096, seed) for seed in range(4)], torch.ones(4096, device="cuda").bfloat16()
+    sources = [normal((config.block_m, 4096), seed, "cuda") for seed in range(24)]
+    want = []
+    for i, source in enumerate(sources):
+        x = kernels.rms_norm(source, norm, 1e-5)
+        torch.cuda.synchronize()
+        want.append(a16w4_hopper_partials(x, weights[i % 4], replace(config, ahead=0)))
+        torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = [
+            a16w4_hopper_partials(kernels.rms_norm(source, norm, 1e-5), weights[i % 4], config)
+            for i, source in enumerate(sources)
+        ]
+    for _ in range(3):
+        for parts in got:
+            parts.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all(map(torch.equal, got, want))
 
 
 @pytest.mark.parametrize("m, late", [(300, False), (512, True)])  # ragged, and whole tiles
@@ -91,7 +142,7 @@ def test_again_and_again(config: HopperConfig, m: int, late: bool) -> None:
     n, k = 4608, 4096
     config = replace(config, splits=3, late=late)
     problems = [(poisoned_behind(normal((m, k), seed, "cuda")), drawn(n, k, 9 + seed)) for seed in range(4)]
-    want = [wide_hopper_partials(x, weight, config) for x, weight in problems]
+    want = [a16w4_hopper_partials(x, weight, config) for x, weight in problems]
     for (x, weight), parts in zip(problems, want, strict=True):
         assert relative_error(parts.double().sum(0), oracle(x, weight)) < 4e-3
     large = normal((8192, 8192), 5, "cuda")
@@ -100,7 +151,7 @@ def test_again_and_again(config: HopperConfig, m: int, late: bool) -> None:
         got = []
         large @ large
         for i in range(20):
-            got.append(wide_hopper_partials(*problems[i % 4], config))
+            got.append(a16w4_hopper_partials(*problems[i % 4], config))
             if between:
                 large @ large
         torch.cuda.synchronize()
@@ -116,4 +167,4 @@ def test_x_that_tma_cannot_read_in_place() -> None:
     x.copy_(normal((m, k), 2, "cuda"))
     weight = drawn(n, k)
     assert x.data_ptr() % 16
-    assert relative_error(wide_hopper_partials(x, weight, CONFIGS[0])[0], oracle(x, weight)) < 4e-3
+    assert relative_error(a16w4_hopper_partials(x, weight, CONFIGS[0])[0], oracle(x, weight)) < 4e-3
