@@ -69,13 +69,13 @@ def few_rows_candidates(m: int, n: int) -> list[Any]:
     found = []
     for (bn, warps, programs), splits in product(FEW_ROWS_SHAPES, (1, 2, 3, 4, 6, 8, 12, 16)):
         deepest = deepest_ring(bm, bn, programs)
-        if not 0.4 <= -(-n // bn) * splits / (132 * programs) <= 1.7:
+        if deepest < 3 or not 0.4 <= -(-n // bn) * splits / (132 * programs) <= 1.7:
             continue
         for producer, stages, ahead in product((False, True), {deepest, max(2, deepest // 2)}, (0, 1, 16)):
             registers = 65536 // (32 * (warps + 4 * producer) * programs)
             if producer:
                 registers = (registers * (warps + 4) - 24 * 4) // warps
-            if bn // warps < 32 or registers >= {8: 0, 16: 110 * (warps == 8), 32: 150}[bm]:  # or it spills
+            if bn // warps < 32 or registers >= {8: 0, 16: 106, 32: 150}[bm]:  # or it spills
                 found.append(HopperConfig(bm, bn, splits, warps, stages, producer, programs, min(ahead, stages)))
     return found
 
