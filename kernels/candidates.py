@@ -51,44 +51,48 @@ def hopper_candidates(m: int, n: int) -> list[Any]:
     ]  # fmt: skip
 
 
-def deepest_ring(block_m: int, block_n: int, programs: int) -> int:
-    """Stages of `a16w4_hopper` that fit into a multiprocessor's shared memory beside those of the other programs."""
-    return ((228 << 10) // programs - 2560) // (block_m * 256 + block_n * 68)
+def deepest_ring(kind: str, block_m: int, block_n: int, programs: int) -> int:
+    """Stages of a kernel for Hopper that fit into a multiprocessor's shared memory beside those of other programs."""
+    row = 256 if kind.endswith("bf16") else 68  # bytes of a weight's row in a slot: 128 numbers, or codes and a scale
+    return ((228 << 10) // programs - 2560) // (block_m * 256 + block_n * row)
 
 
-FEW_ROWS_SHAPES = (
-    (64, 4, 4), (64, 4, 5), (64, 4, 6), (128, 4, 2), (128, 4, 3), (128, 4, 4), (128, 8, 2), (256, 4, 2), (256, 8, 2),
-)  # fmt: skip
-"""block_n, warps and programs of `a16w4_hopper` at up to 32 rows."""
+FEW_ROWS_SHAPES = {
+    "planes": ((64, 4, 4), (64, 4, 5), (64, 4, 6), (128, 4, 2), (128, 4, 3), (128, 4, 4), (128, 8, 2), (256, 4, 2),
+               (256, 8, 2)),
+    "bf16": ((64, 4, 1), (64, 4, 2), (64, 4, 3), (64, 4, 4), (128, 4, 1), (128, 4, 2), (128, 8, 1), (256, 8, 1)),
+}  # fmt: skip
+"""block_n, warps and programs of the kernels for Hopper at few rows, by the kind of tuned entry."""
 
 
-def few_rows_candidates(m: int, n: int) -> list[Any]:
-    """Of `a16w4_hopper` at up to 32 rows: about one turn of the multiprocessors, and where that is uneven, around it;
-    a ring as deep as fits, or half of that."""
-    bm = 8 if m <= 8 else 16 if m <= 16 else 32
+def few_rows_candidates(kind: str, m: int, n: int) -> list[Any]:
+    """Of the kernels for Hopper at few rows: about one turn of the multiprocessors, and where that is uneven, around
+    it; a ring as deep as fits, or half of that."""
+    bm = 8 if m <= 8 else 16 if m <= 16 else 32 if m <= 32 else 64
     found = []
-    for (bn, warps, programs), splits in product(FEW_ROWS_SHAPES, (1, 2, 3, 4, 6, 8, 12, 16)):
-        deepest = deepest_ring(bm, bn, programs)
-        if deepest < 3 or not 0.4 <= -(-n // bn) * splits / (132 * programs) <= 1.7:
+    for (bn, warps, programs), splits in product(FEW_ROWS_SHAPES[kind], (1, 2, 3, 4, 6, 8, 12, 16)):
+        deepest, turns = deepest_ring(kind, bm, bn, programs), -(-n // bn) * splits / (132 * programs)
+        if deepest < 3 or turns < 0.4 or (turns > 1.7 and splits > 1):
             continue
         for producer, stages, ahead in product((False, True), {deepest, max(2, deepest // 2)}, (0, 1, 16)):
             registers = 65536 // (32 * (warps + 4 * producer) * programs)
             if producer:
                 registers = (registers * (warps + 4) - 24 * 4) // warps
-            if bn // warps < 32 or registers >= {8: 0, 16: 106, 32: 150}[bm]:  # or it spills
+            needed = {8: 0, 16: 106, 32: 150}[bm] if kind == "planes" and bn // warps >= 32 else 0
+            if registers >= needed:  # or it spills
                 found.append(HopperConfig(bm, bn, splits, warps, stages, producer, programs, min(ahead, stages)))
     return found
 
 
-def gated_hopper_candidates(m: int) -> list[HopperConfig]:
-    """Of `a16w4_hopper` with SiLU-mul at its end, up to 64 rows."""
+def gated_hopper_candidates(kind: str, m: int) -> list[HopperConfig]:
+    """Of the same with SiLU-mul at the end, up to 64 rows; kind: "gated planes" or "gated bf16"."""
     bm = 8 if m <= 8 else 16 if m <= 16 else 32 if m <= 32 else 64
     return [
-        HopperConfig(bm, bn, 1, warps, deepest_ring(bm, bn, programs), producer, programs, ahead)
+        HopperConfig(bm, bn, 1, warps, stages, producer, programs, ahead)
         for (bn, warps, programs), producer, ahead in product(
-            ((128, 4, 2), (128, 4, 3), (256, 8, 1), (256, 8, 2)), (False, True), (0, 1)
+            ((128, 4, 1), (128, 4, 2), (128, 4, 3), (256, 8, 1), (256, 8, 2)), (False, True), (0, 1)
         )
-        if bm <= 16 or programs < 3
+        if (stages := deepest_ring(kind, bm, bn, programs)) >= 2 and (bm <= 16 or programs < 3)
     ]
 
 
@@ -97,9 +101,11 @@ def matmul_candidates(kind: str, m: int, n: int, hopper: bool = False) -> list[A
     if kind == "hopper":
         return hopper_candidates(m, n)
     if kind == "planes":
-        return planes_candidates(m) + (few_rows_candidates(m, n) if hopper and m <= 32 else [])
+        return planes_candidates(m) + (few_rows_candidates(kind, m, n) if hopper and m <= 32 else [])
     if kind == "wide":
         return wide_candidates(m)
+    if kind == "bf16" and hopper and m <= 64:
+        return plain_candidates(m, 2) + few_rows_candidates(kind, m, n)
     return plain_candidates(m, 2 if kind == "bf16" else 1)
 
 

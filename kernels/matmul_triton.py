@@ -113,25 +113,29 @@ def linear_partials(x: Tensor | SummedRows, weight: PackedWeight, config: Config
     one split)."""
     (m, k), n = x.shape, weight.shape[0]
     x, sums = (x.x, x.sums) if isinstance(x, SummedRows) else (x, None)
-    if weight.layout != "planes":
-        assert not isinstance(config, HopperConfig)
-        return skinny_partials(x, weight, config or plain_config(m, n, k, weight.data.element_size()))
-    config = config or four_bit_config(m, weight)
-    if isinstance(config, WideConfig):
-        return wide_partials(x, weight, config)
-    return planes_partials(x, weight, config, sums)
+    if weight.layout == "planes":
+        config = config or four_bit_config(m, weight)
+        if isinstance(config, WideConfig):
+            return wide_partials(x, weight, config)
+    else:
+        config = config or plain_config(m, n, k, weight.data.element_size())
+    return streamed(x, weight, config, sums)
 
 
-def planes_partials(
-    x: Tensor, weight: PackedWeight, config: SkinnyConfig | HopperConfig, sums: Tensor | None = None,
-    gated: bool = False,
+def streamed(
+    x: Tensor, weight: PackedWeight, config: Config, sums: Tensor | None = None, gated: bool = False
 ) -> Tensor:
-    """As `a16w4_partials`, by the kernel that the tiles are for."""
-    if isinstance(config, SkinnyConfig):
-        return a16w4_partials(x, weight, config, sums, gated)
-    from .a16w4_hopper import a16w4_hopper_partials
+    """As `a16w4_partials`, by the kernel that the weight's layout and the tiles are for."""
+    planes = weight.layout == "planes"
+    if isinstance(config, HopperConfig):
+        from .a16w4_hopper import a16w4_hopper_partials
+        from .bf16_hopper import bf16_hopper_partials
 
-    return a16w4_hopper_partials(x, weight, config, gated)
+        return (a16w4_hopper_partials if planes else bf16_hopper_partials)(x, weight, config, gated)
+    if planes:
+        assert isinstance(config, SkinnyConfig)
+        return a16w4_partials(x, weight, config, sums, gated)
+    return skinny_partials(x, weight, config, gated)
 
 
 def four_bit_config(m: int, weight: PackedWeight) -> Config:
@@ -161,19 +165,16 @@ def gated_fused(x: Tensor, weight: PackedWeight) -> Tensor | None:
         return None
     if weight.layout == "planes":
         assert weight.group_size is not None
-        kind = "planes"
-        config: SkinnyConfig | HopperConfig = planes_config(m, n, k, weight.group_size)
+        kind, plain = "planes", planes_config(m, n, k, weight.group_size)
     else:
         kind = "bf16" if weight.format == "bf16" else "int8"
-        config = plain_config(m, n, k, weight.data.element_size())
-    tuned = gated_config(kind, m, n, k, config)
-    if isinstance(tuned, SkinnyConfig) or weight.group_size == 128:
-        config = tuned
+        plain = plain_config(m, n, k, weight.data.element_size())
+    config = gated_config(kind, m, n, k, plain)
+    if isinstance(config, HopperConfig) and weight.group_size not in (None, 128):
+        config = plain
     if config.splits > 1 or n % config.block_n:
         return None
-    if isinstance(config, SkinnyConfig) and weight.layout == "plain":
-        return skinny_partials(x.contiguous(), weight, config, gated=True)[0]
-    return planes_partials(x.contiguous(), weight, config, gated=True)[0]
+    return streamed(x.contiguous(), weight, config, gated=True)[0]
 
 
 def _summed(partials: Tensor, bias: Tensor | None, partial: bool = False) -> Tensor:

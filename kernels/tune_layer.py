@@ -98,8 +98,8 @@ def candidates(records: list[dict[str, Any]], problem: Problem, most: int = 9) -
     used = table().get(problem) or (table().get((kind.removeprefix("gated "), m, n, k)) if gated else None)
     start = [] if used is None else [used | {"splits": 1} if gated else used]
     found: list[Config] = [APART] if gated else []
-    if kind == "gated planes" and warp_group_products():
-        found += [asdict(config) for config in gated_hopper_candidates(m)]
+    if kind in ("gated planes", "gated bf16") and warp_group_products():
+        found += [asdict(config) for config in gated_hopper_candidates(kind, m)]
     for config in start + [c for one in start for c in neighbours(one, kind)] + ranked[:most] + many[: most // 2]:
         if config not in found:
             found.append(config)

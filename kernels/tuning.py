@@ -47,9 +47,9 @@ class WideConfig:
 
 @dataclass(frozen=True)
 class HopperConfig:
-    """Tiles of `a16w4_hopper`. warps: those that multiply; producer: four more issue the copies. programs: that are to
-    share a multiprocessor. ahead: groups whose weights are copied before the kernel before has ended. late: as in
-    SkinnyConfig."""
+    """Tiles of `a16w4_hopper` and `bf16_hopper`. warps: those that multiply; producer: four more issue the copies.
+    programs: that are to share a multiprocessor. ahead: groups whose weights are copied before the kernel before has
+    ended. late: as in SkinnyConfig."""
 
     block_m: int
     block_n: int
@@ -159,11 +159,11 @@ def hopper_config(m: int, n: int, k: int) -> HopperConfig:
     return HopperConfig(256, 128, _splits(n, k, 128, 128, programs, 8) if m <= 512 else 1, 8, 3, True)
 
 
-def plain_config(m: int, n: int, k: int, element_bytes: int) -> SkinnyConfig:
+def plain_config(m: int, n: int, k: int, element_bytes: int) -> SkinnyConfig | HopperConfig:
     """bf16 and A16W8 (int8, fp8): the configuration for x [m, k] and a plain weight [n, k]."""
     found = _tuned("bf16" if element_bytes == 2 else "int8", m, n, k)
     if found is not None:
-        return SkinnyConfig(**found)
+        return skinny_or_hopper(found)
     block_m = 16 if m <= 16 else 32 if m <= 32 else 64 if m <= 64 else 128
     if element_bytes == 2:
         return SkinnyConfig(block_m, 32, _splits(n, k, 32, 128, 640, 4), 2, 3, 128)

@@ -17,7 +17,7 @@ if sys.platform != "linux":
 import torch
 from triton.experimental.gluon.language import NVMMASharedLayout
 
-from kernels import a16w4_hopper, pack_weight
+from kernels import a16w4_hopper, bf16_hopper, hopper_ring, pack_weight
 from kernels.tuning import HopperConfig
 from tests.unit.kernels.sass import Compiled, compile_kernel, mma, opcodes
 
@@ -28,28 +28,24 @@ def descriptor(element: str, box: list[int], layout: NVMMASharedLayout) -> str:
     return f"tensordesc<{element}{box},{layout!r}>"
 
 
-def compiled(config: HopperConfig, out: torch.dtype, by_tma: bool, gated: bool) -> Compiled:
-    element = "bf16" if out == torch.bfloat16 else "fp32"
-    x_box, w_box, s_box = a16w4_hopper.boxes(config, gated)
-    signature = {
-        "x_desc": descriptor("bf16", x_box, a16w4_hopper.X_LAYOUT),
-        "w_desc": descriptor("i16", w_box, a16w4_hopper.WORDS_LAYOUT),
-        "s_desc": descriptor("i32", s_box, a16w4_hopper.SCALES_LAYOUT),
-        "out": f"*{element}",
-    }
-    signature |= dict.fromkeys("M N K groups_per_split".split(), "i32")
+def compiled(config: HopperConfig, out: torch.dtype, by_tma: bool, gated: bool, format: str = "int4") -> Compiled:
+    element, four_bit = "bf16" if out == torch.bfloat16 else "fp32", format == "int4"
+    kernel = a16w4_hopper.a16w4_hopper_kernel if four_bit else bf16_hopper.bf16_hopper_kernel
+    x_box, w_box, *s_box = (a16w4_hopper if four_bit else bf16_hopper).boxes(config, gated)
+    words = ("i16", w_box, a16w4_hopper.WORDS_LAYOUT) if four_bit else ("bf16", w_box, bf16_hopper.WEIGHT_LAYOUT)
+    signature = {"x_desc": descriptor("bf16", x_box, hopper_ring.X_LAYOUT), "w_desc": descriptor(*words)}
+    signature |= {"s_desc": descriptor("i32", s_box[0], a16w4_hopper.SCALES_LAYOUT)} if four_bit else {}
+    signature |= {"out": f"*{element}"} | dict.fromkeys("M N K groups_per_split".split(), "i32")
     constants: dict[str, object] = {"STAGES": config.stages, "EARLY": 2 if config.late else 1, "GATED": gated}
-    constants |= {"PRODUCER": config.producer, "AHEAD": config.ahead, "GROUPED": config.block_m <= 32}
+    constants |= {"PRODUCER": config.producer, "AHEAD": config.ahead}
     if by_tma:
         box = [1, config.block_m, config.block_n // (2 if gated else 1)]
-        signature["y_desc"] = descriptor(element, box, a16w4_hopper.OUT_LAYOUTS[out])
+        signature["y_desc"] = descriptor(element, box, hopper_ring.OUT_LAYOUTS[out])
     else:
         constants["y_desc"] = None
-    options = a16w4_hopper.launch_options(config)
-    return compile_kernel(
-        a16w4_hopper.a16w4_hopper_kernel, signature, constants, ["out", "K"], options.pop("num_warps"), config.stages,
-        **options,
-    )
+    options = hopper_ring.launch_options(config)
+    warps = options.pop("num_warps")
+    return compile_kernel(kernel, signature, constants, ["out", "K"], warps, config.stages, **options)
 
 
 def check(built: Compiled, config: HopperConfig, budget: float) -> list[str]:
@@ -112,12 +108,30 @@ def test_gates_at_many_rows(config: HopperConfig) -> None:
     assert waits(check(compiled(config, torch.bfloat16, True, True), config, 3.2)) == [1] * 4
 
 
-def early_copies(built: Compiled, producer: bool) -> int:
-    """Copies before the wait for the kernel before, which may write x: of words and scales, two a group. The loop of a
-    producer, which ptxas puts first, is left out."""
+@pytest.mark.parametrize(
+    "config, gated",
+    [
+        (HopperConfig(8, 64, 1, 4, 6, False, 2, 2), False), (HopperConfig(8, 128, 1, 4, 3, True, 2, 2), True),
+        (HopperConfig(16, 128, 1, 8, 6, False, 1, 6), False), (HopperConfig(64, 128, 1, 4, 4, False), True),
+        (HopperConfig(64, 64, 1, 4, 3, True, 2, 3), False),
+    ],
+)  # fmt: skip
+def test_bf16(config: HopperConfig, gated: bool) -> None:
+    """Nothing but products, waits and copies: an eighth of an instruction a weight, and no operand in registers."""
+    built = compiled(config, torch.bfloat16 if gated else torch.float32, config.block_m == 64, gated, "bf16")
+    loop, counts = built.loop(), opcodes(built.loop())
+    assert built.spilled == 0 and waits(loop) == [1] and slots_are_free(loop, config.warps)
+    assert mma(loop) == counts["HGMMA"] == 8 * config.block_n // (16 * config.warps)
+    assert not {"LDS", "LDSM", "STS", "SHFL", "LDG"} & counts.keys() and len(loop) <= 120
+    assert early_copies(built, config.producer, 1) == config.ahead
+
+
+def early_copies(built: Compiled, producer: bool, parts: int = 2) -> int:
+    """Copies before the wait for the kernel before, which may write x: of the `parts` of a weight (words and scales)
+    for each group. The loop of a producer, which ptxas puts first, is left out."""
     before = built.sass[: next(i for i, line in enumerate(built.sass) if "ACQBULK" in line)]
     assert not any(re.search(r"\b(STG|LDG|UTMASTG)", line) for line in before)
-    return sum("UTMALDG" in line for line in before) - 3 * producer
+    return sum("UTMALDG" in line for line in before) - (parts + 1) * producer
 
 
 def slots_are_free(loop: list[str], warps: int) -> bool:
@@ -148,3 +162,17 @@ def test_what_it_does_not_take(group_size: int, config: HopperConfig, gated: boo
     weight = pack_weight(torch.ones(64, 128), "int4", group_size=group_size, device="cpu", layout="planes")
     with pytest.raises(ValueError, match=match):
         a16w4_hopper.a16w4_hopper_partials(torch.ones(70, 128, dtype=torch.bfloat16), weight, config, gated)
+
+
+@pytest.mark.parametrize(
+    "k, config, gated, match",
+    [
+        (130, HopperConfig(16, 64, 1, 4, 3), False, "multiples of 16 bytes, not 260"),
+        (128, HopperConfig(16, 64, 1, 8, 3), False, "a multiple of 16 rows a warp and stages 2 or more, not 64 for 8"),
+        (128, HopperConfig(16, 64, 1, 4, 3), True, "a multiple of 32 rows a warp, and divide N,"),
+    ],
+)
+def test_what_bf16_does_not_take(k: int, config: HopperConfig, gated: bool, match: str) -> None:
+    weight = pack_weight(torch.ones(64, k), "bf16", device="cpu", layout="plain")
+    with pytest.raises(ValueError, match=match):
+        bf16_hopper.bf16_hopper_partials(torch.ones(16, k, dtype=torch.bfloat16), weight, config, gated)

@@ -19,6 +19,7 @@ from kernels import (
     KV_FORMATS,
     PackedWeight,
     a16w4_hopper,
+    bf16_hopper,
     candidates,
     matmul_triton,
     pack_weight,
@@ -55,9 +56,10 @@ def test_candidates_of_a8w4(m: int) -> None:
         assert (config.block_m * 128 + config.block_n * 64) * config.stages <= SHARED
 
 
-def takes(config: HopperConfig) -> bool:
-    """What `a16w4_hopper_partials` and a multiprocessor's shared memory allow."""
-    program = config.stages * (config.block_m * 256 + config.block_n * 68 + 16) + 1024  # which the driver keeps
+def takes(config: HopperConfig, kind: str = "hopper") -> bool:
+    """What the kernels for Hopper and a multiprocessor's shared memory allow."""
+    row = 256 if kind == "bf16" else 68
+    program = config.stages * (config.block_m * 256 + config.block_n * row + 16) + 1024  # which the driver keeps
     fits = program <= SHARED and program * config.programs <= SHARED + 1024
     return fits and config.block_n % max(64, 16 * config.warps) == 0 and config.ahead <= config.stages >= 2
 
@@ -71,21 +73,22 @@ def test_candidates_for_hopper(m: int, n: int) -> None:
     assert n > 4096 or m > 512 or len({config.splits for config in found}) > 2
 
 
-@pytest.mark.parametrize("m", [1, 8, 16, 32])
+@pytest.mark.parametrize("kind, m", [("planes", 1), ("planes", 16), ("planes", 32), ("bf16", 1), ("bf16", 64)])
 @pytest.mark.parametrize("n, k", SHAPES.values())
-def test_candidates_of_few_rows(m: int, n: int, k: int) -> None:
+def test_candidates_of_few_rows(kind: str, m: int, n: int, k: int) -> None:
     """On Hopper either kernel may be the better one, so that both are tried."""
-    older, hopper = (candidates.matmul_candidates("planes", m, n, hopper) for hopper in (False, True))
+    older, hopper = (candidates.matmul_candidates(kind, m, n, hopper) for hopper in (False, True))
     found = [c for c in hopper if isinstance(c, HopperConfig)]
     assert not any(isinstance(c, HopperConfig) for c in older) and len(found) >= 24 and len(set(found)) == len(found)
-    assert all(map(takes, found)) and {c.ahead > 0 for c in found} == {c.producer for c in found} == {False, True}
-    gated = candidates.gated_hopper_candidates(m)
-    assert all(map(takes, gated)) and all(c.splits == 1 and c.block_n % (32 * c.warps) == 0 for c in gated)
+    assert all(takes(c, kind) for c in found) and {c.ahead > 0 for c in found} == {c.producer for c in found}
+    gated = candidates.gated_hopper_candidates(f"gated {kind}", m)
+    assert gated and all(takes(c, kind) and c.splits == 1 and c.block_n % (32 * c.warps) == 0 for c in gated)
 
 
-def test_an_entry_says_by_which_kernel_few_rows_run(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("format, kind", [("int4", "planes"), ("bf16", "bf16")])
+def test_an_entry_says_by_which_kernel_few_rows_run(format: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tiles = HopperConfig(16, 128, 1, 4, 4, True, 3, 1)
-    entries = {(kind, 16, 256, 512): asdict(tiles) for kind in ("planes", "gated planes")}
+    entries = {(each, 16, 256, 512): asdict(tiles) for each in (kind, f"gated {kind}")}
     monkeypatch.setattr(tuning, "table", lambda: entries)
     run: list[tuple[object, bool]] = []
 
@@ -93,15 +96,15 @@ def test_an_entry_says_by_which_kernel_few_rows_run(monkeypatch: pytest.MonkeyPa
         run.append((config, gated))
         return torch.empty(1, x.shape[0], 128 if gated else 256)
 
-    monkeypatch.setattr(a16w4_hopper, "a16w4_hopper_partials", noted)
-    x = torch.ones(16, 512).bfloat16()
-    weights = {
-        g: pack_weight(torch.ones(256, 512), "int4", group_size=g, device="cpu", layout="planes") for g in (64, 128)
-    }
-    matmul_triton.linear_partials(x, weights[128])
-    assert matmul_triton.gated_fused(x, weights[128]) is not None
+    here, name = (a16w4_hopper, "a16w4_hopper_partials") if format == "int4" else (bf16_hopper, "bf16_hopper_partials")
+    monkeypatch.setattr(here, name, noted)
+    x, layout = torch.ones(16, 512).bfloat16(), "planes" if format == "int4" else "plain"
+    weight = pack_weight(torch.ones(256, 512), format, device="cpu", layout=layout)
+    matmul_triton.linear_partials(x, weight)
+    assert matmul_triton.gated_fused(x, weight) is not None
     assert run == [(tiles, False), (tiles, True)]
-    assert isinstance(matmul_triton.four_bit_config(16, weights[64]), SkinnyConfig)
+    other = pack_weight(torch.ones(256, 512), "int4", group_size=64, device="cpu", layout="planes")
+    assert isinstance(matmul_triton.four_bit_config(16, other), SkinnyConfig)
 
 
 def test_a_gpu_is_tuned_for_the_kernels_that_it_runs() -> None:
