@@ -9,7 +9,7 @@ import kernels
 from kernels import matmul_triton
 from tests.unit.kernels import checks
 
-LAYOUT = {"bf16": "plain", "int8": "plain", "int4": "planes"}
+LAYOUT = {"bf16": "plain", "int8": "pairs", "int4": "planes"}
 
 
 @pytest.mark.parametrize("format, group_size", [("bf16", 128), ("int8", 128), ("int4", 128), ("int4", 64)])
