@@ -12,7 +12,6 @@ too: the low and the high bytes of one half of its words, then those of the othe
 # ruff: noqa: N803
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor

@@ -32,15 +32,20 @@ def wide_candidates(m: int) -> list[Any]:
     ]
 
 
-def hopper_candidates(m: int, n: int) -> list[Any]:
+def hopper_candidates(m: int, n: int, row_bytes: int) -> list[Any]:
     """Tiles that give work to most multiprocessors, in about as many stages as fit; two programs of four warps share
-    one."""
+    one. row_bytes: of a weight row in one slot, 64 in planes and 128 in pairs."""
     rows = (64,) if m <= 64 else (64, 128) if m <= 128 else (128, 256)
+
+    def held(bm: int, bn: int, warps: int, stages: int) -> int:
+        programs = 2 if warps == 4 and bm * bn <= 1 << 14 else 1
+        return (bm * 256 + bn * row_bytes) * stages * programs
+
     shapes = [
         (bm, bn, warps, stages)
         for bm, bn, warps, stages in product(rows, (64, 128, 256), (4, 8), (2, 3, 4, 5))
         if bn >= 16 * warps and 1 << 10 <= bm * bn // warps <= 1 << 12
-        and 140 << 10 <= (bm * 256 + bn * 64) * stages * (2 if warps == 4 and bm * bn <= 1 << 14 else 1) <= 224 << 10
+        and 140 << 10 <= held(bm, bn, warps, stages) <= 224 << 10
     ]  # fmt: skip
     return [
         HopperConfig(bm, bn, splits, warps, stages, producer)
@@ -52,21 +57,29 @@ def hopper_candidates(m: int, n: int) -> list[Any]:
 
 def matmul_candidates(kind: str, m: int, n: int) -> list[Any]:
     """Of a product that reads x in 16 bits, by the kind of tuned entry."""
-    if kind == "hopper":
-        return hopper_candidates(m, n)
+    if kind in ("hopper", "pairs_hopper"):
+        return hopper_candidates(m, n, 64 if kind == "hopper" else 128)
     if kind in ("planes", "wide"):
         return planes_candidates(m) if kind == "planes" else wide_candidates(m)
-    return plain_candidates(m, 2 if kind == "bf16" else 1)
+    return pairs_candidates(m) if kind == "pairs" else plain_candidates(m, 2 if kind == "bf16" else 1)
+
+
+def pairs_candidates(m: int) -> list[Any]:
+    """Whole groups of 128 columns a step, 12 to 200 kB on their way; up to 64 rows few warps a program, whose products
+    need no group of four."""
+    rows = 8 if m <= 8 else 16 if m <= 16 else 32 if m <= 32 else 64
+    tiles = product((rows,), (32, 64, 128), (1, 2, 4), (3, 4, 5), (128, 256), (1, 2, 4, 6, 8))
+    if m > 64:
+        tiles = product((64, 128, 256), (64, 128, 256), (4, 8), (2, 3, 4), (128,), (1, 2, 4))
+    return [
+        SkinnyConfig(bm, bn, s, w, st, bk)
+        for bm, bn, w, st, bk, s in tiles
+        if bm <= max(m, 8) and bn >= 16 * w and bm * bn // w <= 1 << 12 and (m <= 64 or bm * bn // w >= 1 << 10)
+        and (12 if m <= 64 else 32) << 10 <= (bm * 2 + bn) * bk * st <= 200 << 10
+    ]  # fmt: skip
 
 
 def plain_candidates(m: int, element_bytes: int) -> list[Any]:
-    if m > 64:
-        return [
-            SkinnyConfig(bm, bn, s, w, st, bk)
-            for bm, bn, w, st, bk, s in product(*[(64, 128, 256)] * 2, (4, 8), (2, 3, 4), (64, 128), (1, 2, 4))
-            if bm <= m and bm * bn <= 1 << 15 and bn // w >= 16 and 1 << 10 <= bm * bn // w <= 1 << 12
-            and 32 << 10 <= (bm * 2 + bn * element_bytes) * bk * st <= 200 << 10
-        ]  # fmt: skip
     bm = 8 if m <= 8 else 16 if m <= 16 else 32 if m <= 32 else 64
     if m > 16:
         shapes = [

@@ -3,12 +3,12 @@ rows; and the dequantizer for more.
 
 At M <= 16 the time is the weight's bytes over the bandwidth, so all that counts is bytes in flight: many small
 programs, deep pipelines, and splits of K where N alone gives too few programs. Above, instructions count too, and int8
-codes come in pairs (`packing.pack_pairs`): a tile of int16 words [BN, 64] has the width of a bf16 operand, so it reaches
-the tensor core's left operand by the ordinary 16-byte path, and seven instructions turn four codes into bf16
+codes come in pairs (`packing.pack_pairs`): a tile of int16 words [BN, 64] has the width of a bf16 operand, so it
+reaches the tensor core's left operand by the ordinary 16-byte path, and seven instructions turn four codes into bf16
 (`triton_common.int8_bf16`). Plain int8 codes (w8a8) become bf16 by Triton's own conversion and change their layout on
-the way, which takes twice as many; e4m3 by way of fp16, which holds them all: two codes take one instruction
-(cvt.rn.f16x2.e4m3x2), where straight to bf16 the compiler goes through the slow conversion pipe. All are exact; the
-scale of the output channel is applied to the accumulator.
+the way, so that a loop has twice as many instructions; e4m3 by way of fp16, which holds them all: two codes take one
+instruction (cvt.rn.f16x2.e4m3x2), where straight to bf16 the compiler goes through the slow conversion pipe. All are
+exact; the scale of the output channel is applied to the accumulator.
 
     w [BN, BK]  left operand, K contiguous      x [BK, BM]  right operand, columns past M are zeros
 """

@@ -182,8 +182,9 @@ def minus_bf16(a, b, INTERP: tl.constexpr):
 def int8_bf16(words, HIGH: tl.constexpr, INTERP: tl.constexpr):
     """bf16 of the int8 codes in the low or high bytes of int16 words, exactly.
 
-    Seven bits under the exponent of 128 are 128 + bits; the sign under the same exponent is its last bit, so 128 or 256.
-    Their difference is the code in two's complement: three instructions for two codes, and a shift for the high ones."""
+    Seven bits under the exponent of 128 are 128 + bits; the sign bit is the last of that exponent, which makes it 128
+    or 256. Their difference is the code in two's complement: three instructions for two codes, and a shift for the
+    high ones."""
     if INTERP:
         return ((words if HIGH else (words << 8).to(tl.int16)) >> 8).to(tl.float32)
     asm: tl.constexpr = int8_pair("$0", "$1", HIGH, cuda_capability_geq(9, 0))

@@ -44,6 +44,8 @@ def kind_of(format: str, m: int) -> str:
         return {"w4a8": "a8w4"}.get(format, "a8w8")
     if format in ("int4", "w4a8"):
         return "hopper" if m > HOPPER_SKINNY_ROWS and warp_group_products() else "planes"
+    if format == "int8":
+        return "pairs_hopper" if m > HOPPER_SKINNY_ROWS and warp_group_products() else "pairs"
     return "bf16" if format == "bf16" else "int8"
 
 
@@ -52,7 +54,7 @@ def problem_of(name: str, format: str, m: int) -> Problem | None:
     kind = kind_of(format, m)
     if name != "gated":
         return (kind, m, *problems.SHAPES[name])
-    own = {"hopper": "planes"}.get(kind, kind)  # the kernels that SiLU-mul can be part of
+    own = {"hopper": "planes", "pairs_hopper": "pairs"}.get(kind, kind)  # the kernels that SiLU-mul can be part of
     return (f"gated {own}", m, *problems.SHAPES["gate_up"]) if activation_codes(format, m) is None else None
 
 
@@ -66,20 +68,22 @@ RANGES = {"block_n": (32, 256), "block_k": (64, 256), "splits": (1, 16), "warps"
 
 
 def neighbours(config: Config, kind: str) -> list[Config]:
-    """One field changed at a time; block_k means nothing to 4-bit weights, and a gated product does not split K."""
+    """One field changed at a time; block_k means nothing to 4-bit weights and is 128 or more of pairs, and a gated
+    product does not split K."""
     changes: list[Config] = [{"late": not config.get("late", False)}]
-    if kind == "hopper":
+    hopper = kind in ("hopper", "pairs_hopper")
+    if hopper:
         changes.append({"producer": not config["producer"]})
-    unread = "splits" if kind.startswith("gated ") else "block_k" if kind in ("planes", "hopper") else ""
+    unread = "splits" if kind.startswith("gated ") else "block_k" if hopper or kind == "planes" else ""
     for name, (least, most) in RANGES.items():
         if name == unread or name not in config:
             continue
         held = config[name]
         near = (held + 1, held - 1) if name == "stages" else (held * 2, held // 2)
+        least = 128 if name == "block_k" and kind.endswith("pairs") else least
         changes += [{name: value} for value in near if least <= value <= most]
     found = [config | change for change in changes]
-    whole_groups = kind != "hopper"  # its warps come in fours
-    return [c for c in found if c["block_n"] >= 16 * c["warps"] and (whole_groups or c["warps"] % 4 == 0)]
+    return [c for c in found if c["block_n"] >= 16 * c["warps"] and not (hopper and c["warps"] % 4)]  # in fours
 
 
 def candidates(records: list[dict[str, Any]], problem: Problem, most: int = 9) -> list[Config]:

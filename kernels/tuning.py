@@ -47,8 +47,8 @@ class WideConfig:
 
 @dataclass(frozen=True)
 class HopperConfig:
-    """Tiles of `wide_hopper` and `a16w8_hopper`. warps: those that multiply; producer: four more issue the copies. late: as in
-    SkinnyConfig."""
+    """Tiles of `wide_hopper` and `a16w8_hopper`. warps: those that multiply; producer: four more issue the copies.
+    late: as in SkinnyConfig."""
 
     block_m: int
     block_n: int
@@ -158,12 +158,12 @@ def pairs_config(m: int, n: int, k: int) -> SkinnyConfig:
         return SkinnyConfig(8 if m <= 8 else 16, 64, _splits(n, k, 64, 128, 512, 4), 2, 4)
     if m <= 64:
         return SkinnyConfig(32 if m <= 32 else 64, 64, _splits(n, k, 64, 128, 264, 4), 4, 3)
-    return SkinnyConfig(128, 64, _splits(n, k, 64, 128, 264 // -(-m // 128), 4), 4, 2)
+    return SkinnyConfig(128, 128, _splits(n, k, 128, 128, 132 // -(-m // 128), 4), 8, 2)
 
 
 def pairs_hopper_config(m: int, n: int, k: int) -> HopperConfig:
     """A16W8, M > 32, on a Hopper GPU: the configuration for x [m, k] and a pairs weight [n, k]."""
-    found = _tuned("pairs hopper", m, n, k)
+    found = _tuned("pairs_hopper", m, n, k)
     if found is not None:
         return HopperConfig(**found)
     if m <= 128:
