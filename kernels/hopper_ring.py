@@ -3,7 +3,7 @@ explicit schedules.
 
     x tile    [BM, G] bf16                     by TMA into a ring of STAGES slots
     weights   words [halves, BN/64/halves, 64, G/4] int16 and scales [1, halves, BN/halves] int32 of 4-bit weights, or
-              bf16 [halves, BN/halves, G]      by TMA into rings beside it
+              bf16 [halves, BN/halves, G], int8 in pairs [halves, BN/halves, 64]      by TMA into rings beside it
     full      flips when all bytes of a slot are there; empty, when it may be filled again
     acc       [BN, BM] float32                 in registers; out by TMA, or masked where that cannot be or rows are few
 
@@ -34,7 +34,7 @@ REGISTERS = 65536  # 32-bit ones of a multiprocessor
 @gluon.jit
 def expect_group(operands, ring, slot, wanted):
     """All bytes of a group, so that a slot's `full` flips once, whenever its parts are copied."""
-    x_desc, w_desc, s_desc = operands
+    x_desc, w_desc, s_desc = operands[0], operands[1], operands[2]
     nbytes: gl.constexpr = (
         x_desc.block_type.nbytes + w_desc.block_type.nbytes + (0 if s_desc is None else s_desc.block_type.nbytes)
     )
@@ -138,8 +138,8 @@ def stream(
     EARLY: gl.constexpr, PRODUCER: gl.constexpr, AHEAD: gl.constexpr, GATED: gl.constexpr,
 ):
     """A whole kernel: one tile of out [SPLITS, M, N], whose `multiply` goes through `count` groups of K and releases
-    the slot of each."""
-    x_desc, w_desc, s_desc = operands
+    the slot of each. operands: descriptors of x, of weights and of scales (or None), and what else it reads."""
+    x_desc, w_desc, s_desc = operands[0], operands[1], operands[2]
     tile = gl.program_id(0), gl.program_id(1), gl.program_id(2)
     first = tile[2] * groups_per_split
     count = gl.minimum(groups_per_split, gl.cdiv(K, x_desc.block_type.shape[1]) - first)

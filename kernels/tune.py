@@ -44,6 +44,10 @@ from .triton_common import warp_group_products
 from .tuning import TUNED
 
 Task = tuple[str, dict[str, Any], list[Any]]  # operation, arguments of its problem, candidates
+FORMATS = {
+    "planes": "int4", "wide": "int4", "hopper": "int4", "pairs": "int8", "pairs_hopper": "int8", "int8": "w8a8",
+}  # fmt: skip
+"""The weights that a kind of entry is tuned with, where they are not called the same: plain int8 is that of w8a8."""
 
 
 def _runner(op: str, arguments: dict[str, Any]) -> Callable[[Any], problems.Calls]:
@@ -137,7 +141,8 @@ def tasks(kinds: list[str], most: int, hopper: bool = False) -> list[Task]:
     found: list[Task] = []
     rows = {
         "planes": (1, 8, 16, 32, 64), "wide": (128, 256), "hopper": (64, 128, 256, 512, 2048),
-        "bf16": (1, 16, 32, 64), "int8": (1, 16, 64, 128, 256),
+        "bf16": (1, 16, 32, 64), "int8": (1, 16), "pairs": (1, 16, 32, 64, 128, 256),
+        "pairs_hopper": (64, 128, 256, 512, 2048),
         "a8w8": (64, 128, 256, 2048), "a8w4": (128, 192, 256, 512),
     }  # fmt: skip
     for kind in kinds:
@@ -163,8 +168,8 @@ def tasks(kinds: list[str], most: int, hopper: bool = False) -> list[Task]:
             ]
             found.append((kind, {"m": 8192, "n": 8192, "k": 8192}, a8w8_candidates(8192)))
         else:
-            format = "int4" if kind in ("planes", "wide", "hopper") else kind
-            shapes = [*problems.SHAPES.values(), *([problems.HEAD] if kind in ("bf16", "int8") else [])]
+            format = FORMATS.get(kind, kind)
+            shapes = [*problems.SHAPES.values(), *([problems.HEAD] if format in ("bf16", "int8") else [])]
             for m, (n, k) in product(rows[kind], shapes):
                 candidates = matmul_candidates(kind, m, n, hopper)
                 found.append((kind, {"format": format, "m": m, "n": n, "k": k}, candidates))
@@ -214,8 +219,9 @@ def write_entries(found: list[dict[str, Any]], command: str) -> None:
 
 
 def kinds(hopper: bool) -> list[str]:
-    """What is tuned on a GPU: of the two kernels for many rows of 4-bit weights the one that runs there."""
-    return ["planes", "hopper" if hopper else "wide", "bf16", "int8", "a8w8", "a8w4", "decode", "prefill"]
+    """What is tuned on a GPU: of the kernels for many rows of 4-bit weights and of int8 those that run there."""
+    many = ["hopper", "pairs_hopper"] if hopper else ["wide"]
+    return ["planes", *many, "bf16", "int8", "pairs", "a8w8", "a8w4", "decode", "prefill"]
 
 
 def main() -> None:

@@ -46,6 +46,8 @@ def kind_of(format: str, m: int) -> str:
         return {"w4a8": "a8w4"}.get(format, "a8w8")
     if format in ("int4", "w4a8"):
         return "hopper" if m > HOPPER_SKINNY_ROWS and warp_group_products() else "planes"
+    if format == "int8":
+        return "pairs_hopper" if m > HOPPER_SKINNY_ROWS and warp_group_products() else "pairs"
     return "bf16" if format == "bf16" else "int8"
 
 
@@ -54,7 +56,7 @@ def problem_of(name: str, format: str, m: int) -> Problem | None:
     kind = kind_of(format, m)
     if name != "gated":
         return (kind, m, *problems.SHAPES[name])
-    own = {"hopper": "planes"}.get(kind, kind)  # the kernels that SiLU-mul can be part of
+    own = {"hopper": "planes", "pairs_hopper": "pairs"}.get(kind, kind)  # the kernels that SiLU-mul can be part of
     return (f"gated {own}", m, *problems.SHAPES["gate_up"]) if activation_codes(format, m) is None else None
 
 
@@ -68,7 +70,8 @@ RANGES = {"block_n": (32, 256), "block_k": (64, 256), "splits": (1, 16), "warps"
 
 
 def neighbours(config: Config, kind: str) -> list[Config]:
-    """One field changed at a time; block_k means nothing to 4-bit weights, and a gated product does not split K."""
+    """One field changed at a time; block_k means nothing to 4-bit weights and is 128 or more of pairs, and a gated
+    product does not split K."""
     changes: list[Config] = [{"late": not config.get("late", False)}]
     hopper = "producer" in config
     if hopper:
@@ -80,6 +83,7 @@ def neighbours(config: Config, kind: str) -> list[Config]:
             continue
         held = config[name]
         near = (held + 1, held - 1) if name == "stages" else (held * 2, held // 2)
+        least = 128 if name == "block_k" and kind.endswith("pairs") else least
         changes += [{name: value} for value in near if least <= value <= most]
     found = [config | change for change in changes]
     rows = 32 if hopper and kind.startswith("gated ") else 16  # of block_n a warp
@@ -98,7 +102,7 @@ def candidates(records: list[dict[str, Any]], problem: Problem, most: int = 9) -
     used = table().get(problem) or (table().get((kind.removeprefix("gated "), m, n, k)) if gated else None)
     start = [] if used is None else [used | {"splits": 1} if gated else used]
     found: list[Config] = [APART] if gated else []
-    if kind in ("gated planes", "gated bf16") and warp_group_products():
+    if kind in ("gated planes", "gated pairs", "gated bf16") and warp_group_products():
         found += [asdict(config) for config in gated_hopper_candidates(kind, m)]
     for config in start + [c for one in start for c in neighbours(one, kind)] + ranked[:most] + many[: most // 2]:
         if config not in found:

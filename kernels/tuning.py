@@ -20,8 +20,8 @@ TUNED = Path(__file__).parent / "tuned"
 
 @dataclass(frozen=True)
 class SkinnyConfig:
-    """Tiles of a small-M matmul. block_k is read by the plain kernel only (planes step by one group). late: the next
-    kernel is let in after the loop, see `triton_common.admit_next`."""
+    """Tiles of a small-M matmul. block_k is read by the plain kernel only (planes step by one group), of pairs it is a
+    multiple of 128. late: the next kernel is let in after the loop, see `triton_common.admit_next`."""
 
     block_m: int
     block_n: int
@@ -47,9 +47,9 @@ class WideConfig:
 
 @dataclass(frozen=True)
 class HopperConfig:
-    """Tiles of `a16w4_hopper` and `bf16_hopper`. warps: those that multiply; producer: four more issue the copies.
-    programs: that are to share a multiprocessor. ahead: groups whose weights are copied before the kernel before has
-    ended. late: as in SkinnyConfig."""
+    """Tiles of `a16w4_hopper`, `a16w8_hopper` and `bf16_hopper`. warps: those that multiply; producer: four more issue
+    the copies. programs: that are to share a multiprocessor. ahead: groups whose weights are copied before the kernel
+    before has ended. late: as in SkinnyConfig."""
 
     block_m: int
     block_n: int
@@ -159,8 +159,34 @@ def hopper_config(m: int, n: int, k: int) -> HopperConfig:
     return HopperConfig(256, 128, _splits(n, k, 128, 128, programs, 8) if m <= 512 else 1, 8, 3, True)
 
 
+def pairs_config(m: int, n: int, k: int) -> SkinnyConfig | HopperConfig:
+    """A16W8, M <= 256: the configuration for x [m, k] and a pairs weight [n, k]."""
+    found = _tuned("pairs", m, n, k)
+    if found is not None:
+        return skinny_or_hopper(found)
+    if m <= 16:
+        return SkinnyConfig(8 if m <= 8 else 16, 64, _splits(n, k, 64, 128, 512, 4), 2, 4)
+    if m <= 64:
+        return SkinnyConfig(32 if m <= 32 else 64, 64, _splits(n, k, 64, 128, 264, 4), 4, 3)
+    return SkinnyConfig(128, 128, _splits(n, k, 128, 128, 132 // -(-m // 128), 4), 8, 2)
+
+
+def pairs_hopper_config(m: int, n: int, k: int) -> HopperConfig:
+    """A16W8, M > 32, on a Hopper GPU: the configuration for x [m, k] and a pairs weight [n, k]."""
+    found = _tuned("pairs_hopper", m, n, k)
+    if found is not None:
+        return HopperConfig(**found)
+    if m <= 128:
+        splits = _splits(n, k, 128, 128, 264, 4)
+        if m <= 64:
+            return HopperConfig(64, 128, splits, 4, 3, True, 2)
+        return HopperConfig(128, 128, splits, 4, 2, False, 2)
+    programs = 132 // -(-m // 128)
+    return HopperConfig(128, 256, _splits(n, k, 256, 128, programs, 8) if m <= 512 else 1, 8, 3, True)
+
+
 def plain_config(m: int, n: int, k: int, element_bytes: int) -> SkinnyConfig | HopperConfig:
-    """bf16 and A16W8 (int8, fp8): the configuration for x [m, k] and a plain weight [n, k]."""
+    """bf16 and, of w8a8 and fp8, A16W8: the configuration for x [m, k] and a plain weight [n, k]."""
     found = _tuned("bf16" if element_bytes == 2 else "int8", m, n, k)
     if found is not None:
         return skinny_or_hopper(found)

@@ -1,4 +1,4 @@
-"""4-bit and bf16 weights by the kernels for Hopper GPUs, against float64.
+"""4-bit, int8 and bf16 weights by the kernels for Hopper GPUs, against float64.
 
     python -m pytest tests/gpu/test_hopper_gpu.py -q
 """
@@ -17,8 +17,9 @@ if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
     pytest.skip("needs a CUDA device of compute capability 9.0, and PyTorch sees none here", allow_module_level=True)
 
 import kernels
-from kernels import a16w4_hopper, bf16_hopper
+from kernels import a16w4_hopper, a16w8_hopper, bf16_hopper
 from kernels.a16w4_hopper import a16w4_hopper_partials
+from kernels.a16w8_hopper import a16w8_hopper_partials
 from kernels.bf16_hopper import bf16_hopper_partials
 from kernels.candidates import gated_hopper_candidates
 from kernels.tuning import HopperConfig
@@ -45,6 +46,17 @@ MANY = [
 ] + [HopperConfig(64, 64, 1, 4, 3, True, 3, 3)]  # fmt: skip
 FEW = with_producer_and_ahead(
     (8, 64, 4, 8, 4), (8, 256, 4, 5, 2), (16, 128, 4, 5, 3), (16, 256, 8, 2, 2), (32, 128, 4, 4, 2)
+)
+INT8_MANY = [
+    HopperConfig(block_m, block_n, 1, warps, stages, producer, programs)
+    for block_m, block_n, warps, stages, programs in (
+        (256, 128, 8, 2, 1), (128, 256, 8, 3, 1), (128, 128, 4, 2, 2), (128, 64, 4, 2, 2), (64, 128, 4, 3, 2),
+        (64, 256, 8, 3, 1),
+    )
+    for producer in (False, True)
+]  # fmt: skip
+INT8_FEW = with_producer_and_ahead(
+    (8, 64, 4, 4, 4), (8, 128, 4, 3, 3), (16, 128, 4, 5, 2), (16, 256, 8, 3, 1), (32, 128, 8, 4, 2)
 )
 BF16 = with_producer_and_ahead(
     (8, 64, 4, 6, 2), (8, 128, 8, 5, 1), (16, 128, 4, 2, 2), (64, 64, 4, 3, 2), (64, 256, 8, 2, 1)
@@ -73,6 +85,9 @@ class Kernel:
         x = draw(-4, 5, (m, k)).bfloat16()
         if self.format == "bf16":
             return x, kernels.pack_weight(draw(-16, 17, (n, k)).float(), "bf16", device="cuda")
+        if self.format == "int8":
+            held = kernels.QuantizedWeight("int8", draw(-128, 128, (n, k)).to(torch.int8), 2.0 ** draw(-1, 3, (n,)))
+            return x, kernels.pack_weight(held, "int8", device="cuda")
         codes, zero = draw(0, 16, (n, k)).to(torch.uint8), draw(0, 16, (n, k // 128)).to(torch.uint8)
         scale = 2.0 ** draw(-1, 3, (n, k // 128)).float()
         plain = kernels.QuantizedWeight("int4", codes, scale, zero, 128)
@@ -80,7 +95,8 @@ class Kernel:
 
 
 INT4, PLAIN = Kernel("int4", a16w4_hopper_partials, FEW, MANY), Kernel("bf16", bf16_hopper_partials, BF16, BF16[-12:])
-both = pytest.mark.parametrize("kernel", [INT4, PLAIN], ids=lambda kernel: kernel.format)
+INT8 = Kernel("int8", a16w8_hopper_partials, INT8_FEW, INT8_MANY)
+every = pytest.mark.parametrize("kernel", [INT4, INT8, PLAIN], ids=lambda kernel: kernel.format)
 
 
 @pytest.fixture
@@ -92,7 +108,7 @@ def poisoned_out(monkeypatch: pytest.MonkeyPatch) -> None:
         out, per_split = empty(steps, splits, m, n, device)
         return out.fill_(float("nan")), per_split
 
-    for module in (a16w4_hopper, bf16_hopper):
+    for module in (a16w4_hopper, a16w8_hopper, bf16_hopper):
         monkeypatch.setattr(module, "new_partials", filled)
 
 
@@ -105,7 +121,7 @@ def oracle(x: Tensor, weight: kernels.PackedWeight) -> Tensor:
     return x.double() @ weight.dequantize(torch.float64).t()
 
 
-@both
+@every
 @pytest.mark.usefixtures("poisoned_out")
 @pytest.mark.parametrize("m", [1, 3, 8, 13, 16, 32, 33, 64, 65, 200, 256, 1000, 2048])
 @pytest.mark.parametrize("n, k", [(4608, 4096), (320, 512), (200, 14336), (4612, 512)])  # 4612: out not by TMA
@@ -125,7 +141,7 @@ def test_products(kernel: Kernel, m: int, n: int, k: int) -> None:
         assert wrong == 0, f"{config}: {wrong} of {exact.numel()} elements differ"
 
 
-@both
+@every
 @pytest.mark.usefixtures("poisoned_out")
 @pytest.mark.parametrize("m", [1, 5, 8, 16, 30, 33, 64])
 def test_silu_mul_at_the_end(kernel: Kernel, m: int) -> None:
@@ -133,13 +149,13 @@ def test_silu_mul_at_the_end(kernel: Kernel, m: int) -> None:
     x, weight = poisoned_behind(normal((m, k), m, "cuda")), kernel.weight(n, k)
     gate, up = oracle(x, weight).chunk(2, 1)
     want = torch.nn.functional.silu(gate) * up
-    kind = "gated planes" if kernel is INT4 else "gated bf16"
+    kind = {"int4": "gated planes", "int8": "gated pairs"}.get(kernel.format, "gated bf16")
     for config in gated_hopper_candidates(kind, m):
         got = kernel.run(x, weight, config, gated=True)
         assert got.shape == (1, m, n // 2) and relative_error(got[0].double(), want) < 4e-3, config
 
 
-@both
+@every
 @pytest.mark.parametrize("late", [False, True])
 def test_behind_the_kernel_that_writes_x(kernel: Kernel, late: bool) -> None:
     """In a graph of norms and products, each let in before the one before it has ended: weights are read ahead, x must
@@ -168,14 +184,17 @@ def test_behind_the_kernel_that_writes_x(kernel: Kernel, late: bool) -> None:
 
 
 @pytest.mark.parametrize("m, late", [(300, False), (512, True)])  # ragged, and whole tiles
-@pytest.mark.parametrize("config", MANY, ids=str)
-def test_again_and_again(config: HopperConfig, m: int, late: bool) -> None:
+@pytest.mark.parametrize(
+    "kernel, config", [(kernel, config) for kernel in (INT4, INT8) for config in kernel.many],
+    ids=lambda value: value.format if isinstance(value, Kernel) else str(value),
+)
+def test_again_and_again(kernel: Kernel, config: HopperConfig, m: int, late: bool) -> None:
     """The same bits each time: behind kernels that fill the GPU, and behind each other, where a launch overlaps the end
     of the one before; and 3 splits of 32 groups are not of one length."""
     n, k = 4608, 4096
     config = replace(config, splits=3, late=late)
-    problems = [(poisoned_behind(normal((m, k), seed, "cuda")), INT4.weight(n, k, 9 + seed)) for seed in range(4)]
-    want = [a16w4_hopper_partials(x, weight, config) for x, weight in problems]
+    problems = [(poisoned_behind(normal((m, k), seed, "cuda")), kernel.weight(n, k, 9 + seed)) for seed in range(4)]
+    want = [kernel.run(x, weight, config) for x, weight in problems]
     for (x, weight), parts in zip(problems, want, strict=True):
         assert relative_error(parts.double().sum(0), oracle(x, weight)) < 4e-3
     large = normal((8192, 8192), 5, "cuda")
@@ -184,7 +203,7 @@ def test_again_and_again(config: HopperConfig, m: int, late: bool) -> None:
         got = []
         large @ large
         for i in range(20):
-            got.append(a16w4_hopper_partials(*problems[i % 4], config))
+            got.append(kernel.run(*problems[i % 4], config))
             if between:
                 large @ large
         torch.cuda.synchronize()
@@ -199,6 +218,6 @@ def test_x_that_tma_cannot_read_in_place() -> None:
     x = held[1 : m * k + 1].view(m, k)
     x.copy_(normal((m, k), 2, "cuda"))
     assert x.data_ptr() % 16
-    for kernel in (INT4, PLAIN):
+    for kernel in (INT4, INT8, PLAIN):
         weight = kernel.weight(n, k)
         assert relative_error(kernel.run(x, weight, kernel.many[0])[0].double(), oracle(x, weight)) < 4e-3

@@ -1,5 +1,5 @@
-"""What ptxas makes of `a16w4_hopper`, without a GPU: products overlap with dequantization, what one is still reading is
-neither written nor given back, and only weights are read before the wait for the kernel before.
+"""What ptxas makes of the kernels for Hopper, without a GPU: products overlap with dequantization, what one is still
+reading is neither written nor given back, and only weights are read before the wait for the kernel before.
 
 Which kernel a tile becomes depends on where it ends: out by TMA, or masked, in bf16 or float32; so these alternate.
 """
@@ -17,7 +17,7 @@ if sys.platform != "linux":
 import torch
 from triton.experimental.gluon.language import NVMMASharedLayout
 
-from kernels import a16w4_hopper, bf16_hopper, hopper_ring, pack_weight
+from kernels import a16w4_hopper, a16w8_hopper, bf16_hopper, hopper_ring, pack_weight
 from kernels.tuning import HopperConfig
 from tests.unit.kernels.sass import Compiled, compile_kernel, mma, opcodes
 
@@ -29,12 +29,16 @@ def descriptor(element: str, box: list[int], layout: NVMMASharedLayout) -> str:
 
 
 def compiled(config: HopperConfig, out: torch.dtype, by_tma: bool, gated: bool, format: str = "int4") -> Compiled:
-    element, four_bit = "bf16" if out == torch.bfloat16 else "fp32", format == "int4"
-    kernel = a16w4_hopper.a16w4_hopper_kernel if four_bit else bf16_hopper.bf16_hopper_kernel
-    x_box, w_box, *s_box = (a16w4_hopper if four_bit else bf16_hopper).boxes(config, gated)
-    words = ("i16", w_box, a16w4_hopper.WORDS_LAYOUT) if four_bit else ("bf16", w_box, bf16_hopper.WEIGHT_LAYOUT)
-    signature = {"x_desc": descriptor("bf16", x_box, hopper_ring.X_LAYOUT), "w_desc": descriptor(*words)}
-    signature |= {"s_desc": descriptor("i32", s_box[0], a16w4_hopper.SCALES_LAYOUT)} if four_bit else {}
+    element = "bf16" if out == torch.bfloat16 else "fp32"
+    module, kernel, held, layout = {
+        "int4": (a16w4_hopper, a16w4_hopper.a16w4_hopper_kernel, "i16", a16w4_hopper.WORDS_LAYOUT),
+        "int8": (a16w8_hopper, a16w8_hopper.a16w8_hopper_kernel, "i16", a16w8_hopper.WORDS_LAYOUT),
+        "bf16": (bf16_hopper, bf16_hopper.bf16_hopper_kernel, "bf16", bf16_hopper.WEIGHT_LAYOUT),
+    }[format]
+    x_box, w_box, *s_box = module.boxes(config, gated)
+    signature = {"x_desc": descriptor("bf16", x_box, hopper_ring.X_LAYOUT), "w_desc": descriptor(held, w_box, layout)}
+    signature |= {"s_desc": descriptor("i32", s_box[0], a16w4_hopper.SCALES_LAYOUT)} if s_box else {}
+    signature |= {"scale": "*bf16"} if format == "int8" else {}
     signature |= {"out": f"*{element}"} | dict.fromkeys("M N K groups_per_split".split(), "i32")
     constants: dict[str, object] = {"STAGES": config.stages, "EARLY": 2 if config.late else 1, "GATED": gated}
     constants |= {"PRODUCER": config.producer, "AHEAD": config.ahead}
@@ -109,6 +113,30 @@ def test_gates_at_many_rows(config: HopperConfig) -> None:
 
 
 @pytest.mark.parametrize(
+    "config, out, by_tma, gated, budget",
+    [
+        (HopperConfig(128, 256, 1, 8, 3, True), torch.bfloat16, True, False, 2.5),
+        (HopperConfig(256, 128, 1, 8, 2, True), torch.float32, False, False, 3.0),
+        (HopperConfig(256, 128, 1, 8, 2, False), torch.bfloat16, True, False, 3.7),
+        (HopperConfig(128, 128, 1, 4, 2, False, 2), torch.float32, True, False, 2.9),
+        (HopperConfig(128, 64, 1, 4, 3, False), torch.bfloat16, False, False, 3.6),
+        (HopperConfig(64, 128, 1, 4, 3, True, 2), torch.float32, True, False, 2.5),
+        (HopperConfig(64, 256, 1, 8, 3, False, 1, 1), torch.bfloat16, True, True, 3.0),
+        (HopperConfig(64, 128, 1, 4, 3, True, 2, 1), torch.bfloat16, True, True, 2.6),
+        (HopperConfig(32, 128, 1, 4, 4, False, 2), torch.float32, False, False, 3.0),
+        (HopperConfig(16, 64, 1, 4, 4, True, 3, 4), torch.float32, False, False, 3.0),
+        (HopperConfig(8, 128, 1, 4, 6, True, 2, 2, True), torch.bfloat16, False, True, 2.5),
+        (HopperConfig(8, 64, 1, 4, 6, False, 3, 6), torch.float32, False, False, 3.6),
+    ],
+)
+def test_pairs(config: HopperConfig, out: torch.dtype, by_tma: bool, gated: bool, budget: float) -> None:
+    """Scales of channels wait for nobody, as words do not."""
+    built = compiled(config, out, by_tma, gated, "int8")
+    assert waits(check(built, config, budget)) == [1] * 4
+    assert early_copies(built, config.producer, 1) == config.ahead
+
+
+@pytest.mark.parametrize(
     "config, gated",
     [
         (HopperConfig(8, 64, 1, 4, 6, False, 2, 2), False), (HopperConfig(8, 128, 1, 4, 3, True, 2, 2), True),
@@ -176,3 +204,17 @@ def test_what_bf16_does_not_take(k: int, config: HopperConfig, gated: bool, matc
     weight = pack_weight(torch.ones(64, k), "bf16", device="cpu", layout="plain")
     with pytest.raises(ValueError, match=match):
         bf16_hopper.bf16_hopper_partials(torch.ones(16, k, dtype=torch.bfloat16), weight, config, gated)
+
+
+@pytest.mark.parametrize(
+    "k, config, gated, match",
+    [
+        (130, HopperConfig(16, 64, 1, 4, 3), False, "multiples of 16 bytes, not 260"),
+        (128, HopperConfig(16, 64, 1, 8, 3), False, "a multiple of 16 rows a warp and stages 2 or more, not 64 for 8"),
+        (128, HopperConfig(16, 64, 1, 4, 3), True, "a multiple of 32 rows a warp, and divide N,"),
+    ],
+)
+def test_what_pairs_do_not_take(k: int, config: HopperConfig, gated: bool, match: str) -> None:
+    weight = pack_weight(torch.ones(64, k), "int8", device="cpu", layout="pairs")
+    with pytest.raises(ValueError, match=match):
+        a16w8_hopper.a16w8_hopper_partials(torch.ones(16, k, dtype=torch.bfloat16), weight, config, gated)
