@@ -11,7 +11,7 @@ import kernels
 from kernels.kv_cache import Codec, decode, encode
 from kernels.kv_cache_triton import encode_rows
 from kernels.triton_common import INTERP
-from tests.unit.kernels.checks import fill_cache, generator, poison
+from tests.unit.kernels.checks import attention64, fill_cache, generator, poison, relative_error
 
 CODECS = {codec.name: codec for form in kernels.KV_FORMATS.values() for codec in (form.key, form.value)}
 
@@ -97,3 +97,24 @@ def check_exact(format: str, block_size: int, head_dim: int, device: str, *, imp
         poison(device)
         got = kernels.decode_attention(q, cache.layer, cache.tables, cache.lengths, 1.0, impl=impl)
         assert torch.equal(got[0].double(), values[token].double()), f"{format}: token {token} differs"
+
+
+def check_constant(format: str, block_size: int, head_dim: int, device: str, *, impl: str, order: str | None) -> None:
+    """Vectors without a range (zero keys and values, constant ones) leave the small ones beside them as exact as they
+    are, and a head of nothing but zero values gives zeros."""
+    length, g = 100, generator(6, device)
+    cache = fill_cache(format, [length], block_size, 2, head_dim, device, order=order)
+    k, v = (0.02 * torch.randn(length, 2, head_dim, generator=g, device=device) for _ in range(2))
+    k[:5], k[7], v[3], v[4] = 0, 0.01, 0, -0.01
+    v[:, 1] = 0
+    at = torch.arange(length, device=device)
+    slots = cache.tables[0].long()[at // block_size] * block_size + at % block_size
+    kernels.write_kv(cache.layer, k.bfloat16(), v.bfloat16(), slots, impl=impl)
+    held_k, held_v = (x.double() for x in kernels.read_kv(cache.layer, cache.tables[0], length))
+    q = 4 * torch.randn(1, 4, head_dim, generator=g, device=device).bfloat16()
+    poison(device)
+    got = kernels.decode_attention(q, cache.layer, cache.tables, cache.lengths, head_dim**-0.5, impl=impl)
+    want = attention64(q, held_k, held_v, head_dim**-0.5)
+    error = relative_error(got[:, :2], want[:, :2])
+    assert error < (1.5e-2 if impl == "aten" else 8e-3), f"{format}: relative error {error:.2e}"
+    assert got[:, 2:].abs().max() < 1e-12, f"{format}: zero values give {got[:, 2:].abs().max().item():.1e}"

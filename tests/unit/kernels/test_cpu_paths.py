@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import kernels
-from tests.unit.kernels import checks
+from tests.unit.kernels import checks, checks_kv
 
 FORMATS = ["bf16", "int8", "int4"]
 
@@ -35,6 +35,12 @@ def test_decode(format: str, head_dim: int, group: int, block_size: int, lengths
 
 def test_decode_splits_a_wasteful_batch() -> None:
     checks.check_decode("bf16", [3000] + list(range(1, 24)), 16, 2, 2, 64, "cpu", impl="aten")
+
+
+@pytest.mark.parametrize("impl", ["aten", "torch"])
+@pytest.mark.parametrize("format", kernels.KV_FORMATS)
+def test_constant_vectors(format: str, impl: str) -> None:
+    checks_kv.check_constant(format, 16, 64, "cpu", impl=impl, order=None)
 
 
 @pytest.mark.parametrize("impl", ["aten", "torch"])
