@@ -45,6 +45,13 @@ def test_constant_vectors(format: str, impl: str) -> None:
 
 @pytest.mark.parametrize("impl", ["aten", "torch"])
 @pytest.mark.parametrize("format", kernels.KV_FORMATS)
+@pytest.mark.parametrize("lengths", [[300], [64, 64], [200, 1, 17, 48]])
+def test_an_outlier_channel(format: str, lengths: list[int], impl: str) -> None:
+    checks_kv.check_outlier_channel(format, lengths, 64, "cpu", impl=impl)
+
+
+@pytest.mark.parametrize("impl", ["aten", "torch"])
+@pytest.mark.parametrize("format", kernels.KV_FORMATS)
 @pytest.mark.parametrize("head_dim, group, block_size", [(64, 3, 16), (128, 2, 128)])
 def test_prefill(format: str, head_dim: int, group: int, block_size: int, impl: str) -> None:
     chunks = [(1, 40), (0, 20), (70, 90), (33, 33), (1, 1), (300, 300), (2, 41), (68, 100)]
