@@ -42,6 +42,8 @@ def linear(
         raise ValueError(f"linear: x has {x.shape[-1]} features, the weight [{n}, {k}] takes {k}")
     if x.device != weight.device:
         raise ValueError(f"linear: x is on {x.device}, the weight on {weight.device}")
+    if bias is not None and bias.shape != (n,):
+        raise ValueError(f"linear: bias must be [{n}], not {list(bias.shape)}")
     run = choose("linear", LINEAR, impl, x.device)
     if run is not _torch and x.dtype != torch.bfloat16:
         raise ValueError(f"linear: impl {impl!r} computes in bfloat16, x is {x.dtype}; use impl='torch'")

@@ -79,6 +79,7 @@ BAD = [
     (lambda: kernels.linear(torch.randn(1, 128).bfloat16(), packed(), impl="triton"), "needs CUDA tensors"),
     (lambda: kernels.linear(torch.randn(1, 128), packed(), impl="aten"), "float32; use impl='torch'"),
     (lambda: kernels.linear(torch.randn(1, 64).bfloat16(), packed()), "64 features"),
+    (lambda: kernels.linear(torch.randn(1, 128).bfloat16(), packed(), torch.zeros(1)), r"must be \[64\], not \[1\]"),
     (lambda: kernels.allocate_kv("int3", 1, 16, 1, 64, "cpu"), "not 'int3'"),
     (lambda: kernels.allocate_kv("int8", 1, 16, 1, 80, "cpu"), "64, 128.*not 80"),
     (lambda: kernels.allocate_kv("int8", 1, 17, 1, 64, "cpu"), "16, 32, 64, 128.*not 17"),
@@ -88,6 +89,33 @@ BAD = [
 
 def packed() -> kernels.PackedWeight:
     return kernels.pack_weight(torch.randn(64, 128), "int8", device="cpu")
+
+
+def attend(lengths: list[int], table: list[int], impl: str, chunk: int | None = None) -> torch.Tensor:
+    layer = kernels.allocate_kv("int8", 4, 16, 2, 64, "cpu")
+    q = torch.randn(chunk or len(lengths), 4, 64).bfloat16()
+    tables, held = torch.tensor([table] * len(lengths)).int(), torch.tensor(lengths).int()
+    if chunk is None:
+        return kernels.decode_attention(q, layer, tables, held, 0.125, impl=impl)
+    return kernels.prefill_attention(q, layer, tables, torch.tensor([0, chunk]).int(), held, 0.125, impl=impl)
+
+
+@pytest.mark.parametrize("impl", ["torch", "aten"])
+@pytest.mark.parametrize(
+    "lengths, table, chunk, error, words",
+    [
+        ([40], [0, 1], None, ValueError, "40 tokens.* blocks"),
+        ([40], [0, 1], 3, ValueError, "40 tokens.* blocks"),
+        ([5], [0], 6, ValueError, "chunk of 6 tokens cannot be the end of 5"),
+        ([20], [0, -1], None, (ValueError, IndexError), "blocks|out of range"),
+        ([20], [0, 4], None, IndexError, "out of"),
+    ],
+)
+def test_attention_reads_no_token_that_is_not_there(
+    lengths: list[int], table: list[int], chunk: int | None, error: type[Exception], words: str, impl: str
+) -> None:
+    with pytest.raises(error, match=words):
+        attend(lengths, table, impl, chunk)
 
 
 @pytest.mark.parametrize("call, words", BAD)
