@@ -20,7 +20,7 @@ from workbench.metrics import ENOUGH_FOR_P99, SLO
 from workbench.quality import Perplexity
 from workbench.report import finite
 from workbench.run import Run
-from workbench.session import Session
+from workbench.session import UNDERSTOOD, Session
 from workbench.workload import Workload
 
 WEIGHTS = ("bf16", "int8", "int4")
@@ -46,13 +46,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         workload = replace(WORKLOAD, num_requests=options.requests, rate=options.rate, seed=options.seed)
+        limit = CONFIG.memory_limit if options.model == CONFIG.model else None
+        config = replace(CONFIG, model=options.model, memory_limit=limit)
     except ValueError as error:
         parser.error(str(error))
     interrupted = False
     with Session(quality_tokens=PERPLEXITY_TOKENS) as session:
         try:
-            limit = CONFIG.memory_limit if options.model == CONFIG.model else None
-            config = replace(CONFIG, model=options.model, memory_limit=limit)
+            try:
+                check_model(config)
+            except UNDERSTOOD as error:
+                parser.error(str(error))
             measure(session, config, workload, progress=not options.quiet)
         except KeyboardInterrupt:
             interrupted = True
@@ -60,6 +64,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.json:
             write_json(options.json, session.runs, [] if argv is None else argv)
     return 130 if interrupted else int(any(run.status == "failed" for run in session.runs))
+
+
+def check_model(config: EngineConfig) -> None:
+    """Raises what a model that no weight format can be loaded from is refused for: six rows would say nothing else."""
+    from engine.loader import load_model  # imports torch
+
+    for weights in WEIGHTS:
+        try:
+            return load_model(replace(config, weights=weights)).close()
+        except UNDERSTOOD as error:
+            refusal = error
+    raise refusal
 
 
 def measure(session: Session, config: EngineConfig, workload: Workload, *, progress: bool = True) -> None:
