@@ -30,11 +30,14 @@ class Tile:
 
 
 def verdict(metrics: Metrics | None, slo: SLO) -> str:
-    """MET only where the whole interval of each p99 lies inside the bound; LIKELY where only the estimate does."""
-    if metrics is None or metrics.slo_met is None or metrics.ttft is None:
+    """MET only where every request was answered and the whole interval of each p99 lies inside the bound; LIKELY where
+    only the estimate does."""
+    if metrics is None or metrics.slo_met is None:
         return UNKNOWN
     if not metrics.slo_met:
         return MISSED
+    if metrics.num_failed or metrics.num_rejected:  # the intervals are of the answered ones alone
+        return LIKELY
     bounds = [(metrics.ttft, slo.ttft), (metrics.tpot, slo.tpot)]
     certain = all(d is None or (d.p99_high is not None and d.p99_high <= bound) for d, bound in bounds)
     return MET if certain else LIKELY
@@ -154,9 +157,9 @@ def _interval(d: Distribution | None) -> str:
 
 
 def _slo_detail(m: Metrics | None, state: str) -> str:
-    if m is None or m.ttft is None:
+    if m is None or m.good_fraction is None:
         return ""
-    if state == LIKELY and m.ttft.count < ENOUGH_FOR_P99:
+    if state == LIKELY and m.ttft is not None and m.ttft.count < ENOUGH_FOR_P99:
         return f"so far; {m.ttft.count:,} of {ENOUGH_FOR_P99} to be sure"
     share = text.percent(m.good_fraction)
     return f"{share} met it" if state == MISSED else f"by {share} of requests"

@@ -243,6 +243,80 @@ def test_on_this_machine_the_engine_is_warmed_up_reused_and_judged_once(session,
     assert third.memory.weights_total < first.memory.weights_total and len(judged) == 2
 
 
+TINY = EngineConfig(model="synthetic:tiny", device="cpu", memory_limit=60 * 10**6)
+
+
+def tiny_load(prompt, **changes):
+    return Workload(
+        **{"num_requests": 4, "concurrency": 2, "input_len": (prompt, prompt), "output_len": (4, 4), **changes}
+    )
+
+
+def test_an_engine_is_warmed_up_for_the_longest_load_that_it_serves(session, monkeypatch):
+    from engine.engine import Engine
+
+    lengths = []
+    monkeypatch.setattr(Engine, "warm_up", lambda self, tokens: lengths.append(tokens))
+    runs = [session.run(TINY, tiny_load(prompt), progress=False) for prompt in (8, 40, 8)]
+    assert [run.status for run in runs] == ["done"] * 3
+    assert lengths == [12, 44], "the second load is longer than what kernels and graphs were made for"
+
+
+def test_an_interrupted_warm_up_is_made_up_for(session, monkeypatch):
+    from engine.engine import Engine
+
+    def interrupted(self, tokens):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "warm_up", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            session.run(TINY, tiny_load(8), progress=False)
+    run = session.run(TINY, tiny_load(8), progress=False)
+    assert any("warmed up with 4 unmeasured requests" in note for note in run.notes)
+
+
+def test_what_a_second_interrupt_left_in_the_engine_is_not_measured(session, monkeypatch):
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    session.run(TINY, tiny_load(8), progress=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(LoadDriver, "_finished", lambda self, output: interrupted(self))
+        patch.setattr(LoadDriver, "_abort_rest", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            session.run(TINY, tiny_load(8, num_requests=6, concurrency=6, output_len=(4, 64)), progress=False)
+    m = session.run(TINY, tiny_load(8), progress=False).metrics
+    assert (m.num_finished, m.output_tokens, m.peak_running) == (4, 16, 2)
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """Engines in which the model has no answer for most requests."""
+    from engine.errors import NonFiniteLogitsError
+    from engine.simulated import SimulatedRunner
+
+    plain = SimulatedRunner.launch
+
+    def launch(self, batch):
+        bad = [item.request.request_id for item in batch.prefills if int(item.request.request_id.split("-")[1]) % 4]
+        if bad:
+            raise NonFiniteLogitsError(bad)
+        return plain(self, batch)
+
+    monkeypatch.setattr(SimulatedRunner, "launch", launch)
+
+
+def test_requests_that_failed_count_against_the_slo_and_are_told_once(session, failing):
+    run = session.run(CONFIG, replace(SHORT, rate=None, concurrency=2), SLO(ttft=9.0, tpot=9.0), progress=False)
+    m = run.metrics
+    assert run.status == "done" and (m.num_finished, m.num_failed) == (5, 15)
+    assert run.snapshot().finished == 20 and m.good_fraction == 0.25 and m.slo_met is False
+    assert sum("a request failed" in note for note in run.notes) == 1
+    assert "15 failed" in run.summary() and run.row()["num_failed"] == 15
+    assert "\n  SLO         missed" in run.summary()
+
+
 def test_the_table_has_one_row_per_run_and_no_zero_for_what_is_absent(session):
     session.run(CONFIG, SHORT, progress=False, label="mine")
     session.run(replace(CONFIG, gpu="abacus"), SHORT, progress=False)
