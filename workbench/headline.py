@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -123,6 +124,16 @@ def progress_html(share: float, words: str) -> str:
         f'<div style="width:{percent}%"></div></div>'
         f'<small title="{escape(words)}">{escape(words) or "&nbsp;"}</small>'
     )
+
+
+def download_html(table: str) -> str:
+    """A link that saves `table` (CSV) through the browser alone: it is in the link, and no server has it. "" for none:
+    the words then stand there without effect."""
+    words = "Save runs (CSV)"
+    if not table:
+        return f'<a role="link" aria-disabled="true">{words}</a>'
+    data = base64.b64encode(table.encode()).decode()
+    return f'<a download="inferlab-runs.csv" href="data:text/csv;charset=utf-8;base64,{data}">{words}</a>'
 
 
 def sample_html(sample: tuple[str, str] | None, note: str) -> str:

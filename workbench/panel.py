@@ -41,8 +41,9 @@ UNDERSTOOD = (ConfigError, CheckpointError, RequestError, SessionBusy, OSError)
 class Workbench:
     """The panel; the last expression of a cell shows it. Keywords turn knobs: `Workbench(weights="int4", rate=4)`.
 
-    run, stop, keep_baseline: what the buttons do. runs: a DataFrame. summary(): text. snapshot(): static, for a page
-    without a kernel. close(): frees the engine and the model. threaded=False leaves the ticking to the caller.
+    run, stop, keep_baseline: what the buttons do. runs: a DataFrame, which the link beside the buttons saves as CSV.
+    summary(): text. snapshot(): static, for a page without a kernel. close(): frees the engine and the model.
+    threaded=False leaves the ticking to the caller.
     """
 
     def __init__(self, *, threaded: bool = True, **knobs: Any) -> None:
@@ -291,6 +292,8 @@ class Workbench:
         finally:  # whatever becomes of the picture, a next run must be possible
             if shown.is_over and self._screen is not None:
                 self._screen.busy(False, can_keep=bool(self._comparable))
+        if shown.is_over and self._screen is not None:
+            self._screen.offer(self.runs.to_csv())
         if turned or now - self._spoken_at > SPOKEN:
             self._spoken_at = now
             self._speak(shown)

@@ -1,7 +1,11 @@
 """The panel without a browser: traits are set as the browser would, and `tick` is called by hand."""
 
+import base64
+import io
+import re
 import threading
 
+import pandas
 import pytest
 
 from engine.errors import ConfigError
@@ -355,6 +359,18 @@ def test_runs_that_follow_each_other_at_once_are_all_shown_and_the_latest_is_kep
         assert live._baseline.config.weights == weights
     live.tick()
     assert [point.number for point in live._view().points] == [1, 2]
+
+
+def test_the_runs_can_be_saved_as_a_table(live):
+    assert "aria-disabled" in live.screen.save.value and "href" not in live.screen.save.value
+    live.run(blocking=True)
+    hostile = '"><img src=x onerror=alert(1)>,\n'
+    live.run(blocking=True, model=hostile, device="cpu")
+    data = re.search(r'href="data:text/csv;charset=utf-8;base64,([A-Za-z0-9+/=]+)"', live.screen.save.value)[1]
+    saved = pandas.read_csv(io.BytesIO(base64.b64decode(data)), index_col="run")
+    assert list(saved.columns) == list(live.runs.columns) and saved.loc[2, "model"] == hostile.strip()
+    assert saved.loc[1, "tokens_per_s"] == live.runs.loc[1, "tokens_per_s"] and saved.loc[2].isna()["tokens_per_s"]
+    assert "<img" not in live.screen.save.value
 
 
 def test_a_run_that_broke_off_in_the_middle_is_no_baseline_and_says_what_it_is(live, monkeypatch):
