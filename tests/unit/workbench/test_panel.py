@@ -5,6 +5,7 @@ import io
 import re
 import threading
 
+import numpy as np
 import pandas
 import pytest
 
@@ -49,6 +50,12 @@ def test_knobs_become_a_config_a_workload_and_an_slo():
     assert slo_from(values).ttft == 0.2
 
 
+def test_numbers_out_of_an_array_are_numbers():
+    values = start_values({"max_batch_size": np.arange(9)[8], "cache_ratio": np.float32(0.5), "requests": np.int64(4)})
+    assert (values["max_batch_size"], values["cache_ratio"], values["requests"]) == (8, 0.5, 4)
+    assert {type(values[name]) for name in ("max_batch_size", "requests")} == {int}
+
+
 def test_infinite_rate_sends_all_at_once():
     assert workload_from(start_values({"rate": float("inf")})).arrivals_text == "all at once"
 
@@ -69,6 +76,7 @@ def test_options_are_the_dicts_of_the_engine():
         ({"max_batch_size": 0}, "max_batch_size is 0; it must be a whole number from 1 to"),
         ({"requests": 2.5}, "requests is 2.5; it must be a whole number"),
         ({"prefix_caching": 1}, "prefix_caching is 1; it must be True or False"),
+        ({"weights": ["int4"]}, "weights is ['int4']; it must be one of bf16, int8, int4"),
         ({"model": ""}, "model is ''; it must be one of bundled"),
     ],
 )
