@@ -162,6 +162,8 @@ class Session:
         except KeyboardInterrupt:
             status = "stopped"
             raise
+        except InterruptedError:
+            status = "stopped"
         except UNDERSTOOD as problem:
             error = _sentence(problem)
             self._drop_engine()
@@ -209,6 +211,8 @@ class Session:
                 self._drop_model()
             if self._model is None:
                 self._model, self._model_key = load_model(config), key
+            if run.stop_requested.is_set():
+                raise InterruptedError("stopped while the model was loaded")
             run.phase = "building the engine"
             self._engine, self._warm_for = Engine(config, model=self._model), 0
         engine = self._engine
