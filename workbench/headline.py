@@ -37,7 +37,7 @@ def verdict(metrics: Metrics | None, slo: SLO) -> str:
         return UNKNOWN
     if not metrics.slo_met:
         return MISSED
-    if metrics.num_failed or metrics.num_rejected:  # the intervals are of the answered ones alone
+    if metrics.num_lost:  # the intervals are of the answered ones alone
         return LIKELY
     bounds = [(metrics.ttft, slo.ttft), (metrics.tpot, slo.tpot)]
     certain = all(d is None or (d.p99_high is not None and d.p99_high <= bound) for d, bound in bounds)

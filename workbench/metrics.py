@@ -31,7 +31,7 @@ MAX_POINTS = 200
 @dataclass(frozen=True, kw_only=True)
 class SLO:
     """Bounds that a request must meet, in seconds; a run meets them when the p99 of both does, and no more than one
-    request in a hundred was refused or failed."""
+    request in a hundred was lost (failed, refused, overdue at a stop)."""
 
     ttft: float = 1.0
     tpot: float = 0.1
@@ -138,9 +138,10 @@ class Metrics:
 
     duration: from the start of the load to the last finish or step. output_tokens count all tokens that were produced,
     also of requests aborted later; the latencies are of finished requests only.
-    num_failed: without an answer for an error's sake; num_rejected: refused before they began.
+    num_failed: without an answer for an error's sake; num_rejected: refused before they began; num_overdue: ended by a
+        stop when their first token was late already, so that a stop does not hide a queue.
     goodput: requests per second that met the SLO; good_tokens_per_s: output tokens of those; good_fraction: their share
-    of all that ended, failed and refused ones included.
+    of all that ended, the failed, refused and overdue included.
     mean_batch: requests computed per step; occupancy: share of the batch's slots that did useful work (below 1 only
     where a padded batch holds finished members); padding_waste: share of the computed tokens that padding would waste.
     device_s, host_s: device time within steps and the rest of the steps; None where the runner cannot tell them apart.
@@ -151,6 +152,7 @@ class Metrics:
     num_finished: int
     num_failed: int
     num_rejected: int
+    num_overdue: int
     ttft: Distribution | None
     tpot: Distribution | None
     itl: Distribution | None
@@ -182,6 +184,11 @@ class Metrics:
     kv_mean: float | None
     blocked_steps: Mapping[str, int]
 
+    @property
+    def num_lost(self) -> int:
+        """Requests that missed the SLO without a latency to show for it."""
+        return self.num_failed + self.num_rejected + self.num_overdue
+
 
 class MetricsCollector:
     """Adds up events as they come, in constant memory per step; not thread-safe (Run guards it).
@@ -197,7 +204,7 @@ class MetricsCollector:
         self._end = start
         self._ttft, self._tpot, self._itl, self._latency = (array("d") for _ in range(4))
         self._good = self._good_tokens = 0
-        self._failed = self._rejected = 0
+        self._failed = self._rejected = self._overdue = 0
         self._sums: Counter[str] = Counter()
         self._peaks: Counter[str] = Counter()
         self._blocked: Counter[str] = Counter()
@@ -241,7 +248,11 @@ class MetricsCollector:
     def on_finish(self, output: RequestOutput) -> None:
         """Account for a request that ended; an aborted or failed one leaves no latency behind."""
         timing = output.timing
-        self._failed += output.finish_reason == "error"
+        if output.finish_reason == "error":
+            self._failed += 1
+        elif output.finish_reason == "abort":
+            waited = timing.latency if timing.ttft is None else timing.ttft
+            self._overdue += waited is not None and waited > self.slo.ttft
         if output.finish_reason in ("abort", "error") or timing.ttft is None or timing.latency is None:
             return
         self._end = max(self._end, timing.finish or self._end)
@@ -291,13 +302,15 @@ class MetricsCollector:
         steps = sums["steps"]
         ttft, tpot = Distribution.of(self._ttft), Distribution.of(self._tpot)
         finished = self.num_finished
-        ended = finished + self._failed + self._rejected
+        lost = self._failed + self._rejected + self._overdue
+        ended = finished + lost
         device_s = self._device_s if steps and self._device_known else None
         return Metrics(
             duration=duration,
             num_finished=finished,
             num_failed=self._failed,
             num_rejected=self._rejected,
+            num_overdue=self._overdue,
             ttft=ttft,
             tpot=tpot,
             itl=Distribution.of(self._itl, independent=False),
@@ -309,7 +322,7 @@ class MetricsCollector:
             goodput=_ratio(self._good, duration),
             good_tokens_per_s=_ratio(self._good_tokens, duration),
             good_fraction=_ratio(self._good, ended),
-            slo_met=self._slo_met(ttft, tpot, ended) if ended else None,
+            slo_met=self._slo_met(ttft, tpot, lost / ended) if ended else None,
             hit_rate=_ratio(sums["hit"], sums["query"]) if self._prefix_caching else None,
             num_steps=steps,
             step_s=self._step_s,
@@ -330,8 +343,8 @@ class MetricsCollector:
             blocked_steps=dict(self._blocked),
         )
 
-    def _slo_met(self, ttft: Distribution | None, tpot: Distribution | None, ended: int) -> bool:
-        if ttft is None or self._failed + self._rejected > MOST_LOST * ended:
+    def _slo_met(self, ttft: Distribution | None, tpot: Distribution | None, lost: float) -> bool:
+        if ttft is None or lost > MOST_LOST:
             return False
         return self.slo.met_by(ttft.p99, None if tpot is None else tpot.p99)
 

@@ -107,6 +107,16 @@ def test_aborted_requests_leave_no_latency():
     assert collector.metrics().ttft is None and collector.num_finished == 0
 
 
+def test_a_request_that_was_late_when_it_was_aborted_did_not_meet_the_slo():
+    collector = MetricsCollector(0.0, SLO(ttft=1.0))
+    for arrival, times, end in ((0.0, (), 1.5), (0.0, (1.2,), 1.3), (1.0, (), 1.5), (0.0, (0.5,), 1.5)):
+        output = finished(arrival, *times, status=RequestStatus.ABORTED)
+        output._request.finish_time = end
+        collector.on_finish(output)
+    m = collector.metrics()
+    assert (m.num_overdue, m.num_finished, m.slo_met, m.ttft) == (2, 0, False, None)
+
+
 def test_a_copy_stands_still():
     collector = MetricsCollector(0.0, SLO())
     collector.on_step(event(0.0, 1.0, new=1, blocked_by="blocks"))

@@ -6,8 +6,10 @@ from dataclasses import replace
 
 import pytest
 
+from engine import loader
 from engine.clock import MonotonicClock
 from engine.config import EngineConfig
+from engine.engine import Engine
 from engine.errors import RequestError
 from workbench import Session, Workload
 from workbench.driver import LoadDriver
@@ -46,8 +48,6 @@ def test_a_run_is_exact_and_repeatable(session):
 
 
 def items_of(config, workload):
-    from engine.engine import Engine
-
     with Engine(config) as engine:
         return work_items(engine, workload)
 
@@ -109,6 +109,34 @@ def test_stop_ends_a_run_and_keeps_what_it_measured(session):
     session._engine.check_integrity()
     again = session.run(CONFIG, SHORT, progress=False)
     assert again.status == "done" and again.metrics.num_finished == 20
+
+
+def test_a_stop_does_not_hide_those_who_had_waited_too_long(session):
+    """One answer at a time: the first comes at once, and everybody else is still in line when it is over."""
+    run = Run(1, CONFIG, SHORT, SLO(ttft=0.05, tpot=9.0))
+    burst = Workload(num_requests=8, rate=math.inf, input_len=(16, 16), output_len=(64, 64))
+    with Engine(replace(CONFIG, max_batch_size=1)) as engine:
+        LoadDriver(engine, run, work_items(engine, burst)).drive(run.stop)
+        assert not engine.has_unfinished()
+    run.end("stopped")
+    m = run.metrics
+    assert (m.num_finished, m.num_overdue, run.snapshot().finished) == (1, 7, 1)
+    assert m.ttft.p99 < 0.05 and m.slo_met is False and m.good_fraction == 0.125
+    assert "7 overdue at the stop" in run.summary() and run.row()["num_overdue"] == 7
+
+
+def test_a_stop_while_the_model_loads_ends_before_the_engine_is_built(session, monkeypatch):
+    plain = loader.load_model
+
+    def stopped(config):
+        session.active.stop()
+        return plain(config)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loader, "load_model", stopped)
+        run = session.run(CONFIG, SHORT, progress=False)
+    assert run.status == "stopped" and run.error is None and session._engine is None
+    assert session.run(CONFIG, SHORT, progress=False).status == "done"
 
 
 class Idle:
@@ -192,8 +220,6 @@ def test_a_failure_in_a_step_ends_only_the_run(session, monkeypatch, problem):
 
 
 def test_a_refused_request_does_not_hold_up_the_others(session, monkeypatch):
-    from engine.engine import Engine
-
     plain = Engine.add_request
 
     def picky(self, prompt, *args, **kwargs):
@@ -253,8 +279,6 @@ def tiny_load(prompt, **changes):
 
 
 def test_an_engine_is_warmed_up_for_the_longest_load_that_it_serves(session, monkeypatch):
-    from engine.engine import Engine
-
     lengths = []
     monkeypatch.setattr(Engine, "warm_up", lambda self, tokens: lengths.append(tokens))
     runs = [session.run(TINY, tiny_load(prompt), progress=False) for prompt in (8, 40, 8)]
@@ -263,8 +287,6 @@ def test_an_engine_is_warmed_up_for_the_longest_load_that_it_serves(session, mon
 
 
 def test_an_interrupted_warm_up_is_made_up_for(session, monkeypatch):
-    from engine.engine import Engine
-
     def interrupted(self, tokens):
         raise KeyboardInterrupt
 
