@@ -117,7 +117,7 @@ def sentence(parts: Sequence[Tile]) -> str:
 
 def progress_html(share: float, words: str) -> str:
     """A bar with words under it; the words carry the message."""
-    percent = round(100 * min(max(share, 0.0), 1.0))
+    percent = int(100 * min(max(share, 0.0), 1.0) + 1e-9)  # full at the end and not before
     return (
         '<div class="inferlab-bar" role="progressbar" aria-label="progress of the run" aria-valuemin="0" '
         f'aria-valuemax="100" aria-valuenow="{percent}" aria-valuetext="{escape(words)}">'

@@ -139,7 +139,7 @@ class Comparison:
         for row in self.rows:
             if row.agreement is not None:
                 lengths = list(range(1, len(row.agreement.identical) + 1))
-                hover = f"{row.name}: %{{y:.0%}} identical through %{{x}} tokens"
+                hover = f"{row.name}: %{{y:.1%}} identical through %{{x}} tokens"
                 figures.line(drawn, row.name, lengths, row.agreement.identical, hover)
         return drawn
 
