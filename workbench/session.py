@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 UNDERSTOOD = (ConfigError, CheckpointError, RequestError, OSError)
 WARM_UP_REQUESTS = 4
 WARM_UP_TOKENS = 4
+THREAD_NAME = "inferlab-run-"
 
 
 class SessionBusy(RuntimeError):
@@ -97,7 +98,7 @@ class Session:
         run = self._admit(config, workload, slo, label)
         options = {"quality": quality, "progress": False, "polite": True}
         self._thread = threading.Thread(
-            target=self._execute, args=(run,), kwargs=options, name=f"inferlab-run-{run.id}", daemon=True
+            target=self._execute, args=(run,), kwargs=options, name=f"{THREAD_NAME}{run.id}", daemon=True
         )
         self._thread.start()
         return run
@@ -150,6 +151,8 @@ class Session:
             run = Run(len(self.runs) + 1, config or EngineConfig(), workload, slo or SLO(), label)
             self.runs.append(run)
             self._active = run
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()  # of the run before, which is over
         return run
 
     def _execute(self, run: Run, *, quality: bool, progress: bool, polite: bool) -> None:
@@ -186,6 +189,8 @@ class Session:
         items = work_items(engine, run.workload)
         if not isinstance(engine.clock, VirtualClock):
             self._warm_up(engine, run, items)
+            if _others_run():
+                run.note("another run was going on in this kernel when this one began: both are slower for it")
         with tqdm(total=len(items), disable=not progress, desc=run.label, unit="req") as bar:
             LoadDriver(engine, run, items, polite=polite).drive(bar.update)
         run.measured_memory = engine.measured_memory()
@@ -280,6 +285,12 @@ def work_items(engine: Engine, workload: Workload) -> list[WorkItem]:
         text=text,
         avoid=engine.spec.eos_token_ids,
     )
+
+
+def _others_run() -> bool:
+    """Whether another session's thread computes: sessions do not know of each other, threads have names."""
+    here = threading.current_thread()
+    return any(thread.name.startswith(THREAD_NAME) and thread is not here for thread in threading.enumerate())
 
 
 def _sentence(error: BaseException) -> str:

@@ -286,6 +286,17 @@ def test_an_engine_is_warmed_up_for_the_longest_load_that_it_serves(session, mon
     assert lengths == [12, 44], "the second load is longer than what kernels and graphs were made for"
 
 
+def test_a_run_beside_another_one_in_the_same_kernel_says_so(session):
+    """A panel that was made anew while the old one computes: nobody sees the old one any more."""
+    alone = session.run(TINY, tiny_load(8), progress=False)
+    with Session() as unseen:
+        started(unseen)
+        beside = session.run(TINY, tiny_load(8), progress=False)
+    again = session.run(TINY, tiny_load(8), progress=False)
+    told = [any("another run was going on" in note for note in run.notes) for run in (alone, beside, again)]
+    assert told == [False, True, False]
+
+
 def test_an_interrupted_warm_up_is_made_up_for(session, monkeypatch):
     def interrupted(self, tokens):
         raise KeyboardInterrupt
