@@ -148,11 +148,11 @@ class Session:
                 raise RuntimeError("the session is closed; open a new one")
             if self._active is not None:
                 raise SessionBusy(f"run {self._active.id} is still going on; stop it or wait for it first")
+            if self._thread is not None and self._thread is not threading.current_thread():
+                self._thread.join()  # of the run before, which is over
             run = Run(len(self.runs) + 1, config or EngineConfig(), workload, slo or SLO(), label)
             self.runs.append(run)
             self._active = run
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join()  # of the run before, which is over
         return run
 
     def _execute(self, run: Run, *, quality: bool, progress: bool, polite: bool) -> None:
