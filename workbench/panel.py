@@ -289,11 +289,11 @@ class Workbench:
         now = time.monotonic()
         try:
             self._draw(slow=shown.is_over or now - self._drawn_slow > SLOW)
+            if shown.is_over and self._screen is not None:
+                self._screen.offer(self.runs.to_csv())
         finally:  # whatever becomes of the picture, a next run must be possible
             if shown.is_over and self._screen is not None:
                 self._screen.busy(False, can_keep=bool(self._comparable))
-        if shown.is_over and self._screen is not None:
-            self._screen.offer(self.runs.to_csv())
         if turned or now - self._spoken_at > SPOKEN:
             self._spoken_at = now
             self._speak(shown)
