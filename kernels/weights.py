@@ -7,8 +7,9 @@
     fp8    A8W8: as w8a8 in e4m3 (4 bits of exponent, 3 of mantissa, largest 448): w ~ code * scale[n]
     w4a8   A8W4: the codes, scales and zeros of int4; larger steps multiply its int8 form, see `requantized`
 
-Scales are rounded to bfloat16 before the codes are chosen, so every device layout holds exactly the same weights; those
-of fp8 stay float32, as `torch._scaled_mm` reads them. Rounding to nearest is the baseline of Nagel et al., "A White
+Scales are rounded to bfloat16 before the codes are chosen, so every device layout holds exactly the same codes, scales
+and zeros; those of fp8 stay float32, as `torch._scaled_mm` reads them. ATen's int4 product on a CPU takes a group's
+offset, (8 - zero) * scale, in bfloat16, which moves its weights by up to 0.014 of a step. Rounding to nearest is the baseline of Nagel et al., "A White
 Paper on Neural Network Quantization" (2021); e4m3 is that of Micikevicius et al., "FP8 Formats for Deep Learning"
 (2022).
 """
