@@ -9,9 +9,9 @@
 
 Scales are rounded to bfloat16 before the codes are chosen, so every device layout holds exactly the same codes, scales
 and zeros; those of fp8 stay float32, as `torch._scaled_mm` reads them. ATen's int4 product on a CPU takes a group's
-offset, (8 - zero) * scale, in bfloat16, which moves its weights by up to 0.014 of a step. Rounding to nearest is the baseline of Nagel et al., "A White
-Paper on Neural Network Quantization" (2021); e4m3 is that of Micikevicius et al., "FP8 Formats for Deep Learning"
-(2022).
+offset, (8 - zero) * scale, in bfloat16, which moves its weights by up to 0.03 of a step. Rounding to nearest is the
+baseline of Nagel et al., "A White Paper on Neural Network Quantization" (2021); e4m3 is that of Micikevicius et al.,
+"FP8 Formats for Deep Learning" (2022).
 """
 
 from __future__ import annotations
