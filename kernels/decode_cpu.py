@@ -133,10 +133,13 @@ def _decode_masked(q: Tensor, layer: KVLayer, group: Rows, scale: float) -> Tens
 
 
 def _common(rows: Tensor, k: Tensor, group: Rows) -> Tensor:
-    """bf16 [Hkv * B, query heads of one KV head, 1]: what rows [Hkv * B, query heads, D] give with the mean of some
-    keys of k [Hkv, B, tokens, D]. All scores of a query may lose the same number, whichever; this one is near them."""
-    some = k.view(-1, k.shape[-1]).index_select(0, group.samples).view(len(rows), SAMPLES, -1)
-    return torch.bmm(rows, some.mean(1)[..., None])
+    """bf16 [Hkv * B, query heads of one KV head, 1]: about what rows [Hkv * B, query heads, D] give with the mean of
+    some keys of k [Hkv, B, tokens, D]. All scores of a query may lose the same number, whichever; this one is near
+    them. Sums of two and of products by hand take half the time of `mean` and `bmm` at this size."""
+    some = k.view(-1, k.shape[-1]).index_select(0, group.samples).view(len(rows), 2, SAMPLES // 2, -1)
+    some = some[:, 0] + some[:, 1]
+    mean = (some[:, 0] + some[:, 1]).mul_(1 / SAMPLES)
+    return (rows * mean[:, None]).sum(-1, keepdim=True)
 
 
 def _mask(group: Rows, hkv: int, per_head: int, width: int) -> Tensor:
