@@ -20,7 +20,7 @@ from workbench.metrics import ENOUGH_FOR_P99, SLO
 from workbench.quality import Perplexity
 from workbench.report import finite
 from workbench.run import Run
-from workbench.session import UNDERSTOOD, Session
+from workbench.session import Session
 from workbench.workload import Workload
 
 WEIGHTS = ("bf16", "int8", "int4")
@@ -53,29 +53,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     interrupted = False
     with Session(quality_tokens=PERPLEXITY_TOKENS) as session:
         try:
-            try:
-                check_model(config)
-            except UNDERSTOOD as error:
-                parser.error(str(error))
             measure(session, config, workload, progress=not options.quiet)
         except KeyboardInterrupt:
             interrupted = True
+        if (refusal := refused(session.runs)) is not None:
+            parser.error(refusal)
         print(report(session.runs))
         if options.json:
             write_json(options.json, session.runs, [] if argv is None else argv)
     return 130 if interrupted else int(any(run.status == "failed" for run in session.runs))
 
 
-def check_model(config: EngineConfig) -> None:
-    """Raises what a model that no weight format can be loaded from is refused for: six rows would say nothing else."""
-    from engine.loader import load_model  # imports torch
-
-    for weights in WEIGHTS:
-        try:
-            return load_model(replace(config, weights=weights)).close()
-        except UNDERSTOOD as error:
-            refusal = error
-    raise refusal
+def refused(runs: Sequence[Run]) -> str | None:
+    """Why no run got as far as an engine, where the reason is one for all: six rows would say nothing else."""
+    reasons = {run.error for run in runs}
+    return reasons.pop() if len(reasons) == 1 and not any(run.snapshot().description for run in runs) else None
 
 
 def measure(session: Session, config: EngineConfig, workload: Workload, *, progress: bool = True) -> None:

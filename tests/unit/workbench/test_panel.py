@@ -3,7 +3,6 @@
 import base64
 import io
 import re
-import threading
 
 import numpy as np
 import pandas
@@ -11,35 +10,13 @@ import pytest
 
 from engine.errors import ConfigError
 from kernels import KV_FORMATS, WEIGHT_FORMATS
+from tests.unit.workbench.support import SIMULATED, finish
 from workbench import Workbench, screen
 from workbench import panel as panel_module
 from workbench.forecast import predicted_plan
 from workbench.knobs import KNOBS, config_from, slo_from, start_values, workload_from
 from workbench.run import Run
 from workbench.workload import PRESETS
-
-SIMULATED = {"model": "synthetic:0.5b", "device": "l4", "requests": 24, "rate": 20.0}
-
-
-@pytest.fixture
-def panel():
-    with Workbench(threaded=False, **SIMULATED) as panel:
-        yield panel
-
-
-@pytest.fixture
-def live(panel, monkeypatch):
-    """A panel on a screen; the charts are pictures, which the tests of charts do not need to be."""
-    monkeypatch.setattr(screen, "build_charts", lambda: (screen.StillCharts(), ""))
-    panel.screen  # noqa: B018
-    panel.tick()
-    return panel
-
-
-def finish(panel):
-    assert panel._run.wait(30)
-    more = panel.tick()
-    assert more is False, panel.screen.alert.text
 
 
 def test_knobs_become_a_config_a_workload_and_an_slo():
@@ -275,31 +252,6 @@ def test_an_unexpected_error_in_a_callback_is_shown(live):
     assert live.screen.alert.text == "KeyError: 'surprise'"
 
 
-def test_the_ticking_thread_lives_only_while_there_is_something_to_show(monkeypatch):
-    monkeypatch.setattr(screen, "build_charts", lambda: (screen.StillCharts(), ""))
-    monkeypatch.setattr(panel_module, "TICK", 0.01)
-    with Workbench(**SIMULATED) as panel:
-        panel.screen  # noqa: B018
-        panel._join()
-        run = panel.run()
-        assert run.wait(30)
-        panel._join()
-        assert panel._ticker is None and "run 1 done" in panel.screen.progress.value
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("inferlab")]
-
-
-def test_close_frees_and_may_be_called_twice(live):
-    live.set(requests=20_000)
-    live.run()
-    live.close()
-    live.close()
-    assert live._run.is_over and "data:image/svg+xml" in live.screen._place.children[0].value
-    assert live.screen.run.disabled and live.controls.widget("rate").disabled
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("inferlab")]
-    with pytest.raises(RuntimeError, match="closed"):
-        live.run()
-
-
 def test_without_live_charts_the_panel_says_so(panel, monkeypatch):
     def missing(_):
         raise ImportError("Please install anywidget to use the FigureWidget class")
@@ -318,29 +270,6 @@ def test_a_notebook_gets_the_widget_and_a_picture(live):
     assert bundle["text/plain"].startswith("no run yet · ") and "Tokens that fit" in bundle["text/html"]
 
 
-def test_nobody_else_ticks_while_a_blocking_run_does(monkeypatch):
-    monkeypatch.setattr(screen, "build_charts", lambda: (screen.StillCharts(), ""))
-    with Workbench(**SIMULATED) as panel:
-        panel.screen  # noqa: B018
-        writers = set()
-        show = panel.screen.charts.show
-        monkeypatch.setattr(
-            panel.screen.charts, "show", lambda *a, **k: (writers.add(threading.current_thread().name), show(*a, **k))
-        )
-        begin = panel._begin
-
-        def begin_and_turn_a_knob():
-            run = begin()
-            panel.controls.widget("kv").value = "int8"  # as a person would during the run
-            return run
-
-        monkeypatch.setattr(panel, "_begin", begin_and_turn_a_knob)
-        panel._join()
-        writers.clear()
-        panel.run(blocking=True)
-        assert writers == {"MainThread"}
-
-
 @pytest.mark.parametrize("weights", WEIGHT_FORMATS)
 @pytest.mark.parametrize(("model", "device"), [("synthetic:tiny", "cpu"), ("synthetic:tiny", "l4"), ("bundled", "cpu")])
 def test_the_forecast_is_the_plan_of_the_engine(weights, model, device):
@@ -350,23 +279,6 @@ def test_the_forecast_is_the_plan_of_the_engine(weights, model, device):
     config = config_from(start_values(given))
     with Engine(config) as engine:
         assert predicted_plan(config) == engine.memory
-
-
-def test_a_snapshot_of_a_run_that_is_over_leaves_the_panel_ready(live):
-    assert live.run().wait(30)
-    live.snapshot()
-    live.tick()
-    assert not live.screen.run.disabled and live.screen.stop.disabled and not live.screen.keep.disabled
-    assert "run 1 done: 24 of 24 requests" in live.screen.progress.value
-
-
-def test_runs_that_follow_each_other_at_once_are_all_shown_and_the_latest_is_kept(live):
-    for weights in ("bf16", "int8"):
-        assert live.run(weights=weights).wait(30)
-        live.keep_baseline()
-        assert live._baseline.config.weights == weights
-    live.tick()
-    assert [point.number for point in live._view().points] == [1, 2]
 
 
 def test_the_runs_can_be_saved_as_a_table(live):
@@ -396,73 +308,6 @@ def test_a_run_that_broke_off_in_the_middle_is_no_baseline_and_says_what_it_is(l
     live.keep_baseline()
     assert live._baseline.id == 1
     assert live._view().points[1].text.startswith("run 2, failed: ")
-
-
-def test_a_picture_that_fails_leaves_the_buttons_as_they_must_be(live, monkeypatch):
-    def broken(*args, **options):
-        raise ValueError("no room for the picture")
-
-    run = live.run()
-    assert run.wait(30)
-    monkeypatch.setattr(live.screen, "show", broken)
-    live.tick()
-    assert live.screen.alert.text == "ValueError: no room for the picture"
-    assert not live.screen.run.disabled and live.screen.stop.disabled
-
-
-def test_a_run_begun_while_the_one_before_is_drawn_can_be_stopped(live, monkeypatch):
-    show = live.screen.show
-    starting = threading.Thread(target=lambda: live.run(requests=20_000), daemon=True)
-
-    def slow(view, tiles, run, **options):
-        if run is not None and run.is_over and run.id == 1:
-            starting.start()
-            starting.join(0.3)
-        show(view, tiles, run, **options)
-
-    assert live.run().wait(30)
-    monkeypatch.setattr(live.screen, "show", slow)
-    live.tick()
-    starting.join(30)
-    assert live._run.id == 2 and live.screen.run.disabled and not live.screen.stop.disabled
-    live.stop()
-    finish(live)
-
-
-def test_nobody_ticks_beside_a_blocking_run_that_follows_another_at_once(monkeypatch):
-    monkeypatch.setattr(screen, "build_charts", lambda: (screen.StillCharts(), ""))
-    with Workbench(**SIMULATED) as panel:
-        panel.screen  # noqa: B018
-        writers = set()
-        show, begin = panel.screen.charts.show, panel._begin
-        monkeypatch.setattr(
-            panel.screen.charts, "show", lambda *a, **k: (writers.add(threading.current_thread().name), show(*a, **k))
-        )
-        assert panel.run().wait(30)
-        monkeypatch.setattr(panel, "_begin", lambda: (writers.clear(), begin())[1])
-        panel.run(blocking=True, requests=3000)
-        assert writers == {"MainThread"}
-
-
-def test_a_second_interrupt_leaves_the_ticking_to_the_panel(live, monkeypatch):
-    def interrupted():
-        raise KeyboardInterrupt
-
-    live.set(requests=20_000)
-    with monkeypatch.context() as patch:
-        patch.setattr(live, "tick", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            live.run(blocking=True)
-    assert not live._lent
-    live.stop()
-    finish(live)
-
-
-def test_a_closed_panel_shows_how_its_run_ended(live):
-    live.run(requests=20_000)
-    live.tick()
-    live.close()
-    assert live._shown.status == "stopped" and "stopped" in live.snapshot().text
 
 
 def test_a_panel_whose_knobs_cannot_be_had_is_shown_all_the_same():
