@@ -15,7 +15,7 @@ from .decode_cpu import DecodePlan, decode_cpu, plan_decode
 from .dispatch import Implementations, choose
 from .kv_access import read_kv
 from .kv_cache import KVLayer
-from .prefill_cpu import PrefillPlan, plan_prefill, prefill_cpu
+from .prefill_cpu import PrefillPlan, chunk_sizes, plan_prefill, prefill_cpu
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,11 @@ def _check(op: str, q: Tensor, layer: KVLayer, block_tables: Tensor, lengths: Te
         raise ValueError(
             f"{op}: q {tuple(q.shape)} must be [rows, a multiple of {layer.kv_heads} heads, {layer.head_dim}]"
         )
-    if block_tables.shape[0] != lengths.shape[0]:
-        raise ValueError(f"{op}: {block_tables.shape[0]} block tables for {lengths.shape[0]} lengths")
+    if block_tables.dim() != 2 or lengths.shape != block_tables.shape[:1]:
+        raise ValueError(
+            f"{op}: block tables {tuple(block_tables.shape)} and lengths {tuple(lengths.shape)} must be [B, blocks] "
+            "and [B]"
+        )
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -127,10 +130,10 @@ def _prefill_torch(
     plan: None = None,
 ) -> Tensor:
     out = torch.zeros_like(q)
-    starts = query_starts.tolist()
-    for b, length in enumerate(lengths.tolist()):
+    starts, counts = query_starts.tolist(), lengths.tolist()
+    for b, (length, chunk) in enumerate(zip(counts, chunk_sizes(starts, counts), strict=True)):
         rows = slice(starts[b], starts[b + 1])
-        if starts[b + 1] > starts[b]:
+        if chunk:
             out[rows] = attend(q[rows], *read_kv(layer, block_tables[b], length), scale)
     return out
 

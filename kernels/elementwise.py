@@ -92,14 +92,14 @@ def _add_rms_norm_torch(x: Tensor, residual: Tensor, weight: Tensor, eps: float)
 def _rms_norm_aten(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """As the reference, by the fewest and smallest operators: half the time of F.rms_norm on bf16."""
     d = x.shape[-1]
-    y = x.float()
+    y = x.to(_wide(x))
     norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
     inverse = norm.square_().add_(d * eps).rsqrt_().mul_(d**0.5)
     return (y.mul_(inverse) if y is not x else y * inverse).mul_(weight).to(x.dtype)
 
 
 def _add_rms_norm_aten(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    total = x + residual
+    total = ((x.sum(0) if x.dim() > residual.dim() else x) + residual).to(residual.dtype)
     return _rms_norm_aten(total, weight, eps), total
 
 
@@ -111,18 +111,20 @@ def _silu_mul_torch(gate_up: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, turn: Tensor) -> Tensor:
-    """x [T, H, D] by turn [T, 2, D], computed in turn's dtype -> x's dtype."""
-    cos, sin = turn.unsqueeze(2).unbind(1)
-    y = x.to(turn.dtype)
+    """x [T, H, D] by turn [T, 2, D], computed in float32 (float64 stays float64) -> x's dtype."""
+    wide = _wide(x)
+    cos, sin = turn.to(wide).unsqueeze(2).unbind(1)
+    y = x.to(wide)
     return torch.addcmul(y * cos, torch.roll(y, y.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
 def _rope_torch(q: Tensor, k: Tensor, turn: Tensor) -> tuple[Tensor, Tensor]:
-    turn = turn.to(_wide(q))
     return rotate(q, turn), rotate(k, turn)
 
 
 def _silu_mul_aten(gate_up: Tensor) -> Tensor:
+    if gate_up.dim() == 3:
+        gate_up = gate_up.sum(0)
     gate, up = gate_up.chunk(2, -1)
     return F.silu(gate).mul_(up)
 

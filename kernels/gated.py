@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .activations import Operand
+from .activations import Activations, Operand
 from .dispatch import Implementations, choose
 from .elementwise import silu_mul
 from .matmul import linear
@@ -27,7 +27,9 @@ def gated_linear(x: Operand, weight: PackedWeight, bias: Tensor | None = None, *
 
 
 def _apart(x: Operand, weight: PackedWeight, bias: Tensor | None, impl: str) -> Tensor:
-    return silu_mul(linear(x, weight, bias, partial=True, impl=impl), impl=impl)
+    rows = x.reshape(-1, x.shape[-1]) if isinstance(x, Tensor) else x.rows() if isinstance(x, Activations) else x
+    y = silu_mul(linear(rows, weight, bias, partial=True, impl=impl), impl=impl)  # three dimensions would be partials
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def _together(x: Operand, weight: PackedWeight, bias: Tensor | None, impl: str) -> Tensor:

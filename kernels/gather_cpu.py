@@ -33,9 +33,11 @@ def gathered_blocks(
     """The blocks to gather, how many each row holds [B], and n, the longest's count, to which the others are padded.
 
     The blocks are int64 [Hkv * B * n], head after head, numbered through all heads' blocks in the CPU's memory order;
-    a shorter row repeats its first.
+    a shorter row repeats its first. ValueError for tables that do not reach so far.
     """
     n = -(-max(counts) // layer.block_size)
+    if n > (width := block_tables.shape[1]):
+        raise ValueError(f"attention: {max(counts)} tokens take {n} blocks of {layer.block_size}, tables hold {width}")
     held = (lengths + (layer.block_size - 1)) // layer.block_size
     table = block_tables[:, :n]
     if min(counts) <= (n - 1) * layer.block_size:

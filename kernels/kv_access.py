@@ -18,8 +18,13 @@ def write_kv(layer: KVLayer, k: Tensor, v: Tensor, slots: Tensor, *, impl: str =
 
 
 def read_kv(layer: KVLayer, block_table: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """The first `length` tokens behind block_table [n], dequantized: two float32 tensors [length, kv_heads, D]."""
+    """The first `length` tokens behind block_table [n], dequantized: two float32 tensors [length, kv_heads, D].
+
+    ValueError for a table that does not reach so far.
+    """
     blocks = block_table[: -(-length // layer.block_size)].long()
+    if length > len(blocks) * layer.block_size or (length and int(blocks.min()) < 0):
+        raise ValueError(f"read_kv: {length} tokens do not lie in the blocks {blocks.tolist()} of {layer.block_size}")
 
     def side(words: Tensor, scales: Tensor | None, codec: Codec) -> Tensor:
         held = words[blocks].flatten(0, 1)[:length]

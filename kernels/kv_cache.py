@@ -23,6 +23,9 @@ from torch import Tensor
 HEAD_DIMS = (64, 128)
 BLOCK_SIZES = (16, 32, 64, 128)
 E4M3_MAX = 448.0
+# The scale of a vector whose elements are all equal: any would do to decode it. But attention factors scales out, takes
+# codes from the middle of their range, and rounds what belongs to small scales beside large ones: this one stays out.
+NO_SPAN = 2.0**-64
 FP8_LARGEST = E4M3_MAX * 2.0**119  # what a vector in fp8 can hold; float32 ends below twice that
 
 
@@ -204,11 +207,11 @@ def encode(x: Tensor, codec: Codec) -> tuple[Tensor, Tensor | None]:
 
 def _scale_upwards(span: Tensor, levels: float, dropped: int) -> Tensor:
     """span / levels as float32, rounded up to what leaves the last `dropped` bits zero (16: bf16; 23: a power of two),
-    so that the largest element never lies beyond the last code; 1 where it is zero: then every code is 0."""
+    so that the largest element never lies beyond the last code; NO_SPAN where it is zero: then every code is 0."""
     # (Divided by a tensor: on CUDA, division by a number is multiplication by its rounded reciprocal.)
     scale_bits = (span / torch.full_like(span, levels)).view(torch.int32).add_((1 << dropped) - 1) & -(1 << dropped)
     scale = scale_bits.view(torch.float32)
-    return torch.where(scale > 0, scale, 1.0)
+    return torch.where(scale > 0, scale, NO_SPAN)
 
 
 def scale_and_low(scale_words: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,11 +19,11 @@ from .triton_common import INTERP, to_bf16
 
 @triton.jit
 def scale_upwards(span, LEVELS: tl.constexpr, DROPPED: tl.constexpr, ROWS: tl.constexpr):
-    """The bits of span / LEVELS, span [ROWS] float32, rounded up to what leaves the last DROPPED bits zero; of 1.0
-    where that is zero."""
+    """The bits of span / LEVELS, span [ROWS] float32, rounded up to what leaves the last DROPPED bits zero; of
+    `kv_cache.NO_SPAN` where that is zero."""
     bits = tl.div_rn(span, tl.zeros((ROWS,), tl.float32) + LEVELS).to(tl.int32, bitcast=True)
     bits = (bits + ((1 << DROPPED) - 1)) & -(1 << DROPPED)
-    return tl.where(bits > 0, bits, 0x3F800000)
+    return tl.where(bits > 0, bits, 0x1F800000)
 
 
 @triton.jit

@@ -104,7 +104,7 @@ class Operators:
 
     def quantized_silu_mul(self, gate_up: Tensor, codes: torch.dtype, *, impl: str = "auto") -> Activations:
         found, scale = _ops().quantized_silu_mul(gate_up, codes, impl)
-        return Activations(found, scale, torch.bfloat16)
+        return Activations(found, scale, torch.bfloat16 if gate_up.dim() == 3 else gate_up.dtype)
 
     def rope(self, q: Tensor, k: Tensor, turn: Tensor, *, impl: str = "auto") -> tuple[Tensor, Tensor]:
         return _ops().rope(q, k, turn, impl)
@@ -163,28 +163,28 @@ def _linear(
     return _own(matmul.linear(given, weight, bias, impl=impl))[0]
 
 
-def _quantize_rows(x: Tensor, codes: torch.dtype, impl: str) -> tuple[Tensor, Tensor]:
+def _quantize_rows(x: Tensor, codes: torch.dtype, impl: str) -> tuple[Tensor, ...]:
     found = rounding.quantize_rows(x, codes, impl=impl)
-    return found.codes, found.scale
+    return _own(found.codes, found.scale)
 
 
 def _quantized_rms_norm(
     x: Tensor, weight: Tensor, eps: float, codes: torch.dtype, impl: str
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     found = rounding.quantized_rms_norm(x, weight, eps, codes, impl=impl)
-    return found.codes, found.scale
+    return _own(found.codes, found.scale)
 
 
 def _quantized_add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, codes: torch.dtype, impl: str
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     found, total = rounding.quantized_add_rms_norm(x, residual, weight, eps, codes, impl=impl)
-    return found.codes, found.scale, total
+    return _own(found.codes, found.scale, total)
 
 
-def _quantized_silu_mul(gate_up: Tensor, codes: torch.dtype, impl: str) -> tuple[Tensor, Tensor]:
+def _quantized_silu_mul(gate_up: Tensor, codes: torch.dtype, impl: str) -> tuple[Tensor, ...]:
     found = rounding.quantized_silu_mul(gate_up, codes, impl=impl)
-    return found.codes, found.scale
+    return _own(found.codes, found.scale)
 
 
 def _layer(
@@ -226,9 +226,15 @@ def _fake_linear(x: Tensor, x_scale: Tensor | None, *weight: Any) -> Tensor:
     return _like(x, *x.shape[:-1], weight[7], dtype=x.dtype if x_scale is None else torch.bfloat16)
 
 
-def _fake_codes(x: Tensor, codes: torch.dtype, width: int) -> tuple[Tensor, Tensor]:
-    rows = x.shape[:-1]
-    return _like(x, *rows, width, dtype=codes), x.new_empty(rows, dtype=torch.float32)
+def _fake_codes(x: Tensor, codes: torch.dtype) -> tuple[Tensor, Tensor]:
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return _like(x, dtype=codes), x.new_empty(x.shape[:-1], dtype=wide)
+
+
+def _fake_inner(gate_up: Tensor) -> Tensor:
+    """Of gate and up [..., 2I], or partials [S, T, 2I]."""
+    rows = gate_up.shape[1:-1] if gate_up.dim() == 3 else gate_up.shape[:-1]
+    return gate_up.new_empty((*rows, gate_up.shape[-1] // 2))
 
 
 def _fake_queries(qkv: Tensor, *args: Any) -> Tensor:
@@ -242,41 +248,39 @@ OPERATORS: dict[str, Operator] = {
     ),
     "rms_norm": Operator(
         "(Tensor x, Tensor weight, float eps, str impl) -> Tensor",
-        lambda x, weight, eps, impl: elementwise.rms_norm(x, weight, eps, impl=impl).contiguous(),
+        lambda x, weight, eps, impl: _own(elementwise.rms_norm(x, weight, eps, impl=impl))[0],
         lambda x, weight, eps, impl: _like(x),
     ),
     "add_rms_norm": Operator(
         "(Tensor x, Tensor residual, Tensor weight, float eps, str impl) -> (Tensor, Tensor)",
-        lambda x, residual, weight, eps, impl: elementwise.add_rms_norm(x, residual, weight, eps, impl=impl),
+        lambda x, residual, weight, eps, impl: _own(*elementwise.add_rms_norm(x, residual, weight, eps, impl=impl)),
         lambda x, residual, weight, eps, impl: (_like(residual), _like(residual)),
     ),
     "silu_mul": Operator(
         "(Tensor gate_up, str impl) -> Tensor",
-        lambda gate_up, impl: elementwise.silu_mul(gate_up, impl=impl),
-        lambda gate_up, impl: _like(gate_up, *gate_up.shape[:-1], gate_up.shape[-1] // 2),
+        lambda gate_up, impl: _own(elementwise.silu_mul(gate_up, impl=impl))[0],
+        lambda gate_up, impl: _fake_inner(gate_up),
     ),
     "quantize_rows": Operator(
         "(Tensor x, ScalarType codes, str impl) -> (Tensor, Tensor)",
         _quantize_rows,
-        lambda x, codes, impl: _fake_codes(x, codes, x.shape[-1]),
+        lambda x, codes, impl: _fake_codes(x, codes),
     ),
     "quantized_rms_norm": Operator(
         "(Tensor x, Tensor weight, float eps, ScalarType codes, str impl) -> (Tensor, Tensor)",
         _quantized_rms_norm,
-        lambda x, weight, eps, codes, impl: _fake_codes(x, codes, x.shape[-1]),
+        lambda x, weight, eps, codes, impl: _fake_codes(x, codes),
     ),
     "quantized_add_rms_norm": Operator(
         "(Tensor x, Tensor residual, Tensor weight, float eps, ScalarType codes, str impl) -> "
         "(Tensor, Tensor, Tensor)",
         _quantized_add_rms_norm,
-        lambda x, residual, weight, eps, codes, impl: (
-            *_fake_codes(residual, codes, residual.shape[-1]), _like(residual)
-        ),
+        lambda x, residual, weight, eps, codes, impl: (*_fake_codes(residual, codes), _like(residual)),
     ),
     "quantized_silu_mul": Operator(
         "(Tensor gate_up, ScalarType codes, str impl) -> (Tensor, Tensor)",
         _quantized_silu_mul,
-        lambda gate_up, codes, impl: _fake_codes(gate_up, codes, gate_up.shape[-1] // 2),
+        lambda gate_up, codes, impl: _fake_codes(_fake_inner(gate_up), codes),
     ),
     "rope": Operator(
         "(Tensor q, Tensor k, Tensor turn, str impl) -> (Tensor, Tensor)",

@@ -20,6 +20,7 @@ from .weights import weight_format
 # into a small bf16 buffer and multiplying by oneDNN does. Measured from 2048 x 384 to 4096 x 4096 on a 2-core Zen 4; no
 # second copy of the weights is kept.
 CPU_PACKED_ROWS = {"int8": 16, "int4": 256, "nibbles": 16}
+INT8PACK_FEATURES = 16  # _weight_int8pack_mm reads so many at a time, past the end of its operands for another K
 CPU_BLOCK_ELEMENTS = 1 << 21  # weights dequantized at a time: 4 MB of bf16, which stays in the cache
 
 
@@ -41,6 +42,8 @@ def linear(
         raise ValueError(f"linear: x has {x.shape[-1]} features, the weight [{n}, {k}] takes {k}")
     if x.device != weight.device:
         raise ValueError(f"linear: x is on {x.device}, the weight on {weight.device}")
+    if bias is not None and bias.shape != (n,):
+        raise ValueError(f"linear: bias must be [{n}], not {list(bias.shape)}")
     run = choose("linear", LINEAR, impl, x.device)
     if run is not _torch and x.dtype != torch.bfloat16:
         raise ValueError(f"linear: impl {impl!r} computes in bfloat16, x is {x.dtype}; use impl='torch'")
@@ -84,7 +87,7 @@ def _aten(x: Operand, weight: PackedWeight, bias: Tensor | None, partial: bool) 
     run = operators.get(key)
     if run is None:
         raise ValueError(f"linear: impl 'aten' has no operator for the layout {weight.layout!r}")
-    y = run(x, weight)
+    y = run(x.contiguous() if isinstance(x, Tensor) else x, weight)
     return y if bias is None else y.add_(bias)
 
 
@@ -145,9 +148,9 @@ def _fp8_aten(x: Activations, weight: PackedWeight) -> Tensor:
 
 def _int8pack(x: Tensor, weight: PackedWeight) -> Tensor:
     assert weight.scale is not None
-    if x.shape[0] <= CPU_PACKED_ROWS["int8"]:
-        return torch._weight_int8pack_mm(x, weight.data, weight.scale)
     n, k = weight.shape
+    if x.shape[0] <= CPU_PACKED_ROWS["int8"] and k % INT8PACK_FEATURES == 0:
+        return torch._weight_int8pack_mm(x, weight.data, weight.scale)
     rows = max(64, CPU_BLOCK_ELEMENTS // k)
     y = torch.empty(x.shape[0], n, dtype=x.dtype)
     for block in range(0, n, rows):  # the scale is applied to the product, so a block costs one conversion

@@ -42,11 +42,20 @@ def plan_prefill(
     """What `prefill_cpu` derives from everything but queries and cache: the same for every layer of a step. Whole long
     prompts are computed alone, everything else in padded groups of similar size."""
     starts, counts = query_starts.tolist(), lengths.tolist()
-    chunks = [starts[b + 1] - starts[b] for b in range(len(counts))]
+    chunks = chunk_sizes(starts, counts)
     alone = [b for b, t in enumerate(chunks) if t >= CAUSAL_ROWS and t == counts[b]]
     rest = [b for b, t in enumerate(chunks) if t and b not in alone]
     groups = [[b] for b in alone] + _groups(rest, chunks, counts)
     return tuple(_chunks(g, layer, heads // layer.kv_heads, block_tables, starts, chunks, counts) for g in groups)
+
+
+def chunk_sizes(starts: list[int], counts: list[int]) -> list[int]:
+    """New tokens of each sequence; ValueError where a chunk is longer than its sequence, or ends before it starts."""
+    chunks = [starts[b + 1] - starts[b] for b in range(len(counts))]
+    for chunk, count in zip(chunks, counts, strict=True):
+        if not 0 <= chunk <= count:
+            raise ValueError(f"prefill_attention: a chunk of {chunk} tokens cannot be the end of {count}")
+    return chunks
 
 
 def _chunks(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .activations import Activations
-from .kv_cache import KVLayer, allocate_kv
+from .kv_cache import KV_FORMATS, KVLayer, allocate_kv
 from .packing import PackedWeight, pack_weight, random_weight
 from .timing import copies_for
 from .weights import WEIGHT_FORMATS
@@ -131,7 +131,7 @@ def decode(
     """A random problem over shuffled blocks; the caches hold random codes with sane scales."""
     generator = torch.Generator("cuda").manual_seed(seed)
     per_row = -(-context // block_size)
-    nbytes = batch * context * 4 * kv_heads * head_dim
+    nbytes = batch * context * KV_FORMATS[format].bytes_per_token(kv_heads, head_dim)
     layers = [
         random_layer(format, per_row * batch, block_size, kv_heads, head_dim, generator)
         for _ in range(copies_for(nbytes))

@@ -44,6 +44,7 @@ def _rope_write_torch(qkv: Tensor, layer: KVLayer, slots: Tensor, turn: Tensor, 
 
 def _rope_write_aten(qkv: Tensor, layer: KVLayer, slots: Tensor, turn: Tensor, norms: HeadNorms | None) -> Tensor:
     """As the reference, queries and keys turned together."""
+    qkv = qkv if qkv.dim() == 2 else qkv.sum(0)
     heads = qkv.view(qkv.shape[0], -1, layer.head_dim)
     turned = heads.shape[1] - layer.kv_heads
     both = heads[:, :turned]

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .weights import QuantizedWeight, check_groups
+from .weights import SMALLEST_SCALE, QuantizedWeight, check_groups, check_weight, usable
 
 LEVELS = 15
 HQQ_SHRINKS = (0.96, 0.92, 0.88, 0.84, 0.8, 0.76)
@@ -58,18 +58,14 @@ def span(w: Tensor, shrink: float = 1.0) -> Grid:
 
 def _grid(scale: Tensor, offset: Tensor) -> Grid:
     """offset: of the value 0 above the lowest code's."""
-    scale = scale.bfloat16().float()
-    scale = torch.where(scale > 0, scale, 1.0)  # a group of zeros has no range; any scale represents it
+    scale = usable(scale.bfloat16().float())
     return Grid(scale, (offset / scale).round_().clamp_(0, LEVELS))
 
 
 def grouped(weight: Tensor, group_size: int) -> Tensor:
     """[N, K] -> float32 [N, K/G, G]. ValueError for what cannot be quantized in such groups."""
-    if weight.dim() != 2 or not weight.is_floating_point():
-        raise ValueError(f"weight must be a floating [N, K] matrix, not {weight.dtype} {tuple(weight.shape)}")
+    check_weight(weight)
     check_groups(weight.shape[1], group_size)
-    if not torch.isfinite(weight).all():
-        raise ValueError(f"weight {tuple(weight.shape)} holds NaN or infinity and cannot be quantized")
     return weight.float().unflatten(1, (-1, group_size))
 
 
@@ -129,7 +125,7 @@ def _half_quadratic_step(w: Tensor, grid: Grid, beta: float, p: float) -> Grid:
     centred = codes.sub_(zero)
     moved = (centred * target).sum(-1, keepdim=True) / centred.square().sum(-1, keepdim=True).clamp_(min=1e-6)
     scale = (grid.scale * moved.clamp_(0.5, 2.0)).bfloat16().float()
-    return Grid(torch.where(scale > 0, scale, grid.scale), zero)
+    return Grid(torch.where(scale >= SMALLEST_SCALE, scale, grid.scale), zero)
 
 
 def clip(w: Tensor, moments: Tensor, shrinks: Iterable[float] = CLIP_SHRINKS) -> Grid:

@@ -59,9 +59,9 @@ def fold_norm(norm: Tensor, scale: Tensor, dtype: torch.dtype = torch.bfloat16) 
     """(norm / scale rounded to `dtype`, the factor by which columns of the next weight must grow), both float32.
 
     The factor is what the rounded norm asks for, not `scale` itself: so the function stays the same to the last bits.
-    A norm that holds 0 gives nothing to divide and keeps its column.
+    A norm that holds 0 gives nothing to divide, and a quotient beyond `dtype` cannot be stored: both keep their column.
     """
     wide = norm.float()
     folded = (wide / scale).to(dtype).float()
-    usable = folded != 0
+    usable = (folded != 0) & folded.isfinite()
     return torch.where(usable, folded, wide), torch.where(usable, wide / folded, 1.0)

@@ -7,10 +7,11 @@
     fp8    A8W8: as w8a8 in e4m3 (4 bits of exponent, 3 of mantissa, largest 448): w ~ code * scale[n]
     w4a8   A8W4: the codes, scales and zeros of int4; larger steps multiply its int8 form, see `requantized`
 
-Scales are rounded to bfloat16 before the codes are chosen, so every device layout holds exactly the same weights; those
-of fp8 stay float32, as `torch._scaled_mm` reads them. Rounding to nearest is the baseline of Nagel et al., "A White
-Paper on Neural Network Quantization" (2021); e4m3 is that of Micikevicius et al., "FP8 Formats for Deep Learning"
-(2022).
+Scales are rounded to bfloat16 before the codes are chosen, so every device layout holds exactly the same codes, scales
+and zeros; those of fp8 stay float32, as `torch._scaled_mm` reads them. ATen's int4 product on a CPU takes a group's
+offset, (8 - zero) * scale, in bfloat16, which moves its weights by up to 0.03 of a step. Rounding to nearest is the
+baseline of Nagel et al., "A White Paper on Neural Network Quantization" (2021); e4m3 is that of Micikevicius et al.,
+"FP8 Formats for Deep Learning" (2022).
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from torch import Tensor
 
 GROUP_SIZES = (64, 128)
 E4M3_MAX = 448.0
+LARGEST_WEIGHT = 1e38  # the span from its negative to it is still a float32
+SMALLEST_SCALE = 2.0**-100  # smaller ones count as 0: reciprocals of denormal numbers are not finite
 FEATURES_OF_8_BIT_PRODUCTS = 16  # K of w8a8 and fp8 is a multiple: what one load of the kernels moves, in bytes
 
 
@@ -126,6 +129,23 @@ def check_groups(k: int, group_size: int) -> None:
         raise ValueError(f"in features must be a multiple of the group size: {k} is not a multiple of {group_size}")
 
 
+def check_weight(weight: Tensor) -> None:
+    """ValueError unless it is a floating [N, K] matrix of numbers that every format can scale."""
+    if weight.dim() != 2 or not weight.is_floating_point() or not weight.numel():
+        raise ValueError(f"weight must be a floating [N, K] matrix, not {weight.dtype} {tuple(weight.shape)}")
+    low, high = (float(x) for x in weight.aminmax())
+    if not (-LARGEST_WEIGHT <= low and high <= LARGEST_WEIGHT):
+        raise ValueError(
+            f"weight {tuple(weight.shape)} holds NaN, infinity or numbers beyond {LARGEST_WEIGHT:g} and cannot be "
+            "quantized"
+        )
+
+
+def usable(scale: Tensor) -> Tensor:
+    """scale, 1 where a group or channel has no range, or none to speak of: any scale represents its zeros."""
+    return torch.where(scale >= SMALLEST_SCALE, scale, 1.0)
+
+
 def _bf16(x: Tensor) -> Tensor:
     return x.to(torch.bfloat16).to(torch.float32)
 
@@ -136,8 +156,7 @@ def _quantize_bf16(weight: Tensor, group_size: int) -> QuantizedWeight:
 
 def _quantize_int8(weight: Tensor, group_size: int) -> QuantizedWeight:
     w = weight.float()
-    scale = _bf16(w.abs().amax(1) / 127)
-    scale = torch.where(scale > 0, scale, 1.0)  # a channel of zeros has no range; any scale represents it
+    scale = usable(_bf16(w.abs().amax(1) / 127))
     codes = (w / scale[:, None]).round_().clamp_(-127, 127).to(torch.int8)
     return QuantizedWeight("int8", codes, scale)
 
@@ -150,8 +169,7 @@ def _quantize_w8a8(weight: Tensor, group_size: int) -> QuantizedWeight:
 def _quantize_fp8(weight: Tensor, group_size: int) -> QuantizedWeight:
     _check_8_bit(weight.shape[1], "fp8")
     w = weight.float()
-    scale = w.abs().amax(1) / E4M3_MAX
-    scale = torch.where(scale > 0, scale, 1.0)
+    scale = usable(w.abs().amax(1) / E4M3_MAX)
     return QuantizedWeight("fp8", (w / scale[:, None]).to(torch.float8_e4m3fn), scale)
 
 
@@ -165,8 +183,7 @@ def _quantize_int4(weight: Tensor, group_size: int) -> QuantizedWeight:
     check_groups(k, group_size)
     w = weight.float().view(n, k // group_size, group_size)
     low, high = w.amin(-1).clamp_(max=0), w.amax(-1).clamp_(min=0)  # the range holds 0, so zero is a code
-    scale = _bf16((high - low) / 15)
-    scale = torch.where(scale > 0, scale, 1.0)
+    scale = usable(_bf16((high - low) / 15))
     zero = (-low / scale).round_().clamp_(0, 15)
     codes = (w / scale[..., None]).add_(zero[..., None]).round_().clamp_(0, 15).to(torch.uint8)
     return QuantizedWeight("int4", codes.view(n, k), scale, zero.to(torch.uint8), group_size)
@@ -237,12 +254,9 @@ def weight_format(name: str) -> WeightFormat:
 def quantize_weight(weight: Tensor, format: str, group_size: int = 128) -> QuantizedWeight:
     """Quantize a floating weight [N, K] on its own device, rounding to nearest.
 
-    ValueError: unknown format; not a matrix; NaN or infinity; K not a multiple of group_size (64 or 128; int4 and
-        w4a8 only).
+    ValueError: unknown format; not a matrix; NaN, infinity or beyond 1e38; K not a multiple of group_size (64 or 128;
+        int4 and w4a8 only).
     """
     chosen = weight_format(format)
-    if weight.dim() != 2 or not weight.is_floating_point():
-        raise ValueError(f"weight must be a floating [N, K] matrix, not {weight.dtype} {tuple(weight.shape)}")
-    if not torch.isfinite(weight).all():
-        raise ValueError(f"weight {tuple(weight.shape)} holds NaN or infinity and cannot be quantized to {format}")
+    check_weight(weight)
     return chosen.quantize(weight, group_size)

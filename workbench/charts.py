@@ -61,7 +61,7 @@ class _Figure(go.FigureWidget):  # type: ignore[misc]
 
 
 class LiveCharts:
-    """Owns the figure. Only one thread may call `show`: plotly's batch flag is shared, two writers lose messages."""
+    """Owns the figure. Only one thread at a time may call `show`: plotly's batch flag is shared, two lose messages."""
 
     def __init__(self) -> None:
         self.figure = _Figure(blank_figure())  # ImportError where anywidget is missing
@@ -276,7 +276,7 @@ def _traces() -> list[dict[str, Any]]:
         }
         for part in PARTS
     ]
-    share = "%{y:.0f} % at or below %{x:.3~g} s"
+    share = "%{y:.4~g} % at or below %{x:.3~g} s"
     return [
         *bars,
         line("trend-tokens", "22", BLUE, "solid", 2.5, "%{y:,.0f} tokens/s at %{x:.1f} s"),

@@ -84,25 +84,37 @@ class Crossover:
             return f"{format} against {over}: nothing was measured"
         ratio, low, high = self.speedup(format, over, batches[0])
         first = f"{ratio:.2f}x at batch {batches[0]}"
+        later = [batch for batch in batches if batch > (won or 0) and self.speedup(format, over, batch)[1] > 1.0]
+        sizes = f"at batch {', '.join(map(str, later))}"
         if won is None:
+            later_too = f"; in every round it is {sizes}" if later else ""
             if ratio > 1.0:  # the rounds disagree
                 first = f"{low:.2f}x to {high:.2f}x at batch {batches[0]}"
-                return f"{format} is not faster than {over} in every round ({first})"
-            return f"{format} is not faster than {over} even at batch {batches[0]} ({first})"
+                return f"{format} is not faster than {over} in every round ({first}){later_too}"
+            even = "" if later else "even "
+            return f"{format} is not faster than {over} {even}at batch {batches[0]} ({first}){later_too}"
         if won == batches[-1]:
             last = f", {self.speedup(format, over, won)[0]:.2f}x at {won}" if len(batches) > 1 else ""
             return f"{format} is faster than {over} at every batch size measured: {first}{last}"
         following = batches[batches.index(won) + 1]
         ratio, low, high = self.speedup(format, over, following)
         until = f"{format} is faster than {over} up to batch {won} ({first}), and"
+        again = f"; in every round it is again {sizes}" if later else ""
         if ratio > 1.0:
-            return f"{until} at {following} not in every round ({low:.2f}x to {high:.2f}x)"
-        return f"{until} no longer at {following} ({ratio:.2f}x)"
+            return f"{until} at {following} not in every round ({low:.2f}x to {high:.2f}x){again}"
+        return f"{until} no longer at {following} ({ratio:.2f}x){again}"
 
     def sentences(self) -> list[str]:
         names = list(self.seconds)
         found = [self.sentence(name, names[0]) for name in names[1:]]
         return found + ([self.sentence("int4", "int8")] if {"int8", "int4"} <= set(names) else [])
+
+    @property
+    def rounds(self) -> str:
+        """How many there are; after an interrupt not as many of every size."""
+        counts = {len(rounds) for times in self.seconds.values() for rounds in times.values()} or {0}
+        found = words.count(max(counts), "round")
+        return (found if len(counts) == 1 else f"{min(counts)} to {found}") + (", interrupted" * self.interrupted)
 
     def frame(self) -> pandas.DataFrame:
         """Median seconds of a step: batch sizes down, formats across."""
@@ -280,7 +292,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     except (ConfigError, CheckpointError) as error:
         parser.error(str(error))
-    print(f"{found.model}, {found.description}: one decode step, median of {options.rounds} rounds\n\n{found}\n")
+    print(f"{found.model}, {found.description}: one decode step, median of {found.rounds}\n\n{found}\n")
     print("\n".join(found.sentences()))
     if found.skipped:
         print(f"left out, for the KV pool does not hold them: batch {', '.join(map(str, found.skipped))}")

@@ -46,20 +46,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         workload = replace(WORKLOAD, num_requests=options.requests, rate=options.rate, seed=options.seed)
+        limit = CONFIG.memory_limit if options.model == CONFIG.model else None
+        config = replace(CONFIG, model=options.model, memory_limit=limit)
     except ValueError as error:
         parser.error(str(error))
     interrupted = False
     with Session(quality_tokens=PERPLEXITY_TOKENS) as session:
         try:
-            limit = CONFIG.memory_limit if options.model == CONFIG.model else None
-            config = replace(CONFIG, model=options.model, memory_limit=limit)
             measure(session, config, workload, progress=not options.quiet)
         except KeyboardInterrupt:
             interrupted = True
+        if (refusal := refused(session.runs)) is not None:
+            parser.error(refusal)
         print(report(session.runs))
         if options.json:
             write_json(options.json, session.runs, [] if argv is None else argv)
     return 130 if interrupted else int(any(run.status == "failed" for run in session.runs))
+
+
+def refused(runs: Sequence[Run]) -> str | None:
+    """Why no run got as far as an engine, where the reason is one for all: six rows would say nothing else."""
+    reasons = {run.error for run in runs}
+    return reasons.pop() if len(reasons) == 1 and not any(run.snapshot().description for run in runs) else None
 
 
 def measure(session: Session, config: EngineConfig, workload: Workload, *, progress: bool = True) -> None:

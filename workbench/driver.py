@@ -108,8 +108,9 @@ class LoadDriver:
             self._last_yield = time.perf_counter()
 
     def _abort_rest(self) -> None:
-        """Leave the engine empty; the outputs of aborted requests concern nobody."""
-        rest = [name for name in self._in_flight if self._engine.abort(name)]
+        """Leave the engine empty; of those who are aborted the run learns who had waited too long."""
+        rest = {name for name in self._in_flight if self._engine.abort(name)}
         self._in_flight.clear()
-        if rest:
-            self._engine.step()
+        for output in self._engine.step() if rest else ():
+            if output.finished and output.request_id in rest:
+                self._run.on_finish(output)

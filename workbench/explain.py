@@ -102,7 +102,7 @@ def change_sentence(run: RunSnapshot, baseline: RunSnapshot) -> str:
         for name, before, after in _differences(then, now)
     ]
     effects = [
-        f"{name} x{after / before:.2f}"
+        f"{name} {text.times(after / before)}"
         for name, before, after in zip(_EFFECTS, _effects(baseline), _effects(run), strict=True)
         if before and after is not None
     ]
@@ -110,7 +110,7 @@ def change_sentence(run: RunSnapshot, baseline: RunSnapshot) -> str:
     return f"Against run {baseline.id}: {changed}; {', '.join(effects) if effects else 'nothing to compare yet'}."
 
 
-_CALLED = {"num_requests": "requests", "ttft": "SLO TTFT", "tpot": "SLO TPOT"}
+_CALLED = {"name": "workload", "num_requests": "requests", "ttft": "SLO TTFT", "tpot": "SLO TPOT"}
 _WRITTEN = {"memory_limit": text.size, "ttft": text.seconds, "tpot": text.seconds}
 _EFFECTS = ("weights", "tokens that fit", "tokens/s", "TTFT p99", "TPOT p50", "latency p99", "perplexity")
 

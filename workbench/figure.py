@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from html import escape
 from typing import Any
 
 import plotly.graph_objects as go
@@ -22,7 +23,7 @@ STYLES = tuple(
 
 
 def blank(title: str, x: str, y: str, *, height: int = 380, **layout: Any) -> go.Figure:
-    """An empty figure with named axes; `title` is also what a reader without the picture gets first."""
+    """An empty figure with named axes; `title`, plain text, is also what a reader without the picture gets first."""
     axis = {
         "zeroline": False,
         "showline": True,
@@ -33,7 +34,7 @@ def blank(title: str, x: str, y: str, *, height: int = 380, **layout: Any) -> go
     }
     figure = go.Figure()
     figure.update_layout(
-        title={"text": f"<b>{title}</b>", "x": 0.0, "xref": "paper", "font": {"size": 14}},
+        title={"text": f"<b>{escape(title)}</b>", "x": 0.0, "xref": "paper", "font": {"size": 14}},
         height=height,
         margin={"l": 70, "r": 20, "t": 50, "b": 50},
         paper_bgcolor="rgba(0,0,0,0)",
@@ -57,4 +58,4 @@ def line(figure: go.Figure, name: str, x: Sequence[float], y: Sequence[float | N
         "marker": {"symbol": symbol, "size": 8, "color": colour},
         "hovertemplate": f"{hover}<extra></extra>",
     }
-    figure.add_scatter(x=list(x), y=list(y), name=name, **{**options, **more})
+    figure.add_scatter(x=list(x), y=list(y), name=escape(name), **{**options, **more})

@@ -130,6 +130,9 @@ STYLE = """<style>
 .inferlab-top { align-items: center; gap: 6px; flex-wrap: wrap; margin-bottom: 8px; }
 .inferlab-top .widget-button { margin: 0; font-weight: 600; height: 32px; line-height: 30px; border-radius: 4px; }
 .inferlab-top .inferlab-progress { flex: 1 1 260px; min-width: 220px; }
+.inferlab-top .inferlab-save { width: auto; white-space: nowrap; font-size: 12px; margin: 0 4px; }
+.inferlab-save a { color: var(--jp-content-link-color, #0072B2); text-decoration: underline; }
+.inferlab-save a[aria-disabled] { color: var(--jp-ui-font-color2, #555); text-decoration: none; opacity: .6; }
 .inferlab-bar { height: 8px; border-radius: 4px; background: var(--jp-layout-color3, #ddd); overflow: hidden; }
 .inferlab-bar > div { height: 100%; background: #0072B2; }
 .inferlab-progress small { display: block; height: 1.4em; overflow: hidden; text-overflow: ellipsis;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -30,11 +31,14 @@ class Tile:
 
 
 def verdict(metrics: Metrics | None, slo: SLO) -> str:
-    """MET only where the whole interval of each p99 lies inside the bound; LIKELY where only the estimate does."""
-    if metrics is None or metrics.slo_met is None or metrics.ttft is None:
+    """MET only where every request was answered and the whole interval of each p99 lies inside the bound; LIKELY where
+    only the estimate does."""
+    if metrics is None or metrics.slo_met is None:
         return UNKNOWN
     if not metrics.slo_met:
         return MISSED
+    if metrics.num_lost:  # the intervals are of the answered ones alone
+        return LIKELY
     bounds = [(metrics.ttft, slo.ttft), (metrics.tpot, slo.tpot)]
     certain = all(d is None or (d.p99_high is not None and d.p99_high <= bound) for d, bound in bounds)
     return MET if certain else LIKELY
@@ -113,13 +117,23 @@ def sentence(parts: Sequence[Tile]) -> str:
 
 def progress_html(share: float, words: str) -> str:
     """A bar with words under it; the words carry the message."""
-    percent = round(100 * min(max(share, 0.0), 1.0))
+    percent = int(100 * min(max(share, 0.0), 1.0) + 1e-9)  # full at the end and not before
     return (
         '<div class="inferlab-bar" role="progressbar" aria-label="progress of the run" aria-valuemin="0" '
         f'aria-valuemax="100" aria-valuenow="{percent}" aria-valuetext="{escape(words)}">'
         f'<div style="width:{percent}%"></div></div>'
         f'<small title="{escape(words)}">{escape(words) or "&nbsp;"}</small>'
     )
+
+
+def download_html(table: str) -> str:
+    """A link that saves `table` (CSV) through the browser alone: it is in the link, and no server has it. "" for none:
+    the words then stand there without effect."""
+    words = "Save runs (CSV)"
+    if not table:
+        return f'<a role="link" aria-disabled="true">{words}</a>'
+    data = base64.b64encode(table.encode()).decode()
+    return f'<a download="inferlab-runs.csv" href="data:text/csv;charset=utf-8;base64,{data}">{words}</a>'
 
 
 def sample_html(sample: tuple[str, str] | None, note: str) -> str:
@@ -154,9 +168,9 @@ def _interval(d: Distribution | None) -> str:
 
 
 def _slo_detail(m: Metrics | None, state: str) -> str:
-    if m is None or m.ttft is None:
+    if m is None or m.good_fraction is None:
         return ""
-    if state == LIKELY and m.ttft.count < ENOUGH_FOR_P99:
+    if state == LIKELY and m.ttft is not None and m.ttft.count < ENOUGH_FOR_P99:
         return f"so far; {m.ttft.count:,} of {ENOUGH_FOR_P99} to be sure"
     share = text.percent(m.good_fraction)
     return f"{share} met it" if state == MISSED else f"by {share} of requests"

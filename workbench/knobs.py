@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 from engine.config import BATCHING, EngineConfig
@@ -57,7 +58,7 @@ class Choice(Knob):
     options: Options
 
     def check(self, value: Any) -> str:
-        if value not in self.options:
+        if not isinstance(value, str) or value not in self.options:
             raise ConfigError(f"{self.name} is {value!r}; it must be one of {', '.join(self.options)}")
         return str(value)
 
@@ -84,7 +85,7 @@ class Number(Knob):
     reach: tuple[float, float] | None = None
 
     def check(self, value: Any) -> float:
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        number = isinstance(value, Real) and not isinstance(value, bool)
         if not number or not self.low <= value <= self.high or (self.whole and value != int(value)):
             raise ConfigError(f"{self.name} is {value!r}; it must be {self.permitted}")
         return int(value) if self.whole else float(value)

@@ -2,6 +2,8 @@
 
 Definitions follow vLLM's benchmark: TTFT counts from the scheduled arrival, TPOT is (latency - TTFT) / (tokens - 1) of
 one request, ITL pools the gaps between the tokens of all requests. Percentiles are pooled over the run, never averaged.
+p50 and p95 are interpolated as there; a p99 is a value that occurred, the least that 99 of 100 do not exceed: it lies
+within its interval, and meets a bound just when 99 of 100 requests do. From some hundred requests on the two agree.
 """
 
 from __future__ import annotations
@@ -22,12 +24,14 @@ from engine.request import RequestOutput
 from workbench.timeseries import Sample, TimeSeries
 
 ENOUGH_FOR_P99 = 300
+MOST_LOST = 0.01
 MAX_POINTS = 200
 
 
 @dataclass(frozen=True, kw_only=True)
 class SLO:
-    """Bounds that a request must meet, in seconds; a run meets them when its p99 does."""
+    """Bounds that a request must meet, in seconds; a run meets them when the p99 of both does, and no more than one
+    request in a hundred was lost (failed, refused, overdue at a stop)."""
 
     ttft: float = 1.0
     tpot: float = 0.1
@@ -87,14 +91,14 @@ class Distribution:
         ordered = np.sort(np.asarray(sample, dtype=np.float64))
         n = len(ordered)
         low, high = p99_bounds(n) if independent else (None, None)
-        p50, p95, p99 = (float(value) for value in np.quantile(ordered, (0.5, 0.95, 0.99)))
+        p50, p95 = (float(value) for value in np.quantile(ordered, (0.5, 0.95)))
         kept = np.unique(np.linspace(0, n - 1, min(n, MAX_POINTS)).round().astype(int))
         return cls(
             count=n,
             mean=float(ordered.mean()),
             p50=p50,
             p95=p95,
-            p99=p99,
+            p99=float(ordered[-1 - n // 100]),
             p99_low=None if low is None else float(ordered[low]),
             p99_high=None if high is None else float(ordered[high]),
             values=tuple(ordered[kept].tolist()),
@@ -134,7 +138,10 @@ class Metrics:
 
     duration: from the start of the load to the last finish or step. output_tokens count all tokens that were produced,
     also of requests aborted later; the latencies are of finished requests only.
-    goodput: requests per second that met the SLO; good_tokens_per_s: output tokens of those.
+    num_failed: without an answer for an error's sake; num_rejected: refused before they began; num_overdue: ended by a
+        stop when their first token was late already, so that a stop does not hide a queue.
+    goodput: requests per second that met the SLO; good_tokens_per_s: output tokens of those; good_fraction: their share
+    of all that ended, the failed, refused and overdue included.
     mean_batch: requests computed per step; occupancy: share of the batch's slots that did useful work (below 1 only
     where a padded batch holds finished members); padding_waste: share of the computed tokens that padding would waste.
     device_s, host_s: device time within steps and the rest of the steps; None where the runner cannot tell them apart.
@@ -143,7 +150,9 @@ class Metrics:
 
     duration: float
     num_finished: int
+    num_failed: int
     num_rejected: int
+    num_overdue: int
     ttft: Distribution | None
     tpot: Distribution | None
     itl: Distribution | None
@@ -175,6 +184,11 @@ class Metrics:
     kv_mean: float | None
     blocked_steps: Mapping[str, int]
 
+    @property
+    def num_lost(self) -> int:
+        """Requests that missed the SLO without a latency to show for it."""
+        return self.num_failed + self.num_rejected + self.num_overdue
+
 
 class MetricsCollector:
     """Adds up events as they come, in constant memory per step; not thread-safe (Run guards it).
@@ -190,7 +204,7 @@ class MetricsCollector:
         self._end = start
         self._ttft, self._tpot, self._itl, self._latency = (array("d") for _ in range(4))
         self._good = self._good_tokens = 0
-        self._rejected = 0
+        self._failed = self._rejected = self._overdue = 0
         self._sums: Counter[str] = Counter()
         self._peaks: Counter[str] = Counter()
         self._blocked: Counter[str] = Counter()
@@ -234,6 +248,11 @@ class MetricsCollector:
     def on_finish(self, output: RequestOutput) -> None:
         """Account for a request that ended; an aborted or failed one leaves no latency behind."""
         timing = output.timing
+        if output.finish_reason == "error":
+            self._failed += 1
+        elif output.finish_reason == "abort":
+            waited = timing.latency if timing.ttft is None else timing.ttft
+            self._overdue += waited is not None and waited > self.slo.ttft
         if output.finish_reason in ("abort", "error") or timing.ttft is None or timing.latency is None:
             return
         self._end = max(self._end, timing.finish or self._end)
@@ -253,6 +272,10 @@ class MetricsCollector:
     @property
     def num_finished(self) -> int:
         return len(self._latency)
+
+    @property
+    def num_failed(self) -> int:
+        return self._failed
 
     @property
     def num_rejected(self) -> int:
@@ -279,11 +302,15 @@ class MetricsCollector:
         steps = sums["steps"]
         ttft, tpot = Distribution.of(self._ttft), Distribution.of(self._tpot)
         finished = self.num_finished
+        lost = self._failed + self._rejected + self._overdue
+        ended = finished + lost
         device_s = self._device_s if steps and self._device_known else None
         return Metrics(
             duration=duration,
             num_finished=finished,
+            num_failed=self._failed,
             num_rejected=self._rejected,
+            num_overdue=self._overdue,
             ttft=ttft,
             tpot=tpot,
             itl=Distribution.of(self._itl, independent=False),
@@ -294,8 +321,8 @@ class MetricsCollector:
             requests_per_s=_ratio(finished, duration),
             goodput=_ratio(self._good, duration),
             good_tokens_per_s=_ratio(self._good_tokens, duration),
-            good_fraction=_ratio(self._good, finished),
-            slo_met=None if ttft is None else self.slo.met_by(ttft.p99, None if tpot is None else tpot.p99),
+            good_fraction=_ratio(self._good, ended),
+            slo_met=self._slo_met(ttft, tpot, lost / ended) if ended else None,
             hit_rate=_ratio(sums["hit"], sums["query"]) if self._prefix_caching else None,
             num_steps=steps,
             step_s=self._step_s,
@@ -315,6 +342,11 @@ class MetricsCollector:
             kv_mean=_ratio(self._kv_area, self._step_s),
             blocked_steps=dict(self._blocked),
         )
+
+    def _slo_met(self, ttft: Distribution | None, tpot: Distribution | None, lost: float) -> bool:
+        if ttft is None or lost > MOST_LOST:
+            return False
+        return self.slo.met_by(ttft.p99, None if tpot is None else tpot.p99)
 
 
 def _ratio(part: float, whole: float) -> float | None:

@@ -1,8 +1,9 @@
 """The panel: knobs on the left, what they do on the right, live, on an engine in the same process.
 
 Threads: the session's thread runs the engine; one thread of the panel's own, alive only while there is something to do,
-ticks a few times a second and is the only one that draws. What a button or a knob calls puts a word in a queue and
-returns, on whatever thread the kernel calls it.
+ticks a few times a second and draws. What a button or a knob calls puts a word in a queue and returns, on whatever
+thread the kernel calls it. What people call from code takes its turn with the ticking thread: nobody begins a run, or
+draws, in the middle of another's tick.
 """
 
 from __future__ import annotations
@@ -40,8 +41,9 @@ UNDERSTOOD = (ConfigError, CheckpointError, RequestError, SessionBusy, OSError)
 class Workbench:
     """The panel; the last expression of a cell shows it. Keywords turn knobs: `Workbench(weights="int4", rate=4)`.
 
-    run, stop, keep_baseline: what the buttons do. runs: a DataFrame. summary(): text. snapshot(): static, for a page
-    without a kernel. close(): frees the engine and the model. threaded=False leaves the ticking to the caller.
+    run, stop, keep_baseline: what the buttons do. runs: a DataFrame, which the link beside the buttons saves as CSV.
+    summary(): text. snapshot(): static, for a page without a kernel. close(): frees the engine and the model.
+    threaded=False leaves the ticking to the caller.
     """
 
     def __init__(self, *, threaded: bool = True, **knobs: Any) -> None:
@@ -50,12 +52,12 @@ class Workbench:
         self.session = Session()
         self._threaded = threaded
         self._asked: deque[Callable[[], None]] = deque()
-        self._guard = threading.Lock()
+        self._turn = threading.RLock()
+        self._guard = threading.Lock()  # of `_ticker`; never held while waiting for a turn
         self._ticker: threading.Thread | None = None
         self._lent = self._closed = False
         self._run: Run | None = None
         self._shown: RunSnapshot | None = None
-        self._finished: list[RunSnapshot] = []
         self._baseline: RunSnapshot | None = None
         self._plan: MemoryPlan | None = None
         self._drawn_slow = self._spoken_at = 0.0
@@ -71,24 +73,28 @@ class Workbench:
         if knobs:
             self.controls.set(**knobs)
         if not blocking:
-            run = self._begin()
+            with self._turn:
+                run = self._begin()
             self._wake()
             return run
         self._lent = True  # this thread ticks now, and no other
         try:
-            if not self._is_running:
-                self._join()
-            run = self._begin()
+            if self.session.active is None:
+                self._join()  # its last tick shows the run before
+            with self._turn:
+                run = self._begin()
             while not run.wait(TICK):
                 self.tick()
         except KeyboardInterrupt:
             self.session.stop()
             raise
         finally:
-            self.tick()
-            self._lent = False
-            if self._asked:
-                self._wake()
+            try:
+                self.tick()
+            finally:  # interrupted once more: the run has not ended yet, and somebody must follow it
+                self._lent = False
+                if self._asked or self._is_running:
+                    self._wake()
         return run
 
     def stop(self) -> None:
@@ -98,11 +104,13 @@ class Workbench:
 
     def keep_baseline(self) -> None:
         """Keep the latest finished run that measured something to compare the next ones with."""
-        measured = [run for run in self._finished if run.metrics]
+        measured = self._comparable
         if not measured:
             raise ConfigError("there is no finished run to keep as baseline yet: run first")
-        self._baseline = measured[-1]
-        self._draw(slow=True)
+        with self._turn:
+            self._follow()
+            self._baseline = measured[-1]
+            self._draw(slow=True)
 
     def set(self, **knobs: Any) -> None:
         """Turn knobs from code; names and ranges are checked."""
@@ -125,16 +133,19 @@ class Workbench:
 
     def snapshot(self) -> Snapshot:
         """The panel as it stands, without anything live in it."""
-        if self._run is None and self._plan is None:
-            self._predict()
-        elif self._run is not None:
-            self._shown = self._run.snapshot()
-        run = self._shown
-        title = (
-            f"run {run.id} · {run.label} · {run.workload.name}, {run.workload.arrivals_text}" if run else "no run yet"
-        )
-        words = self._sentence(run) if run else "The memory plan of the knobs as they are; Run measures the rest."
-        return snapshot(self._view(), self._tiles(), title, words, self.summary())
+        words = "The memory plan of the knobs as they are; Run measures the rest."
+        with self._turn:
+            try:
+                if self._run is None and self._plan is None:
+                    self._predict()
+                self._follow()
+            except UNDERSTOOD as problem:  # knobs that cannot be had: the panel is where they are mended
+                words = str(problem)
+            run, title = self._shown, "no run yet"
+            if run is not None:
+                title = f"run {run.id} · {run.label} · {run.workload.name}, {run.workload.arrivals_text}"
+                words = self._sentence(run)
+            return snapshot(self._view(), self._tiles(), title, words, self.summary())
 
     def close(self) -> None:
         """Stop what runs, join the threads, give back memory; a picture stays. A second call does nothing."""
@@ -144,6 +155,8 @@ class Workbench:
         self.stop()
         self._join()
         self.session.close()
+        self._asked.clear()
+        self.tick()  # a run that was going on is over now
         if self._screen is not None:
             self._screen.close(self._view())
 
@@ -176,16 +189,17 @@ class Workbench:
     # The ticking thread
 
     def tick(self) -> bool:
-        """Do what was asked, show how the run goes; True while there is more to come. One thread at a time."""
-        try:
-            while self._asked:
-                self._asked.popleft()()
-            self._follow()
-        except UNDERSTOOD as problem:
-            self._complain(str(problem))
-        except Exception as problem:  # an error in a callback would vanish otherwise
-            self._complain(f"{type(problem).__name__}: {problem}")
-        return bool(self._asked) or self._is_running
+        """Do what was asked, show how the run goes; True while there is more to come."""
+        with self._turn:
+            try:
+                while self._asked:
+                    self._asked.popleft()()
+                self._follow()
+            except UNDERSTOOD as problem:
+                self._complain(str(problem))
+            except Exception as problem:  # an error in a callback would vanish otherwise
+                self._complain(f"{type(problem).__name__}: {problem}")
+            return bool(self._asked) or self._is_running
 
     def _ask(self, act: Callable[[], object]) -> None:
         self._asked.append(lambda: (act(), None)[1])
@@ -216,7 +230,7 @@ class Workbench:
         if ticker is not None and ticker is not threading.current_thread():
             ticker.join()
 
-    # Only the ticking thread, or a caller in its place, comes here
+    # Only whose turn it is comes here
 
     def _begin(self) -> Run:
         values = self.controls.values()
@@ -249,7 +263,18 @@ class Workbench:
                 self._screen.say("")
 
     @property
+    def _finished(self) -> list[RunSnapshot]:
+        """As the session has them, so that none is missed that ended between two ticks."""
+        return [run.snapshot() for run in self.session.runs if run.is_over]
+
+    @property
+    def _comparable(self) -> list[RunSnapshot]:
+        """What broke off in the middle measured another load than was asked for."""
+        return [run for run in self._finished if run.metrics and not run.error]
+
+    @property
     def _is_running(self) -> bool:
+        """Until its end has been shown."""
         return self._run is not None and not (self._shown is not None and self._shown.is_over)
 
     def _follow(self) -> None:
@@ -259,12 +284,16 @@ class Workbench:
         shown = run.snapshot()
         turned = self._shown is None or self._shown.status != shown.status
         if shown.is_over:
-            self.session.stop()  # waits until the engine's thread has left
-            self._finished.append(shown)
             self._plan = None
         self._shown = shown
         now = time.monotonic()
-        self._draw(slow=shown.is_over or now - self._drawn_slow > SLOW)
+        try:
+            self._draw(slow=shown.is_over or now - self._drawn_slow > SLOW)
+            if shown.is_over and self._screen is not None:
+                self._screen.offer(self.runs.to_csv())
+        finally:  # whatever becomes of the picture, a next run must be possible
+            if shown.is_over and self._screen is not None:
+                self._screen.busy(False, can_keep=bool(self._comparable))
         if turned or now - self._spoken_at > SPOKEN:
             self._spoken_at = now
             self._speak(shown)
@@ -293,8 +322,6 @@ class Workbench:
             self._screen.complain(run.error)
         else:
             self._screen.say(self._sentence(run), headline.sentence(self._tiles()) if run.is_over else "")
-        if run.is_over:
-            self._screen.busy(False, can_keep=any(over.metrics for over in self._finished))
 
     def _complain(self, sentence: str) -> None:
         if self._screen is not None:
@@ -318,5 +345,7 @@ class Workbench:
         return headline.tiles(run, (run.memory if run else None) or self._plan, self._other_baseline)
 
     def _view(self) -> View:
-        runs = [*self._finished, self._shown] if self._shown is not None and not self._shown.is_over else self._finished
-        return view_of(self._shown, self._plan, runs, self._baseline)
+        runs, shown = self._finished, self._shown
+        if shown is not None and not shown.is_over:
+            runs = [*(run for run in runs if run.id != shown.id), shown]
+        return view_of(shown, self._plan, runs, self._baseline)

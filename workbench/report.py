@@ -33,6 +33,7 @@ def summary(run: RunSnapshot) -> str:
 def _measured_lines(run: RunSnapshot) -> list[str]:
     m = run.metrics
     assert m is not None
+    causes = f"{m.num_failed:,} failed, {m.num_rejected:,} refused, {m.num_overdue:,} overdue at the stop"
     bounds = f"p99 TTFT <= {text.seconds(run.slo.ttft)}, p99 TPOT <= {text.seconds(run.slo.tpot)}"
     return [
         _line("SLO", f"{verdict(m, run.slo)} ({bounds})"),
@@ -43,8 +44,9 @@ def _measured_lines(run: RunSnapshot) -> list[str]:
         _line(
             "throughput",
             f"{text.number(m.tokens_per_s)} tokens/s, {text.number(m.requests_per_s)} requests/s; "
-            f"goodput {text.number(m.goodput)} requests/s ({text.percent(m.good_fraction)} of the finished)",
+            f"goodput {text.number(m.goodput)} requests/s ({text.percent(m.good_fraction)} of those that ended)",
         ),
+        *([_line("lost", causes)] if m.num_lost else []),
         _line(
             "cache",
             f"prefix hit rate {text.percent(m.hit_rate)}, KV use mean {text.percent(m.kv_mean)} and peak "
@@ -131,8 +133,9 @@ def row(run: RunSnapshot) -> dict[str, Any]:
         bounds = () if name == "itl" else ("p99_low", "p99_high")  # gaps of one request are not independent
         times |= {f"{name}_{q}_s": getattr(d, q, None) for q in ("mean", "p50", "p95", "p99", *bounds)}
     names = (
-        "num_finished tokens_per_s requests_per_s goodput good_tokens_per_s good_fraction slo_met hit_rate mean_batch "
-        "occupancy padding_waste num_preemptions recomputed_tokens kv_peak num_steps device_s host_s busy"
+        "num_finished num_failed num_rejected num_overdue tokens_per_s requests_per_s goodput good_tokens_per_s "
+        "good_fraction slo_met hit_rate mean_batch occupancy padding_waste num_preemptions recomputed_tokens kv_peak "
+        "num_steps device_s host_s busy"
     )
     rates = {name: getattr(m, name, None) for name in names.split()}
     quality = {"perplexity": run.perplexity and run.perplexity.value}

@@ -70,7 +70,7 @@ class Run:
         """Everything at this moment; the engine is held up only while the raw values are copied."""
         same = {name: getattr(self, name) for name in _SHARED}  # the status first: "done" promises the final figures
         metrics, samples = self._measured()
-        finished = metrics.num_finished + metrics.num_rejected if metrics else 0
+        finished = metrics.num_finished + metrics.num_failed + metrics.num_rejected if metrics else 0
         sentence = self.error or (limiting_sentence(metrics, self.config, self.workload) if metrics else "")
         return RunSnapshot(
             **same, finished=finished, total=self.workload.num_requests, metrics=metrics, samples=samples,
@@ -122,7 +122,7 @@ class Run:
         assert self._collector is not None, "a finished request before the load began"
         with self._lock:
             self._collector.on_finish(output)
-        if output.error is not None:
+        if output.error is not None and self._collector.num_failed == 1:  # the reason of the first stands for all
             self.note(f"a request failed: {output.error}")
         if output.finish_reason not in ("abort", "error"):
             self._last_output = output

@@ -77,6 +77,7 @@ class Screen:
         self.stop = _button("Stop", "End the run after the step it is in", "stop", "")
         self.keep = _button("Keep as baseline", "Compare the next runs with the latest one", "bookmark", "")
         self.stop.disabled = self.keep.disabled = True
+        self.save = widgets.HTML(headline.download_html(""))
         self.progress = widgets.HTML()
         self.tiles = widgets.HTML(headline.tiles_html(headline.tiles(None, None, None)))
         self.status = live_region()
@@ -85,7 +86,7 @@ class Screen:
         self.sample = widgets.HTML(headline.sample_html(None, ""))
         self.charts, lack = build_charts()
         self._place = widgets.Box([self.charts.figure])
-        top = widgets.HBox([self.run, self.stop, self.keep, self.progress])
+        top = widgets.HBox([self.run, self.stop, self.keep, self.save, self.progress])
         said = widgets.Box([self.status, self.alert])
         results = widgets.VBox([self.tiles, said, self._place, self.sample])
         body = widgets.Box([controls.box, results])
@@ -93,6 +94,7 @@ class Screen:
         for widget, name in (
             (self.root, ROOT_CLASS),
             (top, "inferlab-top"),
+            (self.save, "inferlab-save"),
             (self.progress, "inferlab-progress"),
             (body, "inferlab-body"),
             (results, "inferlab-results"),
@@ -145,6 +147,10 @@ class Screen:
         if sample is not None:
             note = "random weights: it means nothing" if run.is_synthetic else "prompt, then the answer in bold"
             self.sample.value = headline.sample_html(sample, note)
+
+    def offer(self, table: str) -> None:
+        """The runs as CSV, to be saved."""
+        self.save.value = headline.download_html(table)
 
     def busy(self, busy: bool, *, can_keep: bool = False) -> None:
         """Which buttons make sense now."""

@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 UNDERSTOOD = (ConfigError, CheckpointError, RequestError, OSError)
 WARM_UP_REQUESTS = 4
 WARM_UP_TOKENS = 4
+THREAD_NAME = "inferlab-run-"
 
 
 class SessionBusy(RuntimeError):
@@ -50,6 +51,7 @@ class Session:
         self.runs: list[Run] = []
         self._quality_tokens = quality_tokens
         self._engine: Engine | None = None
+        self._warm_for = 0  # tokens of the longest request that the engine was warmed up for
         self._model: LoadedModel | None = None
         self._model_key: tuple[object, ...] = ()
         self._qualities: dict[tuple[object, ...], Perplexity] = {}
@@ -96,7 +98,7 @@ class Session:
         run = self._admit(config, workload, slo, label)
         options = {"quality": quality, "progress": False, "polite": True}
         self._thread = threading.Thread(
-            target=self._execute, args=(run,), kwargs=options, name=f"inferlab-run-{run.id}", daemon=True
+            target=self._execute, args=(run,), kwargs=options, name=f"{THREAD_NAME}{run.id}", daemon=True
         )
         self._thread.start()
         return run
@@ -146,6 +148,8 @@ class Session:
                 raise RuntimeError("the session is closed; open a new one")
             if self._active is not None:
                 raise SessionBusy(f"run {self._active.id} is still going on; stop it or wait for it first")
+            if self._thread is not None and self._thread is not threading.current_thread():
+                self._thread.join()  # of the run before, which is over
             run = Run(len(self.runs) + 1, config or EngineConfig(), workload, slo or SLO(), label)
             self.runs.append(run)
             self._active = run
@@ -161,6 +165,8 @@ class Session:
         except KeyboardInterrupt:
             status = "stopped"
             raise
+        except InterruptedError:
+            status = "stopped"
         except UNDERSTOOD as problem:
             error = _sentence(problem)
             self._drop_engine()
@@ -179,10 +185,12 @@ class Session:
             run.end(status, error)
 
     def _measure(self, run: Run, *, quality: bool, progress: bool, polite: bool) -> None:
-        engine, is_new = self._engine_for(run)
+        engine = self._engine_for(run)
         items = work_items(engine, run.workload)
-        if is_new and not isinstance(engine.clock, VirtualClock):
+        if not isinstance(engine.clock, VirtualClock):
             self._warm_up(engine, run, items)
+            if _others_run():
+                run.note("another run was going on in this kernel when this one began: both are slower for it")
         with tqdm(total=len(items), disable=not progress, desc=run.label, unit="req") as bar:
             LoadDriver(engine, run, items, polite=polite).drive(bar.update)
         run.measured_memory = engine.measured_memory()
@@ -190,17 +198,17 @@ class Session:
             run.phase = "measuring perplexity"
             self._measure_quality(engine, run, progress)
 
-    def _engine_for(self, run: Run) -> tuple[Engine, bool]:
-        """The engine for this run's config, and whether it is new."""
+    def _engine_for(self, run: Run) -> Engine:
+        """The engine for this run's config: the one at hand, where it has the same and nothing is left in it."""
         from engine.engine import Engine  # here, because it imports torch
         from engine.loader import load_model
 
         config = run.config
         # A simulated engine costs nothing to build, and a clock that starts at 0 makes its runs equal to the last bit.
-        if self._engine is not None and self._engine.config == config and config.runner != "simulated":
-            self._engine.reset_prefix_cache()
+        held = self._engine if config.runner != "simulated" else None
+        if held is not None and held.config == config and not held.has_unfinished():
+            held.reset_prefix_cache()
             run.note("engine reused from the run before, prefix cache emptied")
-            is_new = False
         else:
             self._drop_engine()
             key = (config.model, config.runner, config.seed, config.session_len)
@@ -208,24 +216,32 @@ class Session:
                 self._drop_model()
             if self._model is None:
                 self._model, self._model_key = load_model(config), key
+            if run.stop_requested.is_set():
+                raise InterruptedError("stopped while the model was loaded")
             run.phase = "building the engine"
-            self._engine, is_new = Engine(config, model=self._model), True
+            self._engine, self._warm_for = Engine(config, model=self._model), 0
         engine = self._engine
+        assert engine is not None
         run.description, run.memory, run.decode = engine.description, engine.memory, engine.tokenizer.decode
         run.is_synthetic = engine.model.is_synthetic or config.runner == "simulated"
         if run.is_synthetic:
             run.note("random weights or none: speed and memory count, text and quality do not")
-        return engine, is_new
+        return engine
 
     def _warm_up(self, engine: Engine, run: Run, items: Sequence[WorkItem]) -> None:
-        """First steps allocate, compile and tune; they are not part of what is measured."""
-        run.phase = "warming up"
+        """First steps allocate, compile and tune; they are not part of what is measured. An engine that has served
+        requests as long is warm."""
         from engine.sampling_params import SamplingParams
 
-        engine.warm_up(max(len(item.prompt_token_ids) + item.params.max_tokens for item in items))
+        longest = max(len(item.prompt_token_ids) + item.params.max_tokens for item in items)
+        if longest <= self._warm_for or run.stop_requested.is_set():
+            return
+        run.phase = "warming up"
+        engine.warm_up(longest)
         chosen = [item.prompt_token_ids for item in items[:WARM_UP_REQUESTS]]
         engine.generate(chosen, SamplingParams(max_tokens=WARM_UP_TOKENS, ignore_eos=True))
         engine.reset_prefix_cache()
+        self._warm_for = longest
         run.note(f"warmed up with {len(chosen)} unmeasured requests of {WARM_UP_TOKENS} tokens")
 
     def _measure_quality(self, engine: Engine, run: Run, progress: bool) -> None:
@@ -269,6 +285,12 @@ def work_items(engine: Engine, workload: Workload) -> list[WorkItem]:
         text=text,
         avoid=engine.spec.eos_token_ids,
     )
+
+
+def _others_run() -> bool:
+    """Whether another session's thread computes: sessions do not know of each other, threads have names."""
+    here = threading.current_thread()
+    return any(thread.name.startswith(THREAD_NAME) and thread is not here for thread in threading.enumerate())
 
 
 def _sentence(error: BaseException) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 ABSENT = "–"
+_NOISE = 1e-9  # of adding up
 
 
 def seconds(value: float | None) -> str:
@@ -28,12 +29,25 @@ def size(value: float | None) -> str:
     return f"{value:.0f} bytes"
 
 
-def percent(share: float | None) -> str:
-    """A share in 0..1 as per cent; small ones keep a digit, so that little does not look like nothing."""
+def percent(share: float | None, digits: int = 0) -> str:
+    """A share in 0..1 as per cent; near both ends a digit is kept, so that little does not look like nothing, nor
+    nearly all like all."""
     if share is None:
         return ABSENT
     value = 100.0 * share
-    return f"{value:.1f} %" if 0.0 < abs(value) < 9.95 else f"{value:.0f} %"
+    if _NOISE < value < 0.05:
+        return "<0.1 %"
+    if 99.95 <= value < 100.0 - _NOISE:
+        return ">99.9 %"
+    if abs(value - round(value)) < _NOISE and round(value) in (0, 100):
+        return f"{value:.0f} %"
+    near = 0.0 < value < 9.95 or 99.0 < value < 100.0
+    return f"{value:.{max(digits, int(near))}f} %"
+
+
+def times(factor: float) -> str:
+    """A ratio: x1.02, x0.0031, x1,230."""
+    return f"x{factor:.2f}" if 0.0995 <= factor < 99.95 else f"x{factor:,.0f}" if factor >= 1.0 else f"x{factor:.2g}"
 
 
 def number(value: float | None) -> str:

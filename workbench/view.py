@@ -183,7 +183,8 @@ def _point(run: RunSnapshot, is_latest: bool, is_baseline: bool) -> RunPoint | N
         return None
     state = verdict(m, run.slo)
     words = {MET: "SLO met", LIKELY: "SLO met, too few requests to be sure", MISSED: "SLO missed"}[state]
-    lines = [f"run {run.id}: {run.label}", f"{run.workload.name}, {run.workload.arrivals_text}",
+    ended = f", {run.status}" if run.status in ("stopped", "failed") else ""
+    lines = [f"run {run.id}{ended}: {run.label}", f"{run.workload.name}, {run.workload.arrivals_text}",
              f"{text.number(m.tokens_per_s)} tokens/s, TTFT p99 {text.seconds(m.ttft.p99)}", words]  # fmt: skip
     hover = "<br>".join(escape(line) for line in lines)
     return RunPoint(run.id, m.ttft.p99, m.tokens_per_s, state, hover, is_baseline, is_latest)

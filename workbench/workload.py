@@ -131,8 +131,8 @@ class Workload:
         for _ in range(self.num_requests):
             moment += random.gammavariate(self.burstiness, 1.0)
             moments.append(moment)
-        scale = self.num_requests / self.rate / moment
-        return [scale * moment for moment in moments]
+        end = self.num_requests / self.rate
+        return [end * moment / moments[-1] if moments[-1] else end for moment in moments]
 
     def requests(
         self,

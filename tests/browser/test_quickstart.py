@@ -157,6 +157,16 @@ def test_run_moves_the_curves_and_stop_stops(page: sync_api.Page) -> None:
     assert len(panel.locator("[role=status]").inner_text()) > 40, "a sentence says what limited the run"
 
 
+def test_the_runs_are_saved_as_a_table_by_the_browser(page: sync_api.Page) -> None:
+    link = page.locator(".inferlab").first.get_by_role("link", name="Save runs (CSV)")
+    sync_api.expect(link).to_have_attribute("href", re.compile("^data:text/csv"))
+    with page.expect_download() as saving:
+        link.press("Enter")
+    assert saving.value.suggested_filename == "inferlab-runs.csv"
+    table = Path(saving.value.path()).read_text().splitlines()
+    assert table[0].startswith("run,label,status,") and table[1].startswith("1,") and ",stopped," in table[1]
+
+
 def test_a_knob_tells_what_would_fit_before_the_next_run(page: sync_api.Page) -> None:
     panel = page.locator(".inferlab").first
     panel.get_by_role("button", name="Keep as baseline").click()

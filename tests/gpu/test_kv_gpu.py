@@ -42,6 +42,12 @@ def test_exact(format: str, block_size: int, head_dim: int) -> None:
     checks_kv.check_exact(format, block_size, head_dim, "cuda", impl="triton", order="block")
 
 
+@pytest.mark.parametrize("format", kernels.KV_FORMATS)
+@pytest.mark.parametrize("block_size, head_dim", [(16, 64), (64, 128)])
+def test_constant(format: str, block_size: int, head_dim: int) -> None:
+    checks_kv.check_constant(format, block_size, head_dim, "cuda", impl="triton", order="block")
+
+
 def test_e4m3_without_the_instruction(monkeypatch: pytest.MonkeyPatch) -> None:
     """The path of GPUs that cannot convert e4m3: shifts, the same numbers."""
     for module in (codec_triton, decode_triton, kv_cache_triton):

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from engine.errors import ConfigError
 from engine.scoring import CHUNK, prompt_logits
+from workbench import text as words
 from workbench.quality.perplexity import MIN_WINDOW, Perplexity, check_meaning, text_windows
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ class Divergence:
     def __str__(self) -> str:
         return (
             f"KL {self.kl_mean.value:.4f} nats per token (p99 {self.kl_p99.value:.3f}), top-1 agreement "
-            f"{100 * self.top1.value:.1f} % over {self.tokens:,} tokens"
+            f"{words.percent(self.top1.value, 1)} over {self.tokens:,} tokens"
         )
 
 

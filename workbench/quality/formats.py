@@ -6,6 +6,7 @@ Every format goes through the engine's own path over the same text and the same 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -138,7 +139,7 @@ class Comparison:
         for row in self.rows:
             if row.agreement is not None:
                 lengths = list(range(1, len(row.agreement.identical) + 1))
-                hover = f"{row.name}: %{{y:.0%}} identical through %{{x}} tokens"
+                hover = f"{row.name}: %{{y:.1%}} identical through %{{x}} tokens"
                 figures.line(drawn, row.name, lengths, row.agreement.identical, hover)
         return drawn
 
@@ -158,9 +159,9 @@ class Comparison:
             "against bf16": loss,
             "KL mean": f"{d.kl_mean.value:.5f}" if d else words.ABSENT,
             "KL p99": f"{d.kl_p99.value:.4f}" if d else words.ABSENT,
-            "top-1": f"{100 * d.top1.value:.1f} %" if d else words.ABSENT,
-            "identical at 32": f"{100 * a.identical[31]:.0f} %" if a and length >= 32 else words.ABSENT,
-            "at the end": f"{100 * a.identical[-1]:.0f} % of {length}" if a else words.ABSENT,
+            "top-1": words.percent(d.top1.value, 1) if d else words.ABSENT,
+            "identical at 32": words.percent(a.identical[31]) if a and length >= 32 else words.ABSENT,
+            "at the end": f"{words.percent(a.identical[-1])} of {length}" if a else words.ABSENT,
         }
 
 
@@ -286,6 +287,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     except (ConfigError, CheckpointError, OSError, UnicodeDecodeError) as error:
         parser.error(str(error))
+    except (KeyboardInterrupt, InterruptedError):
+        print("interrupted before anything was measured", file=sys.stderr)
+        return 130
     perplexity = found.baseline.perplexity
     tokens = perplexity.tokens if perplexity else 0
     print(

@@ -25,9 +25,9 @@ POOL_RATIO = 0.1
 class Perplexity:
     """exp of the mean negative log-likelihood per token over `tokens` predictions in `windows` windows.
 
-    low, high: 95 % interval from the spread between windows (normal approximation of their means); None for one
-    window. It tells how well the text pins down the model, and is wider than what formats differ by: two formats
-    over the same text are compared window by window, as `window_nll` (nats per token) allows.
+    low, high: 95 % interval from the spread between windows (Student's t of their means); None for one window. It
+    tells how well the text pins down the model, and is wider than what formats differ by: two formats over the same
+    text are compared window by window, as `window_nll` (nats per token) allows.
     """
 
     value: float
@@ -45,7 +45,7 @@ class Perplexity:
         window_nll = tuple(-math.fsum(window) / len(window) for window in logprobs)
         low = high = None
         if len(window_nll) > 1:
-            margin = 1.96 * statistics.stdev(window_nll) / math.sqrt(len(window_nll))
+            margin = _margin(window_nll)
             low, high = math.exp(mean - margin), math.exp(mean + margin)
         return cls(math.exp(mean), tokens, len(window_nll), low, high, window_nll)
 
@@ -60,11 +60,33 @@ class Perplexity:
         gaps = [a - b for a, b in zip(self.window_nll, baseline.window_nll, strict=True)]
         if len(gaps) < 2:
             return ratio, None
-        return ratio, ratio * 1.96 * statistics.stdev(gaps) / math.sqrt(len(gaps))
+        return ratio, ratio * _margin(gaps)
 
     def __str__(self) -> str:
         interval = "" if self.low is None else f" (95 %: {self.low:.3f} to {self.high:.3f})"
         return f"perplexity {self.value:.3f}{interval} over {self.tokens:,} tokens"
+
+
+def _margin(values: Sequence[float]) -> float:
+    """Half the width of the 95 % interval of their mean."""
+    return _student(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def _student(freedom: int) -> float:
+    """97.5 % quantile of Student's t: exact for 1 and 2 degrees of freedom, beyond them within 0.2 % (Abramowitz and
+    Stegun, Handbook of Mathematical Functions, 1964, 26.7.5)."""
+    if freedom == 1:
+        return math.tan(0.475 * math.pi)
+    if freedom == 2:
+        return 0.95 * math.sqrt(2 / (1 - 0.95**2))
+    z = statistics.NormalDist().inv_cdf(0.975)
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return z + sum(term / float(freedom) ** power for power, term in enumerate(terms, 1))
 
 
 def perplexity(

@@ -133,7 +133,7 @@ def _cells(point: Point) -> dict[str, str]:
         "KL predicted": f"{planned.predicted_loss:.4f}",
         "KL": f"{point.divergence.kl_mean.value:.4f}",
         "KL p99": f"{point.divergence.kl_p99.value:.3f}",
-        "top-1": f"{100 * point.divergence.top1.value:.1f} %",
+        "top-1": words.percent(point.divergence.top1.value, 1),
         "perplexity": f"{point.perplexity_percent:+.2f} %" + ("" if margin is None else f" +-{margin:.2f}"),
     }
 

@@ -11,7 +11,7 @@ import kernels
 from kernels.kv_cache import Codec, decode, encode
 from kernels.kv_cache_triton import encode_rows
 from kernels.triton_common import INTERP
-from tests.unit.kernels.checks import fill_cache, generator, poison
+from tests.unit.kernels.checks import attention64, fill_cache, generator, poison, relative_error
 
 CODECS = {codec.name: codec for form in kernels.KV_FORMATS.values() for codec in (form.key, form.value)}
 
@@ -97,3 +97,46 @@ def check_exact(format: str, block_size: int, head_dim: int, device: str, *, imp
         poison(device)
         got = kernels.decode_attention(q, cache.layer, cache.tables, cache.lengths, 1.0, impl=impl)
         assert torch.equal(got[0].double(), values[token].double()), f"{format}: token {token} differs"
+
+
+def check_outlier_channel(format: str, lengths: list[int], head_dim: int, device: str, *, impl: str) -> None:
+    """Keys with one channel far from zero, as trained models have them: all scores share a part that softmax takes out,
+    and what is left must not have been rounded away beside it."""
+    cache = fill_cache(format, lengths, 16, 2, head_dim, device)
+    g = generator(8, device)
+    q = torch.randn(len(lengths), 6, head_dim, generator=g, device=device)
+    q[..., 3] += 10
+    for b, n in enumerate(lengths):
+        k = torch.randn(n, 2, head_dim, generator=g, device=device)
+        k[..., 3] += 100
+        v = torch.randn(n, 2, head_dim, generator=g, device=device).bfloat16()
+        at = torch.arange(n, device=device)
+        kernels.write_kv(cache.layer, k.bfloat16(), v, cache.tables[b].long()[at // 16] * 16 + at % 16, impl=impl)
+    poison(device)
+    got = kernels.decode_attention(q.bfloat16(), cache.layer, cache.tables, cache.lengths, head_dim**-0.5, impl=impl)
+    for b, n in enumerate(lengths):
+        held_k, held_v = (x.double() for x in kernels.read_kv(cache.layer, cache.tables[b], n))
+        error = relative_error(got[b : b + 1], attention64(q[b : b + 1].bfloat16(), held_k, held_v, head_dim**-0.5))
+        bound = 2.5e-2 if format == "fp8" else 1.5e-2  # three bits beside 100 leave the scores of fp8 far apart
+        assert error < (bound if impl == "aten" else 8e-3), f"{format} length {n}: relative error {error:.2e}"
+
+
+def check_constant(format: str, block_size: int, head_dim: int, device: str, *, impl: str, order: str | None) -> None:
+    """Vectors without a range (zero keys and values, constant ones) leave the small ones beside them as exact as they
+    are, and a head of nothing but zero values gives zeros."""
+    length, g = 100, generator(6, device)
+    cache = fill_cache(format, [length], block_size, 2, head_dim, device, order=order)
+    k, v = (0.02 * torch.randn(length, 2, head_dim, generator=g, device=device) for _ in range(2))
+    k[:5], k[7], v[3], v[4] = 0, 0.01, 0, -0.01
+    v[:, 1] = 0
+    at = torch.arange(length, device=device)
+    slots = cache.tables[0].long()[at // block_size] * block_size + at % block_size
+    kernels.write_kv(cache.layer, k.bfloat16(), v.bfloat16(), slots, impl=impl)
+    held_k, held_v = (x.double() for x in kernels.read_kv(cache.layer, cache.tables[0], length))
+    q = 4 * torch.randn(1, 4, head_dim, generator=g, device=device).bfloat16()
+    poison(device)
+    got = kernels.decode_attention(q, cache.layer, cache.tables, cache.lengths, head_dim**-0.5, impl=impl)
+    want = attention64(q, held_k, held_v, head_dim**-0.5)
+    error = relative_error(got[:, :2], want[:, :2])
+    assert error < (1.5e-2 if impl == "aten" else 8e-3), f"{format}: relative error {error:.2e}"
+    assert got[:, 2:].abs().max() < 1e-12, f"{format}: zero values give {got[:, 2:].abs().max().item():.1e}"

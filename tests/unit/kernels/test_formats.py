@@ -49,15 +49,38 @@ def test_zero_range_and_zero_rows() -> None:
             assert held.isfinite().all() and torch.allclose(held, torch.full((64, 128), value), rtol=4e-3)
 
 
+@pytest.mark.parametrize("format", kernels.WEIGHT_FORMATS)
+def test_weights_of_all_sizes(format: str) -> None:
+    """From denormal to the largest: every format, and the int8 form of 4 bits, keep to their grid or give zero. No
+    scale is denormal: quotients of such overflow e4m3, their reciprocals float32."""
+    sign = torch.randn(4, 128, generator=torch.Generator().manual_seed(0)).sign()
+    for exponent in (-45, -42, -40, -38, -37, -36, -30, -29, -28, -27, -20, 20, 30, 37):
+        for factor in (1.0, 1.3, 1.7, 2.9):
+            weight = (sign.double() * factor * 10.0**exponent).float()
+            held = kernels.quantize_weight(weight, format)
+            forms = [held, held.requantized()] if format == "w4a8" else [held]
+            for form in forms:
+                error = (form.dequantize(torch.float64) - weight.double()).abs().max()
+                bound = 0.1 if kernels.WEIGHT_FORMATS[format].code_bits == 4 else 0.07  # half a step, of e4m3 at most
+                assert error <= max(bound * factor * 10.0**exponent, 3e-28), f"{format}: {factor}e{exponent}"
+                assert form.dequantize().isfinite().all()
+                assert form.scale is None or form.scale.min() > 2.0**-105
+
+
 BAD = [
     (lambda: kernels.quantize_weight(torch.randn(4, 200), "int4"), "200 is not a multiple of 128"),
     (lambda: kernels.quantize_weight(torch.randn(4, 256), "int4", 32), "64, 128.*not 32"),
     (lambda: kernels.quantize_weight(torch.full((4, 128), float("nan")), "int8"), "NaN"),
+    (lambda: kernels.quantize_weight(torch.full((4, 128), float("-inf")).half(), "bf16"), "infinity"),
+    (lambda: kernels.quantize_weight(torch.full((4, 128), 3e38), "int4"), r"beyond 1e\+38"),
+    (lambda: kernels.quantize_weight(torch.full((4, 128), -1e39, dtype=torch.float64), "int8"), r"beyond 1e\+38"),
+    (lambda: kernels.quantize_weight(torch.empty(0, 128), "int8"), r"\[N, K\] matrix, not torch.float32 \(0, 128\)"),
     (lambda: kernels.quantize_weight(torch.randn(4, 128), "int3"), "bf16.*int4.*not 'int3'"),
     (lambda: kernels.linear(torch.randn(1, 128), packed(), impl="cuda"), "'aten'.*'torch'.*'triton'.*not 'cuda'"),
     (lambda: kernels.linear(torch.randn(1, 128).bfloat16(), packed(), impl="triton"), "needs CUDA tensors"),
     (lambda: kernels.linear(torch.randn(1, 128), packed(), impl="aten"), "float32; use impl='torch'"),
     (lambda: kernels.linear(torch.randn(1, 64).bfloat16(), packed()), "64 features"),
+    (lambda: kernels.linear(torch.randn(1, 128).bfloat16(), packed(), torch.zeros(1)), r"must be \[64\], not \[1\]"),
     (lambda: kernels.allocate_kv("int3", 1, 16, 1, 64, "cpu"), "not 'int3'"),
     (lambda: kernels.allocate_kv("int8", 1, 16, 1, 80, "cpu"), "64, 128.*not 80"),
     (lambda: kernels.allocate_kv("int8", 1, 17, 1, 64, "cpu"), "16, 32, 64, 128.*not 17"),
@@ -67,6 +90,33 @@ BAD = [
 
 def packed() -> kernels.PackedWeight:
     return kernels.pack_weight(torch.randn(64, 128), "int8", device="cpu")
+
+
+def attend(lengths: list[int], table: list[int], impl: str, chunk: int | None = None) -> torch.Tensor:
+    layer = kernels.allocate_kv("int8", 4, 16, 2, 64, "cpu")
+    q = torch.randn(chunk or len(lengths), 4, 64).bfloat16()
+    tables, held = torch.tensor([table] * len(lengths)).int(), torch.tensor(lengths).int()
+    if chunk is None:
+        return kernels.decode_attention(q, layer, tables, held, 0.125, impl=impl)
+    return kernels.prefill_attention(q, layer, tables, torch.tensor([0, chunk]).int(), held, 0.125, impl=impl)
+
+
+@pytest.mark.parametrize("impl", ["torch", "aten"])
+@pytest.mark.parametrize(
+    "lengths, table, chunk, error, words",
+    [
+        ([40], [0, 1], None, ValueError, "40 tokens.* blocks"),
+        ([40], [0, 1], 3, ValueError, "40 tokens.* blocks"),
+        ([5], [0], 6, ValueError, "chunk of 6 tokens cannot be the end of 5"),
+        ([20], [0, -1], None, (ValueError, IndexError), "blocks|out of range"),
+        ([20], [0, 4], None, IndexError, "out of"),
+    ],
+)
+def test_attention_reads_no_token_that_is_not_there(
+    lengths: list[int], table: list[int], chunk: int | None, error: type[Exception], words: str, impl: str
+) -> None:
+    with pytest.raises(error, match=words):
+        attend(lengths, table, impl, chunk)
 
 
 @pytest.mark.parametrize("call, words", BAD)

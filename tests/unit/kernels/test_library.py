@@ -91,6 +91,27 @@ def test_schema_fake_and_dispatch(ops: Operators, name: str, impl: str) -> None:
     assert checked > 0
 
 
+@pytest.mark.parametrize("impl", ["torch", "aten"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("kind", ["transposed", "partials"])
+def test_a_tracer_is_told_the_truth(ops: Operators, kind: str, dtype: torch.dtype, impl: str) -> None:
+    """Shape, dtype and strides, for inputs whose results would look like them: views, and partials that are summed."""
+    x, residual, norm = bf16(48, T).to(dtype).t(), bf16(48, T, seed=1).to(dtype).t(), bf16(48)
+    if kind == "partials":
+        x = bf16(3, T, 48).to(dtype)
+    for name, args in (
+        ("add_rms_norm", (x, residual, norm, 1e-5, impl)),
+        ("silu_mul", (x, impl)),
+        ("quantize_rows", (residual, torch.int8, impl)),
+        ("quantized_rms_norm", (residual, norm, 1e-5, torch.int8, impl)),
+        ("quantized_add_rms_norm", (x, residual, norm, 1e-5, torch.int8, impl)),
+        ("quantized_silu_mul", (x, torch.int8, impl)),
+    ):
+        real, told = getattr(torch.ops.inferlab, name)(*args), OPERATORS[name].fake(*args)
+        for got, said in zip(*((x if isinstance(x, tuple) else (x,)) for x in (real, told)), strict=True):
+            assert (got.shape, got.dtype, got.stride()) == (said.shape, said.dtype, said.stride()), name
+
+
 def nodes(graph: torch.fx.GraphModule) -> list[str]:
     return [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
 
@@ -166,6 +187,12 @@ def test_importing_registers_nothing_and_registering_twice_changes_nothing() -> 
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_codes_remember_the_dtype_they_stand_for(ops: Operators) -> None:
+    gate_up = torch.randn(T, 48)
+    got, want = ops.quantized_silu_mul(gate_up, torch.int8), kernels.rounding.quantized_silu_mul(gate_up, torch.int8)
+    assert got.dtype == want.dtype == torch.float32
 
 
 def test_errors_come_through(ops: Operators) -> None:

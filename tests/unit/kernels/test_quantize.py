@@ -212,6 +212,12 @@ def test_folding_into_a_norm_keeps_the_function_though_the_norm_is_rounded() -> 
     assert folded[5] == 0 and factor[5] == 1
 
 
+def test_a_norm_that_would_overflow_keeps_its_column() -> None:
+    norm, scale = torch.full((4,), 3.0).half(), torch.tensor([1e-6, 1.0, 1e9, 2.0])  # 3e6 and 3e-9 are none of float16
+    folded, factor = fold_norm(norm, scale, torch.float16)
+    assert folded.tolist() == [3.0, 3.0, 3.0, 1.5] and factor.tolist() == [1.0, 1.0, 1.0, 2.0]
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 

@@ -36,7 +36,13 @@ def test_the_last_batch_that_wins_is_named():
         "int4 is faster than int8 up to batch 1 (2.00x at batch 1), and no longer at 8 (0.80x)",
     ]
     never = given(bf16=[(1.0,)] * 3, int4=[(1.0,), (0.5,), (0.5,)])
-    assert never.sentences() == ["int4 is not faster than bf16 even at batch 1 (1.00x at batch 1)"]
+    assert never.sentences() == [
+        "int4 is not faster than bf16 at batch 1 (1.00x at batch 1); in every round it is at batch 8, 64"
+    ]
+    slow = given(bf16=[(1.0,)] * 3, int4=[(2.0,)] * 3)
+    assert slow.sentences() == ["int4 is not faster than bf16 even at batch 1 (0.50x at batch 1)"]
+    dip = given(bf16=[(1.0,)] * 3, int4=[(0.5,), (2.0,), (0.5,)])
+    assert dip.sentences()[0].endswith("and no longer at 8 (0.50x); in every round it is again at batch 64")
     torn = given(bf16=[(1.0, 1.0)] * 3, int4=[(1.25, 0.5)] * 3)
     assert torn.sentences() == ["int4 is not faster than bf16 in every round (0.80x to 2.00x at batch 1)"]
     assert "nothing was measured" in Crossover("m", "d", {"bf16": {}, "int4": {}}).sentence("int4", "bf16")
@@ -77,6 +83,18 @@ def test_an_interrupt_keeps_whole_rounds():
     asked = iter([False] * 5 + [True] * 10)
     part = measure(CONFIG, ("bf16", "int8"), (1,), rounds=3, steps=1, progress=False, stopped=lambda: next(asked))
     assert part.interrupted and [len(part.seconds[name][1]) for name in part.seconds] == [1, 1]
+
+
+def test_an_interrupted_command_tells_how_many_rounds_there_are(monkeypatch, capsys):
+    part = Crossover("m", "d", {"bf16": {1: (2.0, 2.0), 2: (2.0,)}, "int4": {1: (1.0, 1.0), 2: (1.0,)}}, (), True)
+    monkeypatch.setattr(crossover, "measure", lambda *args, **options: part)
+    assert crossover.main(["--quiet"]) == 130
+    assert "median of 1 to 2 rounds, interrupted" in capsys.readouterr().out
+
+
+def test_a_models_name_is_text_in_the_figures_title():
+    found = Crossover("<a href='x'>m</a>", "d", {"bf16": {1: (2.0,)}, "int4": {1: (1.0,)}})
+    assert "<a" not in found.figure().layout.title.text and "&lt;a" in found.figure().layout.title.text
 
 
 def test_refusals():

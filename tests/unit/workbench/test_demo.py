@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -10,8 +11,6 @@ from workbench import demo, text
 
 @pytest.fixture(autouse=True)
 def simulated(monkeypatch):
-    from dataclasses import replace
-
     monkeypatch.setattr(demo, "CONFIG", replace(demo.CONFIG, runner="simulated", gpu="l4"))
 
 
@@ -31,10 +30,26 @@ def test_it_measures_every_pair_and_prints_an_aligned_table(capsys, tmp_path):
     assert all(run["num_finished"] == 40 and run["perplexity"] is None for run in record["runs"])
 
 
-def test_a_run_that_fails_is_a_row_of_dashes_and_an_exit_code(capsys):
-    assert demo.main(["--model", "nowhere", "--quiet"]) == 1
+def test_a_model_that_is_not_there_is_told_once(capsys):
+    with pytest.raises(SystemExit) as left:
+        demo.main(["--model", "nowhere", "--quiet"])
+    said = capsys.readouterr()
+    assert left.value.code == 2 and not said.out and said.err.count("nowhere") == 1
+
+
+def test_a_run_that_fails_is_a_row_of_dashes_and_an_exit_code(capsys, monkeypatch):
+    plain = demo.Session.run
+
+    def tight(self, config, *args, **options):
+        limit = 1 << 20 if config.weights == "bf16" else config.memory_limit
+        return plain(self, replace(config, memory_limit=limit), *args, **options)
+
+    monkeypatch.setattr(demo.Session, "run", tight)
+    assert demo.main(["--requests", "4", "--rate", "inf", "--quiet"]) == 1
     out = capsys.readouterr().out
-    assert "bf16, static: model is 'nowhere'" in out and out.count("nowhere") >= 6
+    assert "  bf16, static: memory_limit is " in out
+    dashes = [line.split()[2:] for line in out.splitlines() if line.startswith("bf16 ")]
+    assert len(dashes) == 2 and {cell for row in dashes for cell in row} == {text.ABSENT}
 
 
 def test_bad_options_are_refused_in_one_sentence(capsys):

@@ -106,6 +106,8 @@ def test_changes_come_first_then_ratios(session):
     assert f"weights x{after.memory.weights_total / before.memory.weights_total:.2f}" in text
     assert f"tokens/s x{after.metrics.tokens_per_s / before.metrics.tokens_per_s:.2f}" in text
     assert "perplexity" not in text
+    other = session.run(CONFIG, replace(BURST, name="mine"), progress=False)
+    assert f": workload {BURST.name} -> mine; " in change_sentence(other.snapshot(), before.snapshot())
     assert "nothing changed but the moment" in change_sentence(before.snapshot(), before.snapshot())
 
 

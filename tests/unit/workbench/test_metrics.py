@@ -107,6 +107,16 @@ def test_aborted_requests_leave_no_latency():
     assert collector.metrics().ttft is None and collector.num_finished == 0
 
 
+def test_a_request_that_was_late_when_it_was_aborted_did_not_meet_the_slo():
+    collector = MetricsCollector(0.0, SLO(ttft=1.0))
+    for arrival, times, end in ((0.0, (), 1.5), (0.0, (1.2,), 1.3), (1.0, (), 1.5), (0.0, (0.5,), 1.5)):
+        output = finished(arrival, *times, status=RequestStatus.ABORTED)
+        output._request.finish_time = end
+        collector.on_finish(output)
+    m = collector.metrics()
+    assert (m.num_overdue, m.num_finished, m.slo_met, m.ttft) == (2, 0, False, None)
+
+
 def test_a_copy_stands_still():
     collector = MetricsCollector(0.0, SLO())
     collector.on_step(event(0.0, 1.0, new=1, blocked_by="blocks"))
@@ -155,11 +165,49 @@ def test_few_values_leave_the_interval_open():
 def test_percentiles_agree_with_numpy_and_the_curve_is_short():
     values = np.random.default_rng(0).lognormal(size=5000)
     d = Distribution.of(values.tolist())
-    assert (d.p50, d.p95, d.p99) == tuple(np.quantile(values, [0.5, 0.95, 0.99]))
+    assert (d.p50, d.p95) == tuple(np.quantile(values, [0.5, 0.95]))
+    assert d.p99 == np.quantile(values, 0.99, method="inverted_cdf")
+    assert d.p99 == pytest.approx(np.quantile(values, 0.99), rel=0.01)
     assert len(d.values) == len(d.fractions) <= 200
     assert d.values[-1] == values.max() and d.fractions[-1] == 1.0
     assert np.mean(values <= d.values[100]) == pytest.approx(d.fractions[100])
     json.dumps([d.values, d.p99])  # plain numbers
+
+
+def test_a_p99_lies_within_its_interval_and_99_of_100_values_within_it():
+    for n in (*range(1, 420), 999, 1000, 1001):
+        d = Distribution.of([float(i * i) for i in range(n)])
+        assert d.p50 <= d.p95 <= d.p99 and d.p99_low <= d.p99 <= (d.p99_high or math.inf), n
+        assert sum(i * i <= d.p99 for i in range(n)) * 100 >= 99 * n, n
+        assert sum(i * i < d.p99 for i in range(n)) * 100 < 99 * n, n
+        assert d.p99 == np.quantile([i * i for i in range(n)], 0.99, method="inverted_cdf"), n
+
+
+def test_one_slow_request_of_fifty_misses_a_bound_that_99_of_100_must_meet():
+    collector = MetricsCollector(0.0, SLO(ttft=1.0, tpot=1.0))
+    for i in range(50):
+        collector.on_finish(finished(0.0, 0.1 if i else 1.5))
+    m = collector.metrics()
+    assert m.good_fraction == 0.98 and m.slo_met is False
+
+
+def lost(*, good, failed=0, refused=0):
+    collector = MetricsCollector(0.0, SLO())
+    for _ in range(good):
+        collector.on_finish(finished(0.0, 0.1))
+    for _ in range(failed):
+        collector.on_finish(finished(0.0, status=RequestStatus.FAILED))
+    for _ in range(refused):
+        collector.on_reject()
+    return collector.metrics()
+
+
+def test_a_request_without_an_answer_did_not_meet_the_slo():
+    assert lost(good=50).slo_met is True and lost(good=0).slo_met is None
+    assert (lost(good=49, failed=1).good_fraction, lost(good=49, failed=1).slo_met) == (0.98, False)
+    assert (lost(good=49, refused=1).good_fraction, lost(good=49, refused=1).slo_met) == (0.98, False)
+    assert lost(good=399, failed=1).slo_met is True
+    assert (lost(good=0, refused=3).good_fraction, lost(good=0, refused=3).slo_met) == (0.0, False)
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, math.inf])

@@ -1,40 +1,22 @@
 """The panel without a browser: traits are set as the browser would, and `tick` is called by hand."""
 
-import threading
+import base64
+import io
+import re
 
+import numpy as np
+import pandas
 import pytest
 
 from engine.errors import ConfigError
 from kernels import KV_FORMATS, WEIGHT_FORMATS
+from tests.unit.workbench.support import SIMULATED, finish
 from workbench import Workbench, screen
 from workbench import panel as panel_module
 from workbench.forecast import predicted_plan
 from workbench.knobs import KNOBS, config_from, slo_from, start_values, workload_from
 from workbench.run import Run
 from workbench.workload import PRESETS
-
-SIMULATED = {"model": "synthetic:0.5b", "device": "l4", "requests": 24, "rate": 20.0}
-
-
-@pytest.fixture
-def panel():
-    with Workbench(threaded=False, **SIMULATED) as panel:
-        yield panel
-
-
-@pytest.fixture
-def live(panel, monkeypatch):
-    """A panel on a screen; the charts are pictures, which the tests of charts do not need to be."""
-    monkeypatch.setattr(screen, "build_charts", lambda: (screen.StillCharts(), ""))
-    panel.screen  # noqa: B018
-    panel.tick()
-    return panel
-
-
-def finish(panel):
-    assert panel._run.wait(30)
-    more = panel.tick()
-    assert more is False, panel.screen.alert.text
 
 
 def test_knobs_become_a_config_a_workload_and_an_slo():
@@ -43,6 +25,12 @@ def test_knobs_become_a_config_a_workload_and_an_slo():
     assert (config.weights, config.runner, config.gpu, config.memory_limit) == ("int4", "simulated", "h200", None)
     assert (workload.concurrency, workload.rate) == (4, None)
     assert slo_from(values).ttft == 0.2
+
+
+def test_numbers_out_of_an_array_are_numbers():
+    values = start_values({"max_batch_size": np.arange(9)[8], "cache_ratio": np.float32(0.5), "requests": np.int64(4)})
+    assert (values["max_batch_size"], values["cache_ratio"], values["requests"]) == (8, 0.5, 4)
+    assert {type(values[name]) for name in ("max_batch_size", "requests")} == {int}
 
 
 def test_infinite_rate_sends_all_at_once():
@@ -65,6 +53,7 @@ def test_options_are_the_dicts_of_the_engine():
         ({"max_batch_size": 0}, "max_batch_size is 0; it must be a whole number from 1 to"),
         ({"requests": 2.5}, "requests is 2.5; it must be a whole number"),
         ({"prefix_caching": 1}, "prefix_caching is 1; it must be True or False"),
+        ({"weights": ["int4"]}, "weights is ['int4']; it must be one of bf16, int8, int4"),
         ({"model": ""}, "model is ''; it must be one of bundled"),
     ],
 )
@@ -263,31 +252,6 @@ def test_an_unexpected_error_in_a_callback_is_shown(live):
     assert live.screen.alert.text == "KeyError: 'surprise'"
 
 
-def test_the_ticking_thread_lives_only_while_there_is_something_to_show(monkeypatch):
-    monkeypatch.setattr(screen, "build_charts", lambda: (screen.StillCharts(), ""))
-    monkeypatch.setattr(panel_module, "TICK", 0.01)
-    with Workbench(**SIMULATED) as panel:
-        panel.screen  # noqa: B018
-        panel._join()
-        run = panel.run()
-        assert run.wait(30)
-        panel._join()
-        assert panel._ticker is None and "run 1 done" in panel.screen.progress.value
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("inferlab")]
-
-
-def test_close_frees_and_may_be_called_twice(live):
-    live.set(requests=20_000)
-    live.run()
-    live.close()
-    live.close()
-    assert live._run.is_over and "data:image/svg+xml" in live.screen._place.children[0].value
-    assert live.screen.run.disabled and live.controls.widget("rate").disabled
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("inferlab")]
-    with pytest.raises(RuntimeError, match="closed"):
-        live.run()
-
-
 def test_without_live_charts_the_panel_says_so(panel, monkeypatch):
     def missing(_):
         raise ImportError("Please install anywidget to use the FigureWidget class")
@@ -306,29 +270,6 @@ def test_a_notebook_gets_the_widget_and_a_picture(live):
     assert bundle["text/plain"].startswith("no run yet · ") and "Tokens that fit" in bundle["text/html"]
 
 
-def test_nobody_else_ticks_while_a_blocking_run_does(monkeypatch):
-    monkeypatch.setattr(screen, "build_charts", lambda: (screen.StillCharts(), ""))
-    with Workbench(**SIMULATED) as panel:
-        panel.screen  # noqa: B018
-        writers = set()
-        show = panel.screen.charts.show
-        monkeypatch.setattr(
-            panel.screen.charts, "show", lambda *a, **k: (writers.add(threading.current_thread().name), show(*a, **k))
-        )
-        begin = panel._begin
-
-        def begin_and_turn_a_knob():
-            run = begin()
-            panel.controls.widget("kv").value = "int8"  # as a person would during the run
-            return run
-
-        monkeypatch.setattr(panel, "_begin", begin_and_turn_a_knob)
-        panel._join()
-        writers.clear()
-        panel.run(blocking=True)
-        assert writers == {"MainThread"}
-
-
 @pytest.mark.parametrize("weights", WEIGHT_FORMATS)
 @pytest.mark.parametrize(("model", "device"), [("synthetic:tiny", "cpu"), ("synthetic:tiny", "l4"), ("bundled", "cpu")])
 def test_the_forecast_is_the_plan_of_the_engine(weights, model, device):
@@ -338,3 +279,38 @@ def test_the_forecast_is_the_plan_of_the_engine(weights, model, device):
     config = config_from(start_values(given))
     with Engine(config) as engine:
         assert predicted_plan(config) == engine.memory
+
+
+def test_the_runs_can_be_saved_as_a_table(live):
+    assert "aria-disabled" in live.screen.save.value and "href" not in live.screen.save.value
+    live.run(blocking=True)
+    hostile = '"><img src=x onerror=alert(1)>,\n'
+    live.run(blocking=True, model=hostile, device="cpu")
+    data = re.search(r'href="data:text/csv;charset=utf-8;base64,([A-Za-z0-9+/=]+)"', live.screen.save.value)[1]
+    saved = pandas.read_csv(io.BytesIO(base64.b64decode(data)), index_col="run")
+    assert list(saved.columns) == list(live.runs.columns) and saved.loc[2, "model"] == hostile.strip()
+    assert saved.loc[1, "tokens_per_s"] == live.runs.loc[1, "tokens_per_s"] and saved.loc[2].isna()["tokens_per_s"]
+    assert "<img" not in live.screen.save.value
+
+
+def test_a_run_that_broke_off_in_the_middle_is_no_baseline_and_says_what_it_is(live, monkeypatch):
+    live.run(blocking=True)
+    plain = Run.on_step
+
+    def broken(run, event):
+        plain(run, event)
+        if run._collector.num_finished:
+            raise MemoryError
+
+    monkeypatch.setattr(Run, "on_step", broken)
+    live.run(blocking=True)
+    assert live._run.status == "failed" and live._run.metrics.num_finished
+    live.keep_baseline()
+    assert live._baseline.id == 1
+    assert live._view().points[1].text.startswith("run 2, failed: ")
+
+
+def test_a_panel_whose_knobs_cannot_be_had_is_shown_all_the_same():
+    with Workbench(threaded=False, **SIMULATED, memory_limit_mb=100) as panel:
+        assert "memory_limit is 100.0 MB" in panel.snapshot().html
+        assert "application/vnd.jupyter.widget-view+json" in panel._repr_mimebundle_()

@@ -1,6 +1,7 @@
 """Perplexity: the arithmetic by hand, the figure against transformers, and refusals."""
 
 import math
+import statistics
 
 import pytest
 
@@ -86,3 +87,16 @@ def test_a_model_without_meaning_has_no_perplexity(values):
 
     with Engine(EngineConfig(**values)) as engine, pytest.raises(ConfigError, match="has no perplexity here"):
         perplexity(engine)
+
+
+@pytest.mark.parametrize(
+    ("windows", "quantile"), [(2, 12.706), (3, 4.303), (4, 3.182), (6, 2.571), (8, 2.365), (16, 2.131), (10_000, 1.960)]
+)
+def test_few_windows_make_a_wide_interval(windows, quantile):
+    """Student's t, whose 97.5 % quantiles stand in any table."""
+    gaps = [0.1 if i % 2 else -0.1 for i in range(windows)]
+    base = Perplexity.of([[-1.0]] * windows)
+    found = Perplexity.of([[-1.0 + gap] for gap in gaps])
+    spread = statistics.stdev(gaps) / math.sqrt(windows)
+    assert found.ratio(base)[1] == pytest.approx(found.ratio(base)[0] * quantile * spread, rel=2e-3)
+    assert math.log(found.high / found.value) == pytest.approx(quantile * spread, rel=2e-3)

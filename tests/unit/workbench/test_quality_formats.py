@@ -17,8 +17,8 @@ from tests.unit.engine.checkpoints import random_model, save, tiny_config
 from workbench.quality import Perplexity, perplexity
 from workbench.quality import formats as quality_formats
 from workbench.quality.agreement import Agreement, greedy_answers, prompts_from
-from workbench.quality.divergence import Baseline, Estimate, divergence
-from workbench.quality.formats import BASELINE, FormatQuality, candidates, compare
+from workbench.quality.divergence import Baseline, Divergence, Estimate, divergence
+from workbench.quality.formats import BASELINE, Comparison, FormatQuality, candidates, compare
 
 SMALL = {"max_tokens": 480, "window": 160}  # longer than one chunk
 CONFIG = EngineConfig(device="cpu", memory_limit=200 * 10**6)
@@ -254,3 +254,22 @@ def test_the_command_prints_and_writes(tmp_path, capsys):
     assert record["machine"]["versions"]["torch"] and "int8 weights" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         quality_formats.main(["--tokens", "8"])
+
+
+def test_nearly_all_is_not_said_to_be_all():
+    near, exact = Estimate(0.99996, None, None), Estimate(0.001, None, None)
+    found = Divergence(exact, exact, near, Perplexity.of([[-1.0]]))
+    answers = Agreement(400, (399 / 400,) * 32, (1.0,) * 32)
+    rows = [FormatQuality(BASELINE, CONFIG, 1, 1, None), FormatQuality("x", CONFIG, 1, 1, None, found, answers)]
+    cells = Comparison(tuple(rows), 160)._cells(rows[1])
+    assert (cells["top-1"], cells["identical at 32"], cells["at the end"]) == (">99.9 %", "99.8 %", "99.8 % of 32")
+    assert "top-1 agreement >99.9 %" in str(found)
+
+
+def test_an_interrupt_before_anything_was_measured_is_no_traceback(monkeypatch, capsys):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(quality_formats, "compare", interrupted)
+    assert quality_formats.main(["--quiet"]) == 130
+    assert "interrupted before anything was measured" in capsys.readouterr().err

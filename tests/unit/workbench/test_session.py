@@ -8,31 +8,14 @@ import pytest
 
 from engine.clock import MonotonicClock
 from engine.config import EngineConfig
-from engine.errors import RequestError
+from engine.engine import Engine
+from tests.unit.workbench.support import CONFIG, SHORT, TINY, started, tiny_load
 from workbench import Session, Workload
 from workbench.driver import LoadDriver
 from workbench.metrics import SLO
 from workbench.quality import Perplexity
 from workbench.run import Run
 from workbench.session import SessionBusy, work_items
-
-CONFIG = EngineConfig(model="synthetic:0.5b", runner="simulated", gpu="l4", max_batch_size=8)
-SHORT = Workload.preset("dialogue service", num_requests=20, rate=20.0)
-ENDLESS = Workload(num_requests=5000, concurrency=8, input_len=(8, 8), output_len=(64, 64))
-
-
-@pytest.fixture
-def session():
-    with Session() as session:
-        yield session
-
-
-def started(session, workload=ENDLESS):
-    """A run in its thread, once it has finished a request."""
-    run = session.start(CONFIG, workload)
-    while not run.snapshot().finished and not run.wait(0.01):
-        pass
-    return run
 
 
 def test_a_run_is_exact_and_repeatable(session):
@@ -46,8 +29,6 @@ def test_a_run_is_exact_and_repeatable(session):
 
 
 def items_of(config, workload):
-    from engine.engine import Engine
-
     with Engine(config) as engine:
         return work_items(engine, workload)
 
@@ -111,6 +92,20 @@ def test_stop_ends_a_run_and_keeps_what_it_measured(session):
     assert again.status == "done" and again.metrics.num_finished == 20
 
 
+def test_a_stop_does_not_hide_those_who_had_waited_too_long(session):
+    """One answer at a time: the first comes at once, and everybody else is still in line when it is over."""
+    run = Run(1, CONFIG, SHORT, SLO(ttft=0.05, tpot=9.0))
+    burst = Workload(num_requests=8, rate=math.inf, input_len=(16, 16), output_len=(64, 64))
+    with Engine(replace(CONFIG, max_batch_size=1)) as engine:
+        LoadDriver(engine, run, work_items(engine, burst)).drive(run.stop)
+        assert not engine.has_unfinished()
+    run.end("stopped")
+    m = run.metrics
+    assert (m.num_finished, m.num_overdue, run.snapshot().finished) == (1, 7, 1)
+    assert m.ttft.p99 < 0.05 and m.slo_met is False and m.good_fraction == 0.125
+    assert "7 overdue at the stop" in run.summary() and run.row()["num_overdue"] == 7
+
+
 class Idle:
     """An engine on the machine's clock with nothing to do: whoever drives it waits."""
 
@@ -138,74 +133,6 @@ def test_one_run_at_a_time(session):
     with pytest.raises(SessionBusy, match="run 1 is still going on"):
         session.run(CONFIG, SHORT)
     assert len(session.runs) == 1 and not run.is_over
-
-
-def test_an_interrupt_is_passed_on_and_the_session_stays_usable(session, monkeypatch):
-    steps = 0
-    plain = Run.on_step
-
-    def interrupted(self, event):
-        nonlocal steps
-        steps += 1
-        plain(self, event)
-        if steps == 30:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Run, "on_step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        session.run(CONFIG, SHORT, progress=False)
-    assert session.runs[0].status == "stopped" and session.runs[0].metrics.num_steps == 30
-    session._engine.check_integrity()
-    assert not session._engine.has_unfinished()
-    assert session.run(CONFIG, SHORT, progress=False).status == "done"
-
-
-@pytest.mark.parametrize(
-    ("config", "workload", "said"),
-    [
-        (replace(CONFIG, gpu="abacus"), SHORT, "gpu is 'abacus'; it must be one of"),
-        (replace(CONFIG, memory_limit=1 << 20), SHORT, "memory_limit is 1.1 MB"),
-        (replace(CONFIG, model="synthetic:9000b"), SHORT, "9000b"),
-        (replace(CONFIG, model="nowhere"), SHORT, "model is 'nowhere'"),
-        (replace(CONFIG, session_len=64), SHORT, "at most session_len (64)"),
-    ],
-)
-def test_a_run_that_cannot_be_made_fails_with_one_sentence(session, config, workload, said):
-    run = session.run(config, workload, progress=False)
-    assert run.status == "failed" and said in run.error and "\n" not in run.error and run.traceback is None
-    assert run.snapshot().sentence == run.error and run.error in run.summary()
-    assert session.run(CONFIG, SHORT, progress=False).status == "done"
-
-
-@pytest.mark.parametrize("problem", [RuntimeError("the wire is cut\nsecond line"), MemoryError()])
-def test_a_failure_in_a_step_ends_only_the_run(session, monkeypatch, problem):
-    def broken(self, event):
-        raise problem
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "on_step", broken)
-        run = session.start(CONFIG, SHORT)
-        assert run.wait(60)
-    assert run.status == "failed" and "\n" not in run.error
-    assert run.error.startswith(type(problem).__name__) and "Traceback" in run.traceback
-    assert session.run(CONFIG, SHORT, progress=False).status == "done"
-
-
-def test_a_refused_request_does_not_hold_up_the_others(session, monkeypatch):
-    from engine.engine import Engine
-
-    plain = Engine.add_request
-
-    def picky(self, prompt, *args, **kwargs):
-        if len(prompt) % 2:
-            raise RequestError("odd prompts are refused")
-        return plain(self, prompt, *args, **kwargs)
-
-    monkeypatch.setattr(Engine, "add_request", picky)
-    run = session.run(CONFIG, replace(SHORT, rate=None, concurrency=2), progress=False)
-    m = run.metrics
-    assert run.status == "done" and m.num_rejected > 0 and m.num_finished + m.num_rejected == 20
-    assert run.snapshot().finished == 20 and "a request was refused: odd prompts are refused" in run.notes
 
 
 def test_a_second_run_reuses_the_model(session):
@@ -243,6 +170,25 @@ def test_on_this_machine_the_engine_is_warmed_up_reused_and_judged_once(session,
     assert third.memory.weights_total < first.memory.weights_total and len(judged) == 2
 
 
+def test_an_engine_is_warmed_up_for_the_longest_load_that_it_serves(session, monkeypatch):
+    lengths = []
+    monkeypatch.setattr(Engine, "warm_up", lambda self, tokens: lengths.append(tokens))
+    runs = [session.run(TINY, tiny_load(prompt), progress=False) for prompt in (8, 40, 8)]
+    assert [run.status for run in runs] == ["done"] * 3
+    assert lengths == [12, 44], "the second load is longer than what kernels and graphs were made for"
+
+
+def test_a_run_beside_another_one_in_the_same_kernel_says_so(session):
+    """A panel that was made anew while the old one computes: nobody sees the old one any more."""
+    alone = session.run(TINY, tiny_load(8), progress=False)
+    with Session() as unseen:
+        started(unseen)
+        beside = session.run(TINY, tiny_load(8), progress=False)
+    again = session.run(TINY, tiny_load(8), progress=False)
+    told = [any("another run was going on" in note for note in run.notes) for run in (alone, beside, again)]
+    assert told == [False, True, False]
+
+
 def test_the_table_has_one_row_per_run_and_no_zero_for_what_is_absent(session):
     session.run(CONFIG, SHORT, progress=False, label="mine")
     session.run(replace(CONFIG, gpu="abacus"), SHORT, progress=False)
@@ -269,29 +215,6 @@ def test_the_summary_names_every_subject(session):
     assert "\n  SLO         met so far (p99 TTFT <= 500 ms, p99 TPOT <= 100 ms)\n" in text
     assert "20 are too few for a p99" in text and "text and quality do not" in text
     assert "quality     " not in text  # perplexity was not measured
-
-
-def test_close_stops_the_run_joins_its_thread_and_is_final():
-    session = Session()
-    run = started(session)
-    session.close()
-    session.close()
-    assert run.status == "stopped" and not session._thread.is_alive()
-    assert session._engine is None and session._model is None
-    with pytest.raises(RuntimeError, match="closed"):
-        session.start(CONFIG, SHORT)
-
-
-def test_close_waits_for_a_blocking_run_in_another_thread():
-    session = Session()
-    thread = threading.Thread(target=session.run, args=(CONFIG, ENDLESS), kwargs={"progress": False}, daemon=True)
-    thread.start()
-    while session.active is None or not session.active.snapshot().finished:
-        thread.join(0.01)
-    session.close()
-    assert session.runs[0].status == "stopped" and session.runs[0].error is None
-    thread.join(timeout=60)
-    assert not thread.is_alive()
 
 
 def test_the_next_run_can_start_as_soon_as_one_is_over(session):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from workbench import Workbench
-from workbench.headline import LIKELY, MET, MISSED, UNKNOWN, Tile, sentence, tiles, tiles_html, verdict
+from workbench.headline import LIKELY, MET, MISSED, UNKNOWN, Tile, progress_html, sentence, tiles, tiles_html, verdict
 from workbench.metrics import SLO, Distribution, Metrics, MetricsCollector
 from workbench.snapshot import draw, image, log_ticks, snapshot, ticks
 from workbench.view import MemoryBar, Trend, View
@@ -113,3 +113,8 @@ def test_what_was_not_measured_is_a_dash_not_a_zero():
     values = {tile.name: tile.value for tile in tiles(None, None, None)}
     assert set(values.values()) == {"–"}
     assert sentence(tiles(None, None, None)) == ""
+
+
+@pytest.mark.parametrize(("share", "percent"), [(0.0, 0), (299 / 300, 99), (0.29, 29), (1.0, 100), (1.5, 100)])
+def test_the_bar_is_full_when_the_last_request_has_ended(share, percent):
+    assert f'aria-valuenow="{percent}"' in progress_html(share, "")

@@ -30,6 +30,10 @@ def test_arrivals_ascend_and_end_at_exactly_requests_over_rate():
     assert moments[-1] == pytest.approx(25.0, rel=1e-12)
 
 
+def test_requests_in_bursts_without_end_come_together():
+    assert Workload(rate=2.0, num_requests=2, burstiness=1e-9).arrivals() == [1.0, 1.0]
+
+
 def test_burstiness_steadies_the_gaps():
     def spread(burstiness):
         moments = Workload(rate=1.0, num_requests=2000, burstiness=burstiness).arrivals()

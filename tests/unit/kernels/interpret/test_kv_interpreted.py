@@ -21,3 +21,8 @@ def test_e4m3() -> None:
 @pytest.mark.parametrize("format", kernels.KV_FORMATS)
 def test_exact(format: str) -> None:
     checks_kv.check_exact(format, 64, 64, "cpu", impl="triton", order="block")
+
+
+@pytest.mark.parametrize("format", kernels.KV_FORMATS)
+def test_constant(format: str) -> None:
+    checks_kv.check_constant(format, 16, 64, "cpu", impl="triton", order="block")
