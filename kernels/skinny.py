@@ -29,6 +29,7 @@ from .triton_common import (
     await_previous,
     dot,
     feature_rows,
+    fetch_l2,
     int8_bf16,
     new_partials,
     store_product,
@@ -50,7 +51,8 @@ def widened(codes, INTERP: tl.constexpr):
 @triton.jit(do_not_specialize=["M"])
 def skinny_kernel(
     x, w, scale, out, M, N, K, k_per_split, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
-    GATED: tl.constexpr, DOTS: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr, INTERP: tl.constexpr,
+    GATED: tl.constexpr, DOTS: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
+    INTERP: tl.constexpr,
 ):
     PAIRS: tl.constexpr = w.dtype.element_ty == tl.int16
     WIDTH: tl.constexpr = BK // DOTS  # columns of one product
@@ -58,12 +60,18 @@ def skinny_kernel(
     m, n, i = tile_m * BM + tl.arange(0, BM), feature_rows(tile_n, N, BN, GATED), tl.arange(0, WIDTH)
     if scale is not None:  # parameters: no need to wait for them
         factor = tl.load(scale + n, mask=n < N, other=0.0).to(tl.float32)
-    await_previous(EARLY)
     first = split * k_per_split
     last = tl.minimum(first + k_per_split, K)
-    x_at = x + m[None, :].to(tl.int64) * K + i[:, None]
     length = tl.cdiv(K, 2 * WIDTH) * WIDTH if PAIRS else K  # of a row of w
     w_at = w + n[:, None].to(tl.int64) * length + i[None, :]
+    if AHEAD:
+        LINE: tl.constexpr = 1024 // w.dtype.element_ty.primitive_bitwidth
+        LINES: tl.constexpr = (AHEAD * (BK // 2 if PAIRS else BK) + LINE - 1) // LINE
+        coming = (first // 2 if PAIRS else first) + tl.arange(0, LINES) * LINE
+        row = w + tl.minimum(n, N - 1)[:, None].to(tl.int64) * length
+        fetch_l2(row + tl.minimum(coming, length - 1)[None, :], INTERP)
+    await_previous(EARLY)
+    x_at = x + m[None, :].to(tl.int64) * K + i[:, None]
     live_m, live_n = (m < M)[None, :], (n < N)[:, None]
     acc = tl.zeros((BN, BM), tl.float32)
     tl.assume(first < last)  # or ptxas serializes warp-group products (C7515)
@@ -110,10 +118,11 @@ def skinny_partials(
     out, per_split = new_partials(triton.cdiv(k, bk), config.splits, m, n // 2 if gated else n, x.device)
     early = admission(config.late)
     dots = products_per_step(weight.data.dtype, config)
+    ahead = config.ahead if isinstance(config, SkinnyConfig) else 0
     grid = (triton.cdiv(n, config.block_n), triton.cdiv(m, config.block_m), out.shape[0])
     skinny_kernel[grid](
         x, weight.data, weight.scale, out, m, n, k, per_split * bk, config.block_m, config.block_n, bk, k % bk == 0,
-        gated, dots, config.stages, early, INTERP, num_warps=config.warps, num_stages=config.stages,
+        gated, dots, ahead, config.stages, early, INTERP, num_warps=config.warps, num_stages=config.stages,
         launch_pdl=early > 0,
     )
     return out

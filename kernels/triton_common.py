@@ -90,6 +90,16 @@ def fetch(at, INTERP: tl.constexpr):
 
 
 @triton.jit
+def fetch_l2(at, INTERP: tl.constexpr):
+    """Ask for cache lines, at pointers, that any program will read later. The L2 is where writes of other programs meet
+    as well, so that nothing read from it is old."""
+    if not INTERP:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
+@triton.jit
 def dot(a, b, acc, INTERP: tl.constexpr):
     """a @ b + acc in float32."""
     if INTERP:

@@ -21,7 +21,8 @@ TUNED = Path(__file__).parent / "tuned"
 @dataclass(frozen=True)
 class SkinnyConfig:
     """Tiles of a small-M matmul. block_k is read by the plain kernel only (planes step by one group), of pairs it is a
-    multiple of 128. late: the next kernel is let in after the loop, see `triton_common.admit_next`."""
+    multiple of 128. late: the next kernel is let in after the loop, see `triton_common.admit_next`. ahead: steps of K,
+    0, 1, 2 or 4, whose weights are asked for, into the L2, before the kernel before has ended."""
 
     block_m: int
     block_n: int
@@ -30,6 +31,7 @@ class SkinnyConfig:
     stages: int
     block_k: int = 128
     late: bool = False
+    ahead: int = 0
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,7 @@ def check(built: Compiled, elements: int, warps: int, budget: float, conversions
     assert per_element <= budget, f"{per_element:.2f} instructions per element, the budget is {budget}"
 
 
+@pytest.mark.parametrize("ahead", [0, 2])
 @pytest.mark.parametrize(
     "summed, gated, block_m, block_n, group_size, warps, stages, budget",
     [
@@ -74,11 +75,12 @@ def check(built: Compiled, elements: int, warps: int, budget: float, conversions
     ],
 )  # fmt: skip
 def test_a16w4(
-    summed: bool, gated: bool, block_m: int, block_n: int, group_size: int, warps: int, stages: int, budget: float
+    summed: bool, gated: bool, block_m: int, block_n: int, group_size: int, warps: int, stages: int, budget: float,
+    ahead: int,
 ) -> None:
     pointers = {"x": "*bf16", "words": "*i16", "scales": "*i32", "out": "*bf16" if gated else "*fp32"}
     pointers |= {"sums": "*fp32"} if summed else {}
-    constants = {"ROWS": 64, "BM": block_m, "BN": block_n, "G": group_size, "GATED": gated}
+    constants = {"ROWS": 64, "BM": block_m, "BN": block_n, "G": group_size, "GATED": gated, "AHEAD": ahead}
     constants |= {} if summed else {"sums": None}
     integers = "M N N_PADDED K groups_per_split"
     built = matmul(a16w4.a16w4_kernel, pointers, constants, integers, warps, stages)
@@ -86,6 +88,7 @@ def test_a16w4(
     assert opcodes(built.loop())["LDG"] == 0  # every load of the loop is asynchronous
 
 
+@pytest.mark.parametrize("ahead", [0, 2])
 @pytest.mark.parametrize(
     "element, gated, block_m, block_n, block_k, warps, stages, budget",
     [
@@ -102,13 +105,15 @@ def test_a16w4(
     ],
 )  # fmt: skip
 def test_skinny(
-    element: str, gated: bool, block_m: int, block_n: int, block_k: int, warps: int, stages: int, budget: float
+    element: str, gated: bool, block_m: int, block_n: int, block_k: int, warps: int, stages: int, budget: float,
+    ahead: int,
 ) -> None:
     """i16: int8 in pairs."""
     scale = {"bf16": None, "i8": "*bf16", "i16": "*bf16", "fp8e4nv": "*fp32"}[element]
     pointers = {"x": "*bf16", "w": f"*{element}", "out": "*bf16" if gated else "*fp32"}
     config = tuning.SkinnyConfig(block_m, block_n, 1, warps, stages, block_k)
     constants: dict[str, object] = {"BM": block_m, "BN": block_n, "BK": block_k, "EVEN": True, "GATED": gated}
+    constants["AHEAD"] = ahead
     constants["DOTS"] = skinny.products_per_step(CODES[element], config)
     pointers, constants = (pointers | {"scale": scale}, constants) if scale else (pointers, constants | {"scale": None})
     built = matmul(skinny.skinny_kernel, pointers, constants, "M N K k_per_split", warps, stages)

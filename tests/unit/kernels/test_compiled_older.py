@@ -37,7 +37,7 @@ def check(built: Compiled) -> None:
 def test_a16w4(m: int, n: int, k: int, capability: int) -> None:
     config = tuning.planes_config(m, n, k, 128)
     pointers = {"x": "*bf16", "words": "*i16", "scales": "*i32", "out": "*fp32"}
-    constants = {"ROWS": 64, "BM": config.block_m, "BN": config.block_n, "G": 128, "GATED": False, "sums": None}
+    constants = {"ROWS": 64, "BM": config.block_m, "BN": config.block_n, "G": 128, "GATED": False, "AHEAD": 2, "sums": None}
     integers = "M N N_PADDED K groups_per_split"
     check(matmul(a16w4.a16w4_kernel, pointers, constants, integers, config.warps, config.stages, capability))
 
@@ -61,7 +61,7 @@ def test_skinny(element: str, m: int, n: int, k: int, capability: int) -> None:
     config = tuning.pairs_config(m, n, k) if pairs else tuning.plain_config(m, n, k, codes.itemsize)
     pointers = {"x": "*bf16", "w": f"*{element}", "out": "*fp32"} | ({} if element == "bf16" else {"scale": "*bf16"})
     constants: dict[str, object] = {"BM": config.block_m, "BN": config.block_n, "BK": config.block_k, "EVEN": True}
-    constants |= {"GATED": False, "DOTS": skinny.products_per_step(codes, config)}
+    constants |= {"GATED": False, "AHEAD": 2, "DOTS": skinny.products_per_step(codes, config)}
     constants |= {"scale": None} if element == "bf16" else {}
     built = matmul(
         skinny.skinny_kernel, pointers, constants, "M N K k_per_split", config.warps, config.stages, capability

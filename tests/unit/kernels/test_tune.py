@@ -252,7 +252,7 @@ class Steady:
     def __init__(self, entries: dict[tuple[object, ...], dict[str, object]]) -> None:
         self.entries = entries
 
-    def microseconds(self) -> float:
+    def microseconds(self, replays: int = 5) -> float:
         gated = self.entries.get(("gated planes", 64, 28672, 4096), tune_layer.APART)
         return 100.0 - 5 * (gated["splits"] == 1)
 
