@@ -85,14 +85,15 @@ class PrefillConfig:
     stages: int
 
 
-@lru_cache(maxsize=1)
-def table() -> dict[tuple[Any, ...], dict[str, Any]]:
-    """The tuned entries of this GPU by (kind, problem); empty where there is no file."""
+@lru_cache(maxsize=2)
+def table(part: str = "entries") -> dict[tuple[Any, ...], dict[str, Any]]:
+    """What was tuned on this GPU by (kind, problem); empty where there is no file. part: "entries", which products
+    follow, or "alone", by which `kernels.bench` says what a product could do if nothing stood beside it."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     path = TUNED / f"{name.replace(' ', '_')}.json"
     if not path.exists():
         return {}
-    return {(entry["kind"], *entry["problem"]): entry["config"] for entry in json.loads(path.read_text())["entries"]}
+    return {(e["kind"], *e["problem"]): e["config"] for e in json.loads(path.read_text()).get(part, [])}
 
 
 @lru_cache(maxsize=1)

@@ -37,7 +37,8 @@ def check(built: Compiled) -> None:
 def test_a16w4(m: int, n: int, k: int, capability: int) -> None:
     config = tuning.planes_config(m, n, k, 128)
     pointers = {"x": "*bf16", "words": "*i16", "scales": "*i32", "out": "*fp32"}
-    constants = {"ROWS": 64, "BM": config.block_m, "BN": config.block_n, "G": 128, "GATED": False, "AHEAD": 2, "sums": None}
+    constants = {"ROWS": 64, "BM": config.block_m, "BN": config.block_n, "G": 128, "GATED": False, "sums": None}
+    constants |= {"AHEAD": 2}
     integers = "M N N_PADDED K groups_per_split"
     check(matmul(a16w4.a16w4_kernel, pointers, constants, integers, config.warps, config.stages, capability))
 

@@ -193,7 +193,7 @@ def test_the_fastest_is_looked_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         {"op": "a8w8", "m": m, "n": 4096, "k": 4096, "us": us, "config": asdict(config)}
         for m, us, config in ((64, 9.0, slow), (64, 5.0, fast), (8192, 1.0, slow))
     ]
-    text = tune.file_text({"gpu": "NVIDIA Test"}, tune.merged([], tune.entries(records)))
+    text = tune.file_text({"gpu": "NVIDIA Test"}, {"entries": tune.merged([], tune.entries(records)), "alone": []})
     assert len(json.loads(text)["entries"]) == 1  # 8192 cubed is a benchmark
     (tmp_path / "NVIDIA_Test.json").write_text(text)
     monkeypatch.setattr(tuning, "TUNED", tmp_path)
