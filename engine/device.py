@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable
+from collections.abc import Collection
 
 import torch
 
@@ -42,7 +42,7 @@ def device_label(device: torch.device, asked: str) -> str:
     return name if left is None else f"{name}, not the GPU: {left}"
 
 
-def impl_label(impl: str, device: torch.device, weights: Iterable[PackedWeight] = ()) -> str:
+def impl_label(impl: str, device: torch.device, weights: Collection[PackedWeight] = ()) -> str:
     """The implementation in use, and whether a faster one exists for `weights`, the matrices it multiplies by."""
     fast = "triton" if device.type == "cuda" else "aten"
     if impl == "torch":
@@ -53,7 +53,7 @@ def impl_label(impl: str, device: torch.device, weights: Iterable[PackedWeight] 
     return f"impl {fast} in bfloat16" + (f" ({'; '.join(left)})" if left else "")
 
 
-def _not_taken(weights: Iterable[PackedWeight]) -> list[str]:
+def _not_taken(weights: Collection[PackedWeight]) -> list[str]:
     """The fast ways of the kernels that are not gone on the current GPU, or with a group size."""
     from kernels.matmul_triton import by_hopper
 
@@ -61,6 +61,9 @@ def _not_taken(weights: Iterable[PackedWeight]) -> list[str]:
         "tiles by rule, none are tuned for this GPU": bool(table()),
         "4-bit weights without the kernel for Hopper and groups of 128": all(
             by_hopper(weight) for weight in weights if weight.layout == "planes"
+        ),
+        "int8 weights without the kernel for Hopper": all(
+            by_hopper(weight) for weight in weights if weight.layout == "pairs"
         ),
     }
     return [way for way, taken in ways.items() if not taken]

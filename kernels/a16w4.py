@@ -35,6 +35,7 @@ from .triton_common import (
     dot,
     early_launch,
     feature_rows,
+    fetch_l2,
     minus_bf16,
     new_partials,
     nibbles_bf16,
@@ -52,20 +53,25 @@ def plane(words, zero, SHIFT: tl.constexpr, SUBTRACT: tl.constexpr, INTERP: tl.c
 
 
 @triton.jit
+def rows_at(words, n, group, groups, ROWS: tl.constexpr, W: tl.constexpr):
+    """Pointers to the first of the W words of a group of weight rows n."""
+    return words + ((n // ROWS).to(tl.int64) * groups * ROWS + n % ROWS + group * ROWS) * W
+
+
+@triton.jit
 def planes_at(words, scales, n, group, groups, N_PADDED, ROWS: tl.constexpr, W: tl.constexpr):
     """Pointers to a group of weight rows n: words [rows, W] and scale words [rows]. From group to group it is ROWS * W
     words and N_PADDED scale words."""
-    row = (n // ROWS).to(tl.int64) * groups * ROWS + n % ROWS + group * ROWS  # in units of W words
-    return words + row[:, None] * W + tl.arange(0, W)[None, :], scales + group * N_PADDED + n
+    first = rows_at(words, n, group, groups, ROWS, W)
+    return first[:, None] + tl.arange(0, W)[None, :], scales + group * N_PADDED + n
 
 
 @triton.jit(do_not_specialize=["M", "groups_per_split"])
 def a16w4_kernel(
     x, words, scales, sums, out, M, N, N_PADDED, K, groups_per_split, ROWS: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, G: tl.constexpr, GATED: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
-    INTERP: tl.constexpr,
+    BN: tl.constexpr, G: tl.constexpr, GATED: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr,
+    EARLY: tl.constexpr, INTERP: tl.constexpr,
 ):
-    await_previous(EARLY)
     W: tl.constexpr = G // 4
     SUBTRACT: tl.constexpr = sums is None
     tile_n, tile_m, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -75,6 +81,11 @@ def a16w4_kernel(
     last = tl.minimum(first + groups_per_split, groups)
     here = n % N_PADDED  # where BN does not divide it, rows past the end repeat others, not stored
     words_at, scale_at = planes_at(words, scales, here, first, groups, N_PADDED, ROWS, W)
+    for group in tl.static_range(AHEAD):
+        coming = tl.minimum(first + group, groups - 1)
+        fetch_l2(rows_at(words, here, coming, groups, ROWS, W), INTERP)
+        fetch_l2(scales + coming * N_PADDED + here, INTERP)
+    await_previous(EARLY)
     x_at = x + m[None, :].to(tl.int64) * K + i[:, None] + first * G
     live = (m < M)[None, :]
     acc = tl.zeros((BN, BM), tl.float32)
@@ -162,8 +173,8 @@ def a16w4_partials(
     grid = (triton.cdiv(n if gated else n_padded, config.block_n), triton.cdiv(m, config.block_m), out.shape[0])
     a16w4_kernel[grid](
         x, weight.data, weight.scale, sums, out, m, n, n_padded, k, per_split, PLANE_ROWS, config.block_m,
-        config.block_n, g, gated, config.stages, early, INTERP, num_warps=config.warps, num_stages=config.stages,
-        launch_pdl=early > 0,
+        config.block_n, g, gated, config.ahead, config.stages, early, INTERP, num_warps=config.warps,
+        num_stages=config.stages, launch_pdl=early > 0,
     )
     return out
 

@@ -32,41 +32,108 @@ def wide_candidates(m: int) -> list[Any]:
     ]
 
 
-def hopper_candidates(m: int, n: int) -> list[Any]:
-    """Tiles that give work to most multiprocessors, in about as many stages as fit; two programs of four warps share
-    one."""
+def hopper_candidates(kind: str, m: int, n: int) -> list[Any]:
+    """Tiles of `a16w4_hopper` (of the kind "hopper") and `a16w8_hopper` ("pairs_hopper") above 32 rows that give work
+    to most multiprocessors, in about as many stages as fit; two programs of four warps share one, or three of 64 x
+    64."""
     rows = (64,) if m <= 64 else (64, 128) if m <= 128 else (128, 256)
     shapes = [
-        (bm, bn, warps, stages)
+        (bm, bn, warps, stages, programs)
         for bm, bn, warps, stages in product(rows, (64, 128, 256), (4, 8), (2, 3, 4, 5))
+        for programs in ((2, 3) if bm * bn <= 1 << 12 else (2,) if warps == 4 and bm * bn <= 1 << 14 else (1,))
         if bn >= 16 * warps and 1 << 10 <= bm * bn // warps <= 1 << 12
-        and 140 << 10 <= (bm * 256 + bn * 64) * stages * (2 if warps == 4 and bm * bn <= 1 << 14 else 1) <= 224 << 10
+        and 140 << 10 <= (bm * 256 + bn * row_bytes(kind)) * stages * programs <= 224 << 10
     ]  # fmt: skip
     return [
-        HopperConfig(bm, bn, splits, warps, stages, producer)
-        for (bm, bn, warps, stages), splits, producer in product(shapes, (1, 2, 3, 4, 6, 8), (False, True))
+        HopperConfig(bm, bn, splits, warps, stages, producer, programs)
+        for (bm, bn, warps, stages, programs), splits, producer in product(shapes, (1, 2, 3, 4, 6, 8), (False, True))
         if 90 <= -(-n // bn) * -(-m // bm) * splits and (splits == 1 or m <= 512)
         and -(-n // bn) * -(-m // bm) * splits <= max(600, -(-n // bn) * -(-m // bm))
     ]  # fmt: skip
 
 
-def matmul_candidates(kind: str, m: int, n: int) -> list[Any]:
+def row_bytes(kind: str) -> int:
+    """Of a weight's row in a slot of a kernel for Hopper: 128 numbers, 128 codes in pairs, or in 4 bits and a scale."""
+    return 256 if kind.endswith("bf16") else 128 if "pairs" in kind else 68
+
+
+def deepest_ring(kind: str, block_m: int, block_n: int, programs: int) -> int:
+    """Stages of a kernel for Hopper that fit into a multiprocessor's shared memory beside those of other programs."""
+    return ((228 << 10) // programs - 2560) // (block_m * 256 + block_n * row_bytes(kind))
+
+
+FEW_ROWS_SHAPES = {
+    "planes": ((64, 4, 4), (64, 4, 5), (64, 4, 6), (128, 4, 2), (128, 4, 3), (128, 4, 4), (128, 8, 2), (256, 4, 2),
+               (256, 8, 2)),
+    "pairs": ((64, 4, 2), (64, 4, 3), (64, 4, 4), (128, 4, 1), (128, 4, 2), (128, 4, 3), (128, 8, 1), (128, 8, 2),
+              (256, 8, 1)),
+    "bf16": ((64, 4, 1), (64, 4, 2), (64, 4, 3), (64, 4, 4), (128, 4, 1), (128, 4, 2), (128, 8, 1), (256, 8, 1)),
+}  # fmt: skip
+"""block_n, warps and programs of the kernels for Hopper at few rows, by the kind of tuned entry."""
+
+
+MOST_FEW_ROWS = {"planes": 32, "pairs": 32, "bf16": 64}  # above, 4-bit and int8 weights have kinds of their own
+
+
+def few_rows_candidates(kind: str, m: int, n: int) -> list[Any]:
+    """Of the kernels for Hopper at few rows: about one turn of the multiprocessors, and where that is uneven, around
+    it; a ring as deep as fits, or half of that."""
+    bm = 8 if m <= 8 else 16 if m <= 16 else 32 if m <= 32 else 64
+    found = []
+    for (bn, warps, programs), splits in product(FEW_ROWS_SHAPES[kind], (1, 2, 3, 4, 6, 8, 12, 16)):
+        deepest, turns = deepest_ring(kind, bm, bn, programs), -(-n // bn) * splits / (132 * programs)
+        if deepest < 3 or turns < 0.4 or (turns > 1.7 and splits > 1):
+            continue
+        for producer, stages, ahead in product((False, True), {deepest, max(2, deepest // 2)}, (0, 1, 16)):
+            registers = 65536 // (32 * (warps + 4 * producer) * programs)
+            if producer:
+                registers = (registers * (warps + 4) - 24 * 4) // warps
+            needed = {8: 0, 16: 106, 32: 150}[bm] if kind == "planes" and bn // warps >= 32 else 0
+            if registers >= needed:  # or it spills
+                found.append(HopperConfig(bm, bn, splits, warps, stages, producer, programs, min(ahead, stages)))
+    return found
+
+
+def gated_hopper_candidates(kind: str, m: int) -> list[HopperConfig]:
+    """Of the same with SiLU-mul at the end, up to 64 rows; kind: "gated planes", "gated pairs" or "gated bf16"."""
+    bm = 8 if m <= 8 else 16 if m <= 16 else 32 if m <= 32 else 64
+    return [
+        HopperConfig(bm, bn, 1, warps, stages, producer, programs, ahead)
+        for (bn, warps, programs), producer, ahead in product(
+            ((128, 4, 1), (128, 4, 2), (128, 4, 3), (256, 8, 1), (256, 8, 2)), (False, True), (0, 1)
+        )
+        if (stages := deepest_ring(kind, bm, bn, programs)) >= 2 and (bm <= 16 or programs < 3)
+    ]
+
+
+def matmul_candidates(kind: str, m: int, n: int, hopper: bool = False) -> list[Any]:
     """Of a product that reads x in 16 bits, by the kind of tuned entry."""
-    if kind == "hopper":
-        return hopper_candidates(m, n)
-    if kind in ("planes", "wide"):
-        return planes_candidates(m) if kind == "planes" else wide_candidates(m)
-    return plain_candidates(m, 2 if kind == "bf16" else 1)
+    if kind in ("hopper", "pairs_hopper"):
+        return hopper_candidates(kind, m, n)
+    if kind == "wide":
+        return wide_candidates(m)
+    few = few_rows_candidates(kind, m, n) if hopper and m <= MOST_FEW_ROWS.get(kind, 0) else []
+    if kind == "planes":
+        return planes_candidates(m) + few
+    return (pairs_candidates(m) if kind == "pairs" else plain_candidates(m, 2 if kind == "bf16" else 1)) + few
+
+
+def pairs_candidates(m: int) -> list[Any]:
+    """Whole groups of 128 columns a step, 12 to 200 kB on their way; up to 64 rows few warps a program, whose products
+    need no group of four."""
+    rows = 8 if m <= 8 else 16 if m <= 16 else 32 if m <= 32 else 64
+    tiles = product((rows,), (32, 64, 128), (1, 2, 4), (3, 4, 5), (128, 256), (1, 2, 4, 6, 8))
+    if m > 64:
+        tiles = product((64, 128, 256), (64, 128, 256), (4, 8), (2, 3, 4), (128,), (1, 2, 4))
+    return [
+        SkinnyConfig(bm, bn, s, w, st, bk)
+        for bm, bn, w, st, bk, s in tiles
+        if bm <= max(m, 8) and bn >= 16 * w and bm * bn // w <= 1 << 12 and (m <= 64 or bm * bn // w >= 1 << 10)
+        and (12 if m <= 64 else 32) << 10 <= (bm * 2 + bn) * bk * st <= 200 << 10
+    ]  # fmt: skip
 
 
 def plain_candidates(m: int, element_bytes: int) -> list[Any]:
-    if m > 64:
-        return [
-            SkinnyConfig(bm, bn, s, w, st, bk)
-            for bm, bn, w, st, bk, s in product(*[(64, 128, 256)] * 2, (4, 8), (2, 3, 4), (64, 128), (1, 2, 4))
-            if bm <= m and bm * bn <= 1 << 15 and bn // w >= 16 and 1 << 10 <= bm * bn // w <= 1 << 12
-            and 32 << 10 <= (bm * 2 + bn * element_bytes) * bk * st <= 200 << 10
-        ]  # fmt: skip
     bm = 8 if m <= 8 else 16 if m <= 16 else 32 if m <= 32 else 64
     if m > 16:
         shapes = [

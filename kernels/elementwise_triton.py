@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import SummedRows
-from .triton_common import INTERP, await_previous, early_launch, next_power_of_2, to_bf16
+from .triton_common import INTERP, await_previous, early_launch, fetch_l2, next_power_of_2, to_bf16
 
 
 @triton.jit
@@ -43,6 +43,9 @@ def normed_row(
     i = tl.arange(0, BLOCK)
     inside = i < D
     factor = tl.load(weight + i, mask=inside, other=0.0).to(tl.float32)  # a parameter: no need to wait for it
+    if ADD:  # from the memory, where the weights since have pushed it out of the L2
+        LINES: tl.constexpr = (BLOCK + 63) // 64
+        fetch_l2(residual + row * D + tl.minimum(tl.arange(0, LINES) * 64, D - 1), INTERP)
     await_previous(EARLY)
     value = load_sum(x, at + i, inside, size, SPLITS, BLOCK)
     if ADD:

@@ -20,6 +20,8 @@ from .tuning import (
     a8w8_config,
     gated_config,
     hopper_config,
+    pairs_config,
+    pairs_hopper_config,
     plain_config,
     planes_config,
     wide_config,
@@ -33,11 +35,11 @@ Config = SkinnyConfig | WideConfig | HopperConfig
 # cuBLAS. bf16 goes to cuBLAS directly; where a format has 8-bit activations, they have 8 bits there.
 FUSED_ROWS = {"bf16": 64, "int8": 256, "int4": 256}
 FUSED_ROWS |= {name: form.sixteen_bit_rows for name, form in WEIGHT_FORMATS.items() if form.activations}
-HOPPER_ROWS = 2048  # int4 by `wide_hopper`
+HOPPER_ROWS = 2048  # int4 by `a16w4_hopper`, int8 by `a16w8_hopper`
 # w4a8: up to here the weight becomes int8 in registers (`a8w4`), above once (in slices), for the product of w8a8.
 REQUANTIZED_ROWS = 512
 # 4-bit weights: up to here scales are applied per group to the accumulator (`a16w4`), above to the weight (`wide`, or
-# `wide_hopper`, which is worth it from fewer rows).
+# `a16w4_hopper`, which is worth it from fewer rows). int8: up to here by `skinny` on Hopper too.
 SKINNY_ROWS, HOPPER_SKINNY_ROWS = 64, 32
 DEQUANTIZED_ELEMENTS = 1 << 24  # 32 MB of bf16 workspace at a time, which stays in the L2 cache
 REQUANTIZED_ELEMENTS = 1 << 25  # the same of int8
@@ -46,7 +48,7 @@ REQUANTIZED_ELEMENTS = 1 << 25  # the same of int8
 def linear_triton(x: Operand, weight: PackedWeight, bias: Tensor | None, partial: bool = False) -> Tensor:
     """x [M, K] bf16 or in 8 bits, weight in its CUDA layout -> bf16 [M, N], or float32 partials [S, M, N] where
     `partial` allows it and K is split."""
-    if weight.layout != ("planes" if weight_format(weight.format).grouped else "plain"):
+    if weight.layout not in _readable(weight.format):
         raise ValueError(f"linear: impl 'triton' cannot read the layout {weight.layout!r} of {weight.format}")
     if isinstance(x, Activations):
         return linear_8_bit(x, weight, bias, partial=partial)
@@ -60,14 +62,20 @@ def linear_triton(x: Operand, weight: PackedWeight, bias: Tensor | None, partial
     return _summed(linear_partials(x, weight), bias, partial)
 
 
+def _readable(format: str) -> tuple[str, ...]:
+    """The layouts that kernels read."""
+    return ("planes",) if weight_format(format).grouped else ("pairs", "plain") if format == "int8" else ("plain",)
+
+
 def by_hopper(weight: PackedWeight) -> bool:
-    """Whether `wide_hopper` takes the weight on this GPU."""
-    return weight.layout == "planes" and weight.group_size == 128 and warp_group_products()
+    """Whether `a16w4_hopper`, or of pairs `a16w8_hopper`, takes the weight on this GPU."""
+    fits = weight.layout == "planes" and weight.group_size == 128
+    return (fits or (weight.layout == "pairs" and weight.shape[1] % 8 == 0)) and warp_group_products()
 
 
 def fused_rows(weight: PackedWeight) -> int:
     """The most rows of 16-bit x for which the weight is read as it is stored."""
-    return HOPPER_ROWS if weight.format == "int4" and by_hopper(weight) else FUSED_ROWS[weight.format]
+    return HOPPER_ROWS if weight.format in ("int4", "int8") and by_hopper(weight) else FUSED_ROWS[weight.format]
 
 
 def linear_8_bit(
@@ -113,17 +121,32 @@ def linear_partials(x: Tensor | SummedRows, weight: PackedWeight, config: Config
     one split)."""
     (m, k), n = x.shape, weight.shape[0]
     x, sums = (x.x, x.sums) if isinstance(x, SummedRows) else (x, None)
-    if weight.layout != "planes":
-        assert not isinstance(config, HopperConfig)
-        return skinny_partials(x, weight, config or plain_config(m, n, k, weight.data.element_size()))
-    config = config or four_bit_config(m, weight)
-    if isinstance(config, SkinnyConfig):
-        return a16w4_partials(x, weight, config, sums)
-    if isinstance(config, WideConfig):
-        return wide_partials(x, weight, config)
-    from .wide_hopper import wide_hopper_partials
+    if weight.layout == "planes":
+        config = config or four_bit_config(m, weight)
+        if isinstance(config, WideConfig):
+            return wide_partials(x, weight, config)
+    elif weight.layout == "pairs":
+        config = config or pairs_tiles(m, weight)
+    else:
+        config = config or plain_config(m, n, k, weight.data.element_size())
+    return streamed(x, weight, config, sums)
 
-    return wide_hopper_partials(x, weight, config)
+
+def streamed(
+    x: Tensor, weight: PackedWeight, config: Config, sums: Tensor | None = None, gated: bool = False
+) -> Tensor:
+    """As `a16w4_partials`, by the kernel that the weight's layout and the tiles are for."""
+    if isinstance(config, HopperConfig):
+        from .a16w4_hopper import a16w4_hopper_partials
+        from .a16w8_hopper import a16w8_hopper_partials
+        from .bf16_hopper import bf16_hopper_partials
+
+        by_layout = {"planes": a16w4_hopper_partials, "pairs": a16w8_hopper_partials, "plain": bf16_hopper_partials}
+        return by_layout[weight.layout](x, weight, config, gated)
+    if weight.layout == "planes":
+        assert isinstance(config, SkinnyConfig)
+        return a16w4_partials(x, weight, config, sums, gated)
+    return skinny_partials(x, weight, config, gated)
 
 
 def four_bit_config(m: int, weight: PackedWeight) -> Config:
@@ -133,6 +156,12 @@ def four_bit_config(m: int, weight: PackedWeight) -> Config:
     if m <= (HOPPER_SKINNY_ROWS if by_hopper(weight) else SKINNY_ROWS):
         return planes_config(m, n, k, weight.group_size)
     return hopper_config(m, n, k) if by_hopper(weight) else wide_config(m, n, k, weight.group_size)
+
+
+def pairs_tiles(m: int, weight: PackedWeight) -> Config:
+    """Tiles for x of m rows and int8 codes in pairs, and by their type the kernel."""
+    by_rows = pairs_hopper_config if m > HOPPER_SKINNY_ROWS and by_hopper(weight) else pairs_config
+    return by_rows(m, *weight.shape)
 
 
 def linear_fused(
@@ -149,19 +178,22 @@ def gated_fused(x: Tensor, weight: PackedWeight) -> Tensor | None:
     (m, k), n = x.shape, weight.shape[0]
     if not 0 < m <= SKINNY_ROWS or x.dtype != torch.bfloat16 or activation_codes(weight.format, m) is not None:
         return None
-    if weight.layout not in ("planes", "plain") or weight.device != x.device:  # `linear` says what is wrong
+    if weight.layout not in _readable(weight.format) or weight.device != x.device:  # `linear` says what is wrong
         return None
     if weight.layout == "planes":
         assert weight.group_size is not None
-        kind, config = "planes", planes_config(m, n, k, weight.group_size)
+        kind, plain = "planes", planes_config(m, n, k, weight.group_size)
+    elif weight.layout == "pairs":
+        kind, plain = "pairs", pairs_config(m, n, k)
     else:
         kind = "bf16" if weight.format == "bf16" else "int8"
-        config = plain_config(m, n, k, weight.data.element_size())
-    config = gated_config(kind, m, n, k, config)
+        plain = plain_config(m, n, k, weight.data.element_size())
+    config = gated_config(kind, m, n, k, plain)
+    if isinstance(config, HopperConfig) and weight.group_size not in (None, 128):
+        config = plain
     if config.splits > 1 or n % config.block_n:
         return None
-    run = a16w4_partials if weight.layout == "planes" else skinny_partials
-    return run(x.contiguous(), weight, config, gated=True)[0]
+    return streamed(x.contiguous(), weight, config, gated=True)[0]
 
 
 def _summed(partials: Tensor, bias: Tensor | None, partial: bool = False) -> Tensor:

@@ -1,7 +1,8 @@
 """Device layouts of a weight: what `linear` reads.
 
-plain     [N, K] as it is (bf16 and 8-bit codes on CUDA, fp8 on CPU), scale [N]: float32 for fp8, else bf16
+plain     [N, K] as it is (bf16, w8a8 and fp8 on CUDA, fp8 on CPU), scale [N]: float32 for fp8, else bf16
 planes    int4 and w4a8 on CUDA, see `pack_planes`
+pairs     int8 on CUDA, see `pack_pairs`
 mkldnn    bf16 on CPU, oneDNN's own blocking
 int8pack  int8 and w8a8 on CPU, [N, K] int8 and bf16 scale [N], for torch._weight_int8pack_mm
 nibbles   int8 on CPU where that operator is slow, see `_pack_nibbles`
@@ -21,6 +22,7 @@ from torch import Tensor
 from .weights import QuantizedWeight, channel_scales, check_groups, quantize_weight, weight_format
 
 PLANE_ROWS = 64  # output features in one contiguous tile of planes: the kernels' smallest BN
+PAIR_GROUP = 128  # columns of int8 codes, the first half of which shares words with the second
 NIBBLES_ABOVE = 8 << 20  # int8 elements: a weight with short rows that comes from memory, not from a cache
 _CPU_ROWS = 64  # the same for ATen's CPU int4 packing
 
@@ -65,11 +67,9 @@ class PackedWeight:
 
         ValueError for layouts that do not keep a row together.
         """
-        if self.layout not in ("plain", "int8pack", "nibbles"):
-            raise ValueError(
-                f"rows: layout {self.layout!r} does not keep rows together; 'plain', 'int8pack' and 'nibbles' do"
-            )
-        found = (_nibble_rows(self, index) if self.layout == "nibbles" else self.data[index]).to(dtype)
+        if self.layout not in _ROWS:
+            raise ValueError(f"rows: layout {self.layout!r} does not keep rows together; {', '.join(_ROWS)} do")
+        found = _ROWS[self.layout](self, index).to(dtype)
         return found if self.scale is None else found * self.scale[index, None].to(dtype)
 
 
@@ -118,6 +118,41 @@ def _planes_grid(packed: PackedWeight) -> tuple[Tensor, Tensor]:
     assert packed.scale is not None
     words = packed.scale.t().contiguous()
     return (words & ~0xFF).view(torch.float32), (words & 0xFF).to(torch.uint8)
+
+
+# pairs: int8 on CUDA
+
+
+def pack_pairs(weight: QuantizedWeight) -> PackedWeight:
+    """int8 codes as int16 words [N, K/2] whose tile has the shape and width of a bf16 operand of the tensor core.
+
+        word[n, g, i] = (code[k0+i] & 255) | code[k0+64+i] << 8       with k0 = 128 g and i < 64
+
+    K is padded with zeros to whole groups of 128. A row is as long and as contiguous as in plain codes, and its groups
+    are the lines of 128 bytes that kernels read. The scale [N] is bf16.
+    """
+    assert weight.scale is not None
+    codes, columns = weight.codes, -weight.shape[1] % PAIR_GROUP
+    codes = torch.nn.functional.pad(codes, (0, columns)) if columns else codes
+    pairs = codes.view(len(codes), -1, 2, PAIR_GROUP // 2).transpose(2, 3).contiguous()
+    words = pairs.view(torch.int16).view(len(codes), -1)  # the first byte is the low one
+    return PackedWeight(weight.format, "pairs", weight.shape, words, weight.scale.bfloat16())
+
+
+def _pair_rows(packed: PackedWeight, index: Tensor) -> Tensor:
+    """int8 codes [T, K] of rows `index`."""
+    return _codes_of_pairs(packed.data[index], packed.shape[1])
+
+
+def _codes_of_pairs(words: Tensor, k: int) -> Tensor:
+    pairs = words.view(torch.int8).view(len(words), -1, PAIR_GROUP // 2, 2)
+    return pairs.transpose(2, 3).reshape(len(words), -1)[:, :k]
+
+
+def _unpack_pairs(packed: PackedWeight) -> QuantizedWeight:
+    assert packed.scale is not None
+    codes = _codes_of_pairs(packed.data, packed.shape[1]).contiguous()
+    return QuantizedWeight(packed.format, codes, packed.scale.float())
 
 
 # CPU: ATen's packings
@@ -242,6 +277,7 @@ def _unpack_plain(packed: PackedWeight) -> QuantizedWeight:
 _PACK = {
     "plain": _plain,
     "planes": pack_planes,
+    "pairs": pack_pairs,
     "mkldnn": _pack_mkldnn,
     "int8pack": lambda w: _relabel(_plain(w)),
     "nibbles": _pack_nibbles,
@@ -250,10 +286,17 @@ _PACK = {
 _UNPACK = {
     "plain": _unpack_plain,
     "planes": unpack_planes,
+    "pairs": _unpack_pairs,
     "mkldnn": lambda p: QuantizedWeight("bf16", p.data.to_dense()),
     "int8pack": _unpack_plain,
     "nibbles": _unpack_nibbles,
     "int4pack": _unpack_int4_cpu,
+}
+_ROWS: dict[str, Callable[[PackedWeight, Tensor], Tensor]] = {
+    "plain": lambda p, index: p.data[index],
+    "pairs": _pair_rows,
+    "int8pack": lambda p, index: p.data[index],
+    "nibbles": _nibble_rows,
 }
 _GRID: dict[str, Callable[[PackedWeight], tuple[Tensor, Tensor]]] = {"planes": _planes_grid, "int4pack": int4pack_grid}
 
@@ -270,7 +313,7 @@ def device_layout(format: str, device: torch.device, shape: tuple[int, int]) -> 
             return "nibbles"
         layouts = {"int8": "int8pack", "int4": "int4pack", "w8a8": "int8pack", "fp8": "plain", "w4a8": "int4pack"}
         return layouts.get(format) or ("mkldnn" if has_mkldnn_linear() else "plain")
-    return "planes" if weight_format(format).grouped else "plain"
+    return "planes" if weight_format(format).grouped else "pairs" if format == "int8" else "plain"
 
 
 def pack_weight(

@@ -90,6 +90,16 @@ def fetch(at, INTERP: tl.constexpr):
 
 
 @triton.jit
+def fetch_l2(at, INTERP: tl.constexpr):
+    """Ask for cache lines, at pointers, that any program will read later. The L2 is where writes of other programs meet
+    as well, so that nothing read from it is old."""
+    if not INTERP:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
+@triton.jit
 def dot(a, b, acc, INTERP: tl.constexpr):
     """a @ b + acc in float32."""
     if INTERP:
@@ -176,3 +186,26 @@ def minus_bf16(a, b, INTERP: tl.constexpr):
         return to_bf16(a.to(tl.float32) - b.to(tl.float32), INTERP)
     asm: tl.constexpr = minus("$0", "$1", "$2", cuda_capability_geq(9, 0))
     return tl.inline_asm_elementwise(asm, "=r,r,r", [a, b], dtype=tl.bfloat16, is_pure=True, pack=2)
+
+
+@triton.jit
+def int8_bf16(words, HIGH: tl.constexpr, INTERP: tl.constexpr):
+    """bf16 of the int8 codes in the low or high bytes of int16 words, exactly.
+
+    Seven bits under the exponent of 128 are 128 + bits; the sign bit is the last of that exponent, which makes it 128
+    or 256. Their difference is the code in two's complement: three instructions for two codes, and a shift for the
+    high ones."""
+    if INTERP:
+        return ((words if HIGH else (words << 8).to(tl.int16)) >> 8).to(tl.float32)
+    asm: tl.constexpr = int8_pair("$0", "$1", HIGH, cuda_capability_geq(9, 0))
+    return tl.inline_asm_elementwise(asm, "=r,r", [words], dtype=tl.bfloat16, is_pure=True, pack=2)
+
+
+@triton.constexpr_function
+def int8_pair(to: str, words: str, high: bool, native: bool) -> str:
+    """PTX for two codes of two words, see `int8_bf16`."""
+    shift = f"shr.u32 w, {words}, 8;" if high else f"mov.b32 w, {words};"
+    return (
+        f"{{ .reg .b32 w, bits, sign; {shift} lop3.b32 bits, w, 0x007f007f, 0x43004300, 0xea; "
+        f"lop3.b32 sign, w, 0x00800080, 0x43004300, 0xea; {minus(to, 'bits', 'sign', native)} }}"
+    )

@@ -44,9 +44,13 @@ from .triton_common import warp_group_products
 from .tuning import TUNED
 
 Task = tuple[str, dict[str, Any], list[Any]]  # operation, arguments of its problem, candidates
+FORMATS = {
+    "planes": "int4", "wide": "int4", "hopper": "int4", "pairs": "int8", "pairs_hopper": "int8", "int8": "w8a8",
+}  # fmt: skip
+"""The weights that a kind of entry is tuned with, where they are not called the same: plain int8 is that of w8a8."""
 
 
-def _runner(op: str, arguments: dict[str, Any]) -> Callable[[Any], problems.Calls]:
+def _runner(op: str, arguments: dict[str, Any], alone: bool = False) -> Callable[[Any], problems.Calls]:
     if op == "decode":
         decode = problems.decode(**arguments)
         return lambda config: decode.calls(partial(decode_triton, config=config))
@@ -68,7 +72,7 @@ def _runner(op: str, arguments: dict[str, Any]) -> Callable[[Any], problems.Call
         consume = _consumer(four)
         return lambda config: [partial(_both, a8w4_partials, rows, weight, config, consume) for weight in four.weights]
     problem = problems.matmul(**arguments)
-    x, consume = problem.x, _consumer(problem)
+    x, consume = problem.x, (lambda y: y) if alone else _consumer(problem)
     return lambda config: [partial(_both, linear_partials, x, weight, config, consume) for weight in problem.weights]
 
 
@@ -90,9 +94,9 @@ def _consumer(problem: problems.Matmul) -> Callable[[Tensor], object]:
     return lambda y: add_rms_norm(y if y.shape[0] > 1 else y[0], residual, weight, 1e-5)
 
 
-def _compile(job: tuple[str, dict[str, Any], list[Any]]) -> None:
-    op, arguments, configs = job
-    calls = _runner(op, arguments)
+def _compile(job: tuple[str, dict[str, Any], list[Any], bool]) -> None:
+    op, arguments, configs, alone = job
+    calls = _runner(op, arguments, alone)
     for config in configs:
         try:
             calls(config)[0]()
@@ -103,18 +107,21 @@ def _compile(job: tuple[str, dict[str, Any], list[Any]]) -> None:
     torch.cuda.synchronize()
 
 
-def run(tasks: Iterable[Task], workers: int) -> list[dict[str, Any]]:
-    """Time every candidate of every task: one record per candidate, fastest first within its task."""
+def run(tasks: Iterable[Task], workers: int, alone: bool = False) -> list[dict[str, Any]]:
+    """Time every candidate of every task: one record per candidate, fastest first within its task. alone: without what
+    reads a product."""
     tasks = list(tasks)
     begin = time.time()
     if workers > 1:
-        jobs = [(op, arguments, configs[i::workers]) for op, arguments, configs in tasks for i in range(workers)]
+        jobs = [
+            (op, arguments, configs[i::workers], alone) for op, arguments, configs in tasks for i in range(workers)
+        ]
         with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
             list(pool.map(_compile, jobs))
     print(f"compiled in {time.time() - begin:.0f} s", flush=True)
     records = []
     for op, arguments, configs in tasks:
-        calls = _runner(op, arguments)
+        calls = _runner(op, arguments, alone)
         timed = []
         for config in configs:
             try:
@@ -131,13 +138,15 @@ def run(tasks: Iterable[Task], workers: int) -> list[dict[str, Any]]:
     return records
 
 
-def tasks(kinds: list[str], most: int) -> list[Task]:
+def tasks(kinds: list[str], most: int, hopper: bool = False, alone: bool = False) -> list[Task]:
     """What is tuned: the shapes of `problems.SHAPES` at the M where a configuration changes, and attention; at most
-    `most` candidates of each problem, drawn with a fixed seed."""
+    `most` candidates of each problem, drawn with a fixed seed. hopper: for a GPU that has `a16w4_hopper`. alone: the
+    sizes of `problems.SLOPE` too."""
     found: list[Task] = []
     rows = {
-        "planes": (1, 16, 32, 64), "wide": (128, 256), "hopper": (64, 128, 256, 512, 2048),
-        "bf16": (1, 16, 32, 64), "int8": (1, 16, 64, 128, 256),
+        "planes": (1, 8, 16, 32, 64), "wide": (128, 256), "hopper": (64, 128, 256, 512, 2048),
+        "bf16": (1, 16, 32, 64), "int8": (1, 16), "pairs": (1, 16, 32, 64, 128, 256),
+        "pairs_hopper": (64, 128, 256, 512, 2048),
         "a8w8": (64, 128, 256, 2048), "a8w4": (128, 192, 256, 512),
     }  # fmt: skip
     for kind in kinds:
@@ -163,10 +172,13 @@ def tasks(kinds: list[str], most: int) -> list[Task]:
             ]
             found.append((kind, {"m": 8192, "n": 8192, "k": 8192}, a8w8_candidates(8192)))
         else:
-            format = "int4" if kind in ("planes", "wide", "hopper") else kind
-            shapes = [*problems.SHAPES.values(), *([problems.HEAD] if kind in ("bf16", "int8") else [])]
-            for m, (n, k) in product(rows[kind], shapes):
-                candidates = matmul_candidates(kind, m, n)
+            format = FORMATS.get(kind, kind)
+            shapes = [*problems.SHAPES.values(), *([problems.HEAD] if format in ("bf16", "int8") else [])]
+            sizes = list(product(rows[kind], shapes))
+            if alone and kind == "planes":
+                sizes += [(1, size) for size in problems.SLOPE]
+            for m, (n, k) in sizes:
+                candidates = matmul_candidates(kind, m, n, hopper)
                 found.append((kind, {"format": format, "m": m, "n": n, "k": k}, candidates))
     return [
         (op, arguments, configs if len(configs) <= most else Random(0).sample(configs, most))
@@ -198,24 +210,30 @@ def merged(known: list[dict[str, Any]], found: list[dict[str, Any]]) -> list[dic
     return [entry for entry in known if (entry["kind"], *entry["problem"]) not in best] + list(best.values())
 
 
-def file_text(about: dict[str, str], found: list[dict[str, Any]]) -> str:
+def file_text(about: dict[str, str], parts: dict[str, list[dict[str, Any]]]) -> str:
     """JSON with one entry per line, so that a change of one configuration reads as one changed line."""
-    head = "".join(f" {json.dumps(key)}: {json.dumps(value)},\n" for key, value in about.items())
-    return "{\n" + head + ' "entries": [\n' + ",\n".join("  " + json.dumps(entry) for entry in found) + "\n ]\n}\n"
+    lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in about.items()]
+    for part, found in parts.items():
+        lines.append(f" {json.dumps(part)}: [\n" + ",\n".join("  " + json.dumps(entry) for entry in found) + "\n ]")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
-def write_entries(found: list[dict[str, Any]], command: str) -> None:
-    """Merge `found` into this GPU's file; each entry says by which command it was chosen."""
+def write_entries(found: list[dict[str, Any]], command: str, part: str = "entries") -> None:
+    """Merge `found` into a part of this GPU's file, see `tuning.table`; each entry says by which command it was
+    chosen."""
     gpu = torch.cuda.get_device_name()
     about = {"gpu": gpu, "torch": torch.__version__, "triton": triton.__version__}
     path = TUNED / f"{gpu.replace(' ', '_')}.json"
-    known = json.loads(path.read_text())["entries"] if path.exists() else []
-    path.write_text(file_text(about, merged(known, [{**entry, "command": command} for entry in found])))
+    held = json.loads(path.read_text()) if path.exists() else {}
+    parts = {name: held.get(name, []) for name in ("entries", "alone")}
+    parts[part] = merged(parts[part], [{**entry, "command": command} for entry in found])
+    path.write_text(file_text(about, parts))
 
 
 def kinds(hopper: bool) -> list[str]:
-    """What is tuned on a GPU: of the two kernels for many rows of 4-bit weights the one that runs there."""
-    return ["planes", "hopper" if hopper else "wide", "bf16", "int8", "a8w8", "a8w4", "decode", "prefill"]
+    """What is tuned on a GPU: of the kernels for many rows of 4-bit weights and of int8 those that run there."""
+    many = ["hopper", "pairs_hopper"] if hopper else ["wide"]
+    return ["planes", *many, "bf16", "int8", "pairs", "a8w8", "a8w4", "decode", "prefill"]
 
 
 def main() -> None:
@@ -226,14 +244,21 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="write this GPU's file in kernels/tuned")
     parser.add_argument("--workers", type=int, default=12)
     parser.add_argument("--rows", type=int, nargs="*", help="only these M")
+    parser.add_argument(
+        "--alone", action="store_true",
+        help="products without what reads them; --write keeps the fastest for `kernels.bench`, beside those in use",
+    )  # fmt: skip
     parser.add_argument("--most", type=int, default=150, help="candidates per problem")
     chosen = parser.parse_args()
-    wanted = [task for task in tasks(chosen.op, chosen.most) if not chosen.rows or task[1].get("m") in chosen.rows]
-    records = run(wanted, chosen.workers)
+    found = tasks(chosen.op, chosen.most, warp_group_products(), chosen.alone)
+    wanted = [task for task in found if not chosen.rows or task[1].get("m") in chosen.rows]
+    records = run(wanted, chosen.workers, chosen.alone)
     if chosen.json:
         with open(chosen.json, "w") as file:
             json.dump({"gpu": torch.cuda.get_device_name(), "records": records}, file)
-    if chosen.write:
+    if chosen.write and chosen.alone:
+        write_entries(entries(records), "python -m kernels.tune --alone --write; us: a product alone", "alone")
+    elif chosen.write:
         write_entries(entries(records), "python -m kernels.tune --write; us: a product and what reads it, or alone")
 
 

@@ -14,12 +14,14 @@ import json
 import multiprocessing
 import time
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
 from . import problems
 from .activations import activation_codes
+from .candidates import gated_hopper_candidates
 from .chain import Chain, chain
 from .gated import gated_linear
 from .matmul import linear
@@ -44,6 +46,8 @@ def kind_of(format: str, m: int) -> str:
         return {"w4a8": "a8w4"}.get(format, "a8w8")
     if format in ("int4", "w4a8"):
         return "hopper" if m > HOPPER_SKINNY_ROWS and warp_group_products() else "planes"
+    if format == "int8":
+        return "pairs_hopper" if m > HOPPER_SKINNY_ROWS and warp_group_products() else "pairs"
     return "bf16" if format == "bf16" else "int8"
 
 
@@ -52,7 +56,7 @@ def problem_of(name: str, format: str, m: int) -> Problem | None:
     kind = kind_of(format, m)
     if name != "gated":
         return (kind, m, *problems.SHAPES[name])
-    own = {"hopper": "planes"}.get(kind, kind)  # the kernels that SiLU-mul can be part of
+    own = {"hopper": "planes", "pairs_hopper": "pairs"}.get(kind, kind)  # the kernels that SiLU-mul can be part of
     return (f"gated {own}", m, *problems.SHAPES["gate_up"]) if activation_codes(format, m) is None else None
 
 
@@ -62,24 +66,34 @@ def runs_gated(format: str, m: int) -> bool:
     return problem is not None and table().get(problem, APART)["splits"] == 1
 
 
-RANGES = {"block_n": (32, 256), "block_k": (64, 256), "splits": (1, 16), "warps": (1, 8), "stages": (2, 6)}
+RANGES = {"block_n": (32, 256), "block_k": (64, 256), "splits": (1, 16), "warps": (1, 8), "stages": (2, 12)}
+
+
+def aheads_of(kind: str) -> tuple[int, ...]:
+    """Steps of K whose weights a kernel without a ring may ask for ahead: of those for 8-bit activations none."""
+    return () if kind.startswith("a8") else (0, 1, 2, 4)
 
 
 def neighbours(config: Config, kind: str) -> list[Config]:
-    """One field changed at a time; block_k means nothing to 4-bit weights, and a gated product does not split K."""
+    """One field changed at a time; block_k means nothing to 4-bit weights and is 128 or more of pairs, and a gated
+    product does not split K."""
     changes: list[Config] = [{"late": not config.get("late", False)}]
-    if kind == "hopper":
+    hopper = "producer" in config
+    if hopper:
         changes.append({"producer": not config["producer"]})
+    aheads = (0, 1, config["stages"]) if hopper else aheads_of(kind)
+    changes += [{"ahead": ahead} for ahead in aheads if ahead != config.get("ahead", 0)]
     unread = "splits" if kind.startswith("gated ") else "block_k" if kind in ("planes", "hopper") else ""
     for name, (least, most) in RANGES.items():
         if name == unread or name not in config:
             continue
         held = config[name]
         near = (held + 1, held - 1) if name == "stages" else (held * 2, held // 2)
+        least = 128 if name == "block_k" and kind.endswith("pairs") else least
         changes += [{name: value} for value in near if least <= value <= most]
     found = [config | change for change in changes]
-    whole_groups = kind != "hopper"  # its warps come in fours
-    return [c for c in found if c["block_n"] >= 16 * c["warps"] and (whole_groups or c["warps"] % 4 == 0)]
+    rows = 32 if hopper and kind.startswith("gated ") else 16  # of block_n a warp
+    return [c for c in found if c["block_n"] >= rows * c["warps"] and not (hopper and c["warps"] % 4)]
 
 
 def candidates(records: list[dict[str, Any]], problem: Problem, most: int = 9) -> list[Config]:
@@ -94,6 +108,8 @@ def candidates(records: list[dict[str, Any]], problem: Problem, most: int = 9) -
     used = table().get(problem) or (table().get((kind.removeprefix("gated "), m, n, k)) if gated else None)
     start = [] if used is None else [used | {"splits": 1} if gated else used]
     found: list[Config] = [APART] if gated else []
+    if kind in ("gated planes", "gated pairs", "gated bf16") and warp_group_products():
+        found += [asdict(config) for config in gated_hopper_candidates(kind, m)]
     for config in start + [c for one in start for c in neighbours(one, kind)] + ranked[:most] + many[: most // 2]:
         if config not in found:
             found.append(config)
@@ -118,12 +134,24 @@ def _compile(job: tuple[str, list[tuple[Problem, Config]]]) -> None:
     torch.cuda.synchronize()
 
 
-def descend(
-    built: Chain, format: str, m: int, records: list[dict[str, Any]], rounds: int = 2
-) -> list[dict[str, Any]]:
+def ask_ahead(built: Chain, format: str, m: int) -> float:
+    """Let all tuned products that run ask for their weights ahead at once, as many steps as is fastest: each alone
+    gains less than can be told from noise. Returns the microseconds of a layer."""
+    running = [problem_of(name, format, m) for name in NAMES if name != "gate_up" or not runs_gated(format, m)]
+    held = {problem: table()[problem] for problem in running if problem in table()}
+    times = {}
+    for ahead in aheads_of(kind_of(format, m)):
+        table().update({problem: config | {"ahead": ahead} for problem, config in held.items()})
+        times[ahead] = built.microseconds(15)
+    best = min(times, key=lambda ahead: times[ahead])
+    table().update({problem: config | {"ahead": best} for problem, config in held.items()})
+    return times[best]
+
+
+def descend(built: Chain, format: str, m: int, records: list[dict[str, Any]], rounds: int = 2) -> list[dict[str, Any]]:
     """Change one product's configuration at a time, `rounds` times around, keeping what makes the layer faster."""
-    best, entries = built.microseconds(), {}
-    first = best
+    first, entries = built.microseconds(), {}
+    best = ask_ahead(built, format, m) if aheads_of(kind_of(format, m)) else first
     for _ in range(rounds):
         for name in NAMES:
             problem = problem_of(name, format, m)
@@ -142,8 +170,8 @@ def descend(
                     if "shared memory" not in str(error) and "out of resource" not in str(error):
                         raise
                     continue
-                if us < best * 0.998:
-                    best, held = us, config
+                if us < best * 0.998 and (again := built.microseconds(15)) < best:
+                    best, held = again, config
             if held is None:
                 table().pop(problem, None)
             else:

@@ -20,8 +20,9 @@ TUNED = Path(__file__).parent / "tuned"
 
 @dataclass(frozen=True)
 class SkinnyConfig:
-    """Tiles of a small-M matmul. block_k is read by the plain kernel only (planes step by one group). late: the next
-    kernel is let in after the loop, see `triton_common.admit_next`."""
+    """Tiles of a small-M matmul. block_k is read by the plain kernel only (planes step by one group), of pairs it is a
+    multiple of 128. late: the next kernel is let in after the loop, see `triton_common.admit_next`. ahead: steps of K,
+    0, 1, 2 or 4, whose weights are asked for, into the L2, before the kernel before has ended."""
 
     block_m: int
     block_n: int
@@ -30,6 +31,7 @@ class SkinnyConfig:
     stages: int
     block_k: int = 128
     late: bool = False
+    ahead: int = 0
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,9 @@ class WideConfig:
 
 @dataclass(frozen=True)
 class HopperConfig:
-    """Tiles of `wide_hopper`. warps: those that multiply; producer: four more issue the copies. late: as in
-    SkinnyConfig."""
+    """Tiles of `a16w4_hopper`, `a16w8_hopper` and `bf16_hopper`. warps: those that multiply; producer: four more issue
+    the copies. programs: that are to share a multiprocessor. ahead: groups whose weights are copied before the kernel
+    before has ended. late: as in SkinnyConfig."""
 
     block_m: int
     block_n: int
@@ -56,6 +59,8 @@ class HopperConfig:
     warps: int
     stages: int
     producer: bool = False
+    programs: int = 1
+    ahead: int = 0
     late: bool = False
 
 
@@ -80,14 +85,15 @@ class PrefillConfig:
     stages: int
 
 
-@lru_cache(maxsize=1)
-def table() -> dict[tuple[Any, ...], dict[str, Any]]:
-    """The tuned entries of this GPU by (kind, problem); empty where there is no file."""
+@lru_cache(maxsize=2)
+def table(part: str = "entries") -> dict[tuple[Any, ...], dict[str, Any]]:
+    """What was tuned on this GPU by (kind, problem); empty where there is no file. part: "entries", which products
+    follow, or "alone", by which `kernels.bench` says what a product could do if nothing stood beside it."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     path = TUNED / f"{name.replace(' ', '_')}.json"
     if not path.exists():
         return {}
-    return {(entry["kind"], *entry["problem"]): entry["config"] for entry in json.loads(path.read_text())["entries"]}
+    return {(e["kind"], *e["problem"]): e["config"] for e in json.loads(path.read_text()).get(part, [])}
 
 
 @lru_cache(maxsize=1)
@@ -116,11 +122,16 @@ def _splits(n: int, k: int, block_n: int, step: int, programs: int, least_steps:
     return max(1, min(round(programs / -(-n // block_n)), k // (least_steps * step), 16))
 
 
-def planes_config(m: int, n: int, k: int, group_size: int) -> SkinnyConfig:
+def skinny_or_hopper(fields: dict[str, Any]) -> SkinnyConfig | HopperConfig:
+    """A tuned entry by its fields: on Hopper either kernel may be the better one at few rows."""
+    return HopperConfig(**fields) if "producer" in fields else SkinnyConfig(**fields)
+
+
+def planes_config(m: int, n: int, k: int, group_size: int) -> SkinnyConfig | HopperConfig:
     """A16W4, M <= 64: the configuration for x [m, k] and a planes weight [n, k]."""
     found = _tuned("planes", m, n, k)
     if found is not None and group_size == 128:
-        return SkinnyConfig(**found)
+        return skinny_or_hopper(found)
     if m <= 16:
         block_m = 8 if m <= 8 else 16
         if n >= 1 << 14:
@@ -144,27 +155,57 @@ def hopper_config(m: int, n: int, k: int) -> HopperConfig:
         return HopperConfig(**found)
     if m <= 128:
         splits = _splits(n, k, 128, 128, 264, 4)
-        return HopperConfig(64, 128, splits, 4, 3, True) if m <= 64 else HopperConfig(128, 128, splits, 4, 2)
+        if m <= 64:
+            return HopperConfig(64, 128, splits, 4, 3, True, 2)
+        return HopperConfig(128, 128, splits, 4, 2, False, 2)
     programs = 132 // -(-m // 256)
     return HopperConfig(256, 128, _splits(n, k, 128, 128, programs, 8) if m <= 512 else 1, 8, 3, True)
 
 
-def plain_config(m: int, n: int, k: int, element_bytes: int) -> SkinnyConfig:
-    """bf16 and A16W8 (int8, fp8): the configuration for x [m, k] and a plain weight [n, k]."""
+def pairs_config(m: int, n: int, k: int) -> SkinnyConfig | HopperConfig:
+    """A16W8, M <= 256: the configuration for x [m, k] and a pairs weight [n, k]."""
+    found = _tuned("pairs", m, n, k)
+    if found is not None:
+        return skinny_or_hopper(found)
+    if m <= 16:
+        return SkinnyConfig(8 if m <= 8 else 16, 64, _splits(n, k, 64, 128, 512, 4), 2, 4)
+    if m <= 64:
+        return SkinnyConfig(32 if m <= 32 else 64, 64, _splits(n, k, 64, 128, 264, 4), 4, 3)
+    return SkinnyConfig(128, 128, _splits(n, k, 128, 128, 132 // -(-m // 128), 4), 8, 2)
+
+
+def pairs_hopper_config(m: int, n: int, k: int) -> HopperConfig:
+    """A16W8, M > 32, on a Hopper GPU: the configuration for x [m, k] and a pairs weight [n, k]."""
+    found = _tuned("pairs_hopper", m, n, k)
+    if found is not None:
+        return HopperConfig(**found)
+    if m <= 128:
+        splits = _splits(n, k, 128, 128, 264, 4)
+        if m <= 64:
+            return HopperConfig(64, 128, splits, 4, 3, True, 2)
+        return HopperConfig(128, 128, splits, 4, 2, False, 2)
+    programs = 132 // -(-m // 128)
+    return HopperConfig(128, 256, _splits(n, k, 256, 128, programs, 8) if m <= 512 else 1, 8, 3, True)
+
+
+def plain_config(m: int, n: int, k: int, element_bytes: int) -> SkinnyConfig | HopperConfig:
+    """bf16 and, of w8a8 and fp8, A16W8: the configuration for x [m, k] and a plain weight [n, k]."""
     found = _tuned("bf16" if element_bytes == 2 else "int8", m, n, k)
     if found is not None:
-        return SkinnyConfig(**found)
+        return skinny_or_hopper(found)
     block_m = 16 if m <= 16 else 32 if m <= 32 else 64 if m <= 64 else 128
     if element_bytes == 2:
         return SkinnyConfig(block_m, 32, _splits(n, k, 32, 128, 640, 4), 2, 3, 128)
     return SkinnyConfig(block_m, 64, _splits(n, k, 64, 128, 512, 4), 4, 3, 128)
 
 
-def gated_config(kind: str, m: int, n: int, k: int, plain: SkinnyConfig) -> SkinnyConfig:
+def gated_config(
+    kind: str, m: int, n: int, k: int, plain: SkinnyConfig | HopperConfig
+) -> SkinnyConfig | HopperConfig:
     """The configuration for a product that ends in SiLU-mul: a tuned one, which does not split K, or that of the
     product alone, which may."""
     found = _tuned(f"gated {kind}", m, n, k)
-    return plain if found is None else SkinnyConfig(**found)
+    return plain if found is None else skinny_or_hopper(found)
 
 
 def a8w4_config(m: int, n: int, k: int, group_size: int) -> WideConfig:

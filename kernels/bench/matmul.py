@@ -13,6 +13,8 @@ from ..activations import SummedRows
 from ..chain import chain
 from ..matmul_triton import linear_partials, linear_triton
 from ..timing import microseconds
+from ..tune_layer import kind_of
+from ..tuning import HopperConfig, SkinnyConfig, skinny_or_hopper, table
 from .row import Row, checked, print_row, relative_error
 
 
@@ -33,6 +35,8 @@ def matmul_rows(format: str, rows: tuple[int, ...]) -> list[Row]:
             partials = microseconds(problem.calls(linear_partials)) if split else None
             dense = [weight.bfloat16() for _ in range(max(2, min(6, (512 << 20) // (2 * n * k))))]
             others = {"cuBLAS bf16": microseconds([partial(F.linear, problem.x, w) for w in dense])}
+            if (tiles := tiles_alone(format, m, n, k)) is not None:
+                others["ours, tiles chosen alone"] = microseconds(problem.calls(partial(linear_partials, config=tiles)))
             if format == "int4" and m <= 16:
                 others["tinygemm"] = tinygemm(problem.x, n, k)
                 others["ours, sums given"] = microseconds(with_sums(problem))
@@ -44,6 +48,12 @@ def matmul_rows(format: str, rows: tuple[int, ...]) -> list[Row]:
             )
             print_row(found[-1])
     return found
+
+
+def tiles_alone(format: str, m: int, n: int, k: int) -> SkinnyConfig | HopperConfig | None:
+    """The fastest where nothing reads the product: those in use are chosen by the time of whole layers, or by rule."""
+    found = table("alone").get((kind_of(format, m), m, n, k))
+    return None if found is None else skinny_or_hopper(found)
 
 
 def with_sums(problem: problems.Matmul) -> problems.Calls:
@@ -86,11 +96,11 @@ def tinygemm(x: Tensor, n: int, k: int) -> float:
 def slope_rows() -> list[Row]:
     """Bandwidth from two sizes, so that what a launch costs anyway cancels: A16W4, M = 1."""
     times = []
-    for n in (28672, 57344):
-        problem = problems.matmul("int4", 1, n, 8192)
-        times.append(
-            (microseconds(problem.calls(lambda x, w: linear_partials(x, w))), problem.weights[0].nbytes)
-        )
+    for n, k in problems.SLOPE:
+        problem = problems.matmul("int4", 1, n, k)
+        tiles = tiles_alone("int4", 1, n, k)
+        us = microseconds(problem.calls(partial(linear_partials, config=tiles)), at_least_us=10_000.0)
+        times.append((us, problem.weights[0].nbytes))
     (short, few), (long, many) = times
     row = Row(
         "A16W4", "slope M=1, 8192x28672 to 8192x57344", long - short, 0.0, tb_per_s=(many - few) / (long - short) / 1e6

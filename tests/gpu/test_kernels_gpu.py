@@ -79,7 +79,7 @@ def test_rope_write(
 @pytest.mark.parametrize("format, group_size", [("bf16", 128), ("int8", 128), ("int4", 128), ("int4", 64)])
 @pytest.mark.parametrize("rows, splits", [(1, 8), (5, 3), (16, 2), (40, 1)])
 def test_operands(format: str, group_size: int, rows: int, splits: int) -> None:
-    layout = "planes" if format == "int4" else "plain"
+    layout = {"int4": "planes", "int8": "pairs"}.get(format, "plain")
     checks_fused.check_operands(format, group_size, rows, splits, "cuda", impl="triton", layout=layout)
 
 

@@ -47,6 +47,7 @@ def test_a_run_without_tuned_tiles_or_the_kernel_for_hopper_says_so(monkeypatch:
     gpu, slow = torch.device("cuda", 0), "4-bit weights without the kernel for Hopper and groups of 128"
     dense = torch.zeros(64, 128)
     bf16 = pack_weight(dense, "bf16", device="cpu", layout="plain")
+    int8 = pack_weight(dense, "int8", device="cpu", layout="pairs")
     groups = {g: pack_weight(dense, "int4", group_size=g, device="cpu", layout="planes") for g in (64, 128)}
     monkeypatch.setattr(device, "table", lambda: {("planes", 1, 4096, 4096): {}})
     for hopper in (True, False):
@@ -55,6 +56,8 @@ def test_a_run_without_tuned_tiles_or_the_kernel_for_hopper_says_so(monkeypatch:
         assert impl_label("auto", gpu, [bf16]) == plain
         assert impl_label("auto", gpu, [bf16, groups[128]]) == (plain if hopper else f"{plain} ({slow})")
         assert impl_label("auto", gpu, [groups[128], groups[64]]) == f"{plain} ({slow})"
+        left = "int8 weights without the kernel for Hopper"
+        assert impl_label("auto", gpu, [bf16, int8]) == (plain if hopper else f"{plain} ({left})")
     monkeypatch.setattr(device, "table", dict)
     assert impl_label("auto", gpu, groups.values()).endswith(f"(tiles by rule, none are tuned for this GPU; {slow})")
     assert "reference path" in impl_label("torch", gpu)

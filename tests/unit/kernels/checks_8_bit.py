@@ -12,7 +12,7 @@ import kernels
 from kernels import elementwise, rounding
 from kernels.activations import Activations, activation_codes
 from kernels.rounding import quantize_rows
-from kernels.tuning import WideConfig
+from kernels.tuning import HopperConfig, SkinnyConfig, WideConfig
 from tests.unit.kernels.checks import generator, normal, poison, relative_error
 
 INT8, E4M3 = torch.int8, torch.float8_e4m3fn
@@ -70,6 +70,45 @@ def check_linear_exact(
     for given in (eight, x.bfloat16()) if m <= SIXTEEN_BIT_ROWS else (eight,):
         got = kernels.linear(given, weight, bias, impl=impl)
         assert torch.equal(got.double(), want), f"{format} M={m} N={n} K={k}: {(got.double() != want).sum()} differ"
+
+
+def check_pairs_exact(m: int, n: int, k: int, device: str, config: SkinnyConfig | HopperConfig) -> None:
+    """All int8 codes and whole numbers in x, so few that float32 holds every sum, with scales that are powers of two:
+    every bit of every sum of partials must be right."""
+    from kernels.matmul_triton import linear_partials
+
+    g = generator(m * n, device)
+    codes = torch.randint(-128, 128, (n, k), generator=g, device=device).to(INT8)
+    scale = 2.0 ** torch.randint(-3, 3, (n,), generator=g, device=device)
+    weight = kernels.pack_weight(kernels.QuantizedWeight("int8", codes, scale), "int8", device=device, layout="pairs")
+    x = torch.randint(-4, 5, (m, k), generator=g, device=device).bfloat16()
+    x = torch.cat((x, torch.full((256, k), float("nan"), dtype=x.dtype, device=device)))[:m]  # NaN behind it
+    poison(device)
+    parts = linear_partials(x, weight, config)
+    want = (x.double() @ codes.double().t()) * scale.double()
+    want = want.bfloat16().double() if len(parts) == 1 else want
+    assert parts.dtype == (torch.bfloat16 if len(parts) == 1 else torch.float32)
+    wrong = int((parts.double().sum(0) != want).sum())
+    assert wrong == 0, f"{config} M={m} N={n} K={k}: {wrong} of {want.numel()} elements differ"
+
+
+def check_every_word(device: str, rows: tuple[int, ...]) -> None:
+    """Both codes of each of the 65,536 words, widened, and as products of so many unit vectors at a time give them."""
+    from kernels.skinny import widen_rows
+
+    words = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32, device=device).to(torch.int16).view(1024, 64)
+    scale = torch.ones(1024, dtype=torch.bfloat16, device=device)
+    weight = kernels.PackedWeight("int8", "pairs", (1024, 128), words, scale)
+    held = words.view(torch.int8).view(1024, 64, 2)
+    want = torch.cat((held[:, :, 0], held[:, :, 1]), 1).bfloat16()
+    assert torch.equal(weight.to_plain().codes.bfloat16(), want)
+    out = torch.full((1024, 128), float("nan"), dtype=torch.bfloat16, device=device)
+    widen_rows(weight, 0, out)
+    assert torch.equal(out, want)
+    for many in rows:
+        eye = torch.eye(128, device=device).bfloat16()
+        got = [kernels.linear(part, weight, impl="triton") for part in eye.split(many)]
+        assert torch.equal(torch.cat(got).t(), want)
 
 
 def any_4_bit(n: int, k: int, group_size: int, device: str) -> kernels.QuantizedWeight:

@@ -16,6 +16,8 @@ import pytest
 if sys.platform != "linux":
     pytest.skip("Triton is published for Linux only", allow_module_level=True)
 
+import torch
+
 from kernels import (
     KV_FORMATS,
     a8w4,
@@ -34,6 +36,7 @@ from tests.unit.kernels.sass import Compiled, compile_kernel, mma, opcodes
 
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 
+CODES = {"bf16": torch.bfloat16, "i8": torch.int8, "i16": torch.int16, "fp8e4nv": torch.float8_e4m3fn}
 CONVERSIONS = ("I2F", "I2FP", "F2F")
 INTEGERS = ("M", "N", "N_PADDED", "K", "groups_per_split", "k_per_split")
 
@@ -60,6 +63,7 @@ def check(built: Compiled, elements: int, warps: int, budget: float, conversions
     assert per_element <= budget, f"{per_element:.2f} instructions per element, the budget is {budget}"
 
 
+@pytest.mark.parametrize("ahead", [0, 2])
 @pytest.mark.parametrize(
     "summed, gated, block_m, block_n, group_size, warps, stages, budget",
     [
@@ -71,11 +75,12 @@ def check(built: Compiled, elements: int, warps: int, budget: float, conversions
     ],
 )  # fmt: skip
 def test_a16w4(
-    summed: bool, gated: bool, block_m: int, block_n: int, group_size: int, warps: int, stages: int, budget: float
+    summed: bool, gated: bool, block_m: int, block_n: int, group_size: int, warps: int, stages: int, budget: float,
+    ahead: int,
 ) -> None:
     pointers = {"x": "*bf16", "words": "*i16", "scales": "*i32", "out": "*bf16" if gated else "*fp32"}
     pointers |= {"sums": "*fp32"} if summed else {}
-    constants = {"ROWS": 64, "BM": block_m, "BN": block_n, "G": group_size, "GATED": gated}
+    constants = {"ROWS": 64, "BM": block_m, "BN": block_n, "G": group_size, "GATED": gated, "AHEAD": ahead}
     constants |= {} if summed else {"sums": None}
     integers = "M N N_PADDED K groups_per_split"
     built = matmul(a16w4.a16w4_kernel, pointers, constants, integers, warps, stages)
@@ -83,25 +88,33 @@ def test_a16w4(
     assert opcodes(built.loop())["LDG"] == 0  # every load of the loop is asynchronous
 
 
+@pytest.mark.parametrize("ahead", [0, 2])
 @pytest.mark.parametrize(
     "element, gated, block_m, block_n, block_k, warps, stages, budget",
     [
         ("bf16", False, 16, 32, 128, 2, 3, 3.0), ("i8", False, 16, 64, 128, 4, 3, 6.3),
         ("fp8e4nv", False, 16, 64, 128, 4, 3, 4.5), ("bf16", True, 16, 32, 128, 2, 3, 3.0),
         ("i8", True, 16, 64, 128, 4, 3, 6.4), ("i8", False, 64, 64, 128, 4, 3, 6.6),
-        ("i8", False, 64, 128, 128, 8, 3, 6.3), ("i8", False, 128, 64, 64, 4, 3, 7.8),
-        ("i8", False, 256, 128, 64, 8, 3, 7.9),
+        ("i16", False, 8, 64, 128, 2, 4, 2.5), ("i16", False, 8, 64, 256, 2, 3, 2.4),
+        ("i16", False, 16, 64, 128, 2, 3, 2.7), ("i16", True, 16, 64, 128, 2, 3, 2.8),
+        ("i16", False, 16, 64, 256, 4, 3, 3.1), ("i16", False, 32, 64, 128, 4, 4, 3.6),
+        ("i16", False, 64, 64, 128, 4, 4, 3.7), ("i16", False, 64, 128, 128, 4, 3, 3.0),
+        ("i16", True, 64, 128, 128, 4, 3, 3.0), ("i16", False, 128, 128, 128, 8, 3, 3.7),
+        ("i16", False, 256, 128, 128, 8, 3, 4.3),
         ("fp8e4nv", False, 64, 128, 128, 8, 3, 4.5), ("fp8e4nv", False, 128, 64, 128, 4, 3, 5.4),
     ],
 )  # fmt: skip
 def test_skinny(
-    element: str, gated: bool, block_m: int, block_n: int, block_k: int, warps: int, stages: int, budget: float
+    element: str, gated: bool, block_m: int, block_n: int, block_k: int, warps: int, stages: int, budget: float,
+    ahead: int,
 ) -> None:
-    scale = {"bf16": None, "i8": "*bf16", "fp8e4nv": "*fp32"}[element]
+    """i16: int8 in pairs."""
+    scale = {"bf16": None, "i8": "*bf16", "i16": "*bf16", "fp8e4nv": "*fp32"}[element]
     pointers = {"x": "*bf16", "w": f"*{element}", "out": "*bf16" if gated else "*fp32"}
     config = tuning.SkinnyConfig(block_m, block_n, 1, warps, stages, block_k)
     constants: dict[str, object] = {"BM": block_m, "BN": block_n, "BK": block_k, "EVEN": True, "GATED": gated}
-    constants["DOTS"] = skinny.products_per_step(2 if element == "bf16" else 1, config)
+    constants["AHEAD"] = ahead
+    constants["DOTS"] = skinny.products_per_step(CODES[element], config)
     pointers, constants = (pointers | {"scale": scale}, constants) if scale else (pointers, constants | {"scale": None})
     built = matmul(skinny.skinny_kernel, pointers, constants, "M N K k_per_split", warps, stages)
     check(built, block_n * block_k, warps, budget)

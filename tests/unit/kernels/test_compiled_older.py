@@ -4,6 +4,7 @@ more shared memory than the smallest of them have."""
 from __future__ import annotations
 
 import sys
+from itertools import product
 
 import pytest
 
@@ -12,7 +13,7 @@ if sys.platform != "linux":
 
 from kernels import KV_FORMATS, a8w4, a8w8, a16w4, decode_triton, prefill_triton, skinny, tuning, wide
 from tests.unit.kernels.sass import Compiled
-from tests.unit.kernels.test_compiled import attention, matmul
+from tests.unit.kernels.test_compiled import CODES, attention, matmul
 
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 
@@ -37,6 +38,7 @@ def test_a16w4(m: int, n: int, k: int, capability: int) -> None:
     config = tuning.planes_config(m, n, k, 128)
     pointers = {"x": "*bf16", "words": "*i16", "scales": "*i32", "out": "*fp32"}
     constants = {"ROWS": 64, "BM": config.block_m, "BN": config.block_n, "G": 128, "GATED": False, "sums": None}
+    constants |= {"AHEAD": 2}
     integers = "M N N_PADDED K groups_per_split"
     check(matmul(a16w4.a16w4_kernel, pointers, constants, integers, config.warps, config.stages, capability))
 
@@ -54,19 +56,19 @@ def test_many_rows(format: str, m: int, capability: int) -> None:
 
 
 @pytest.mark.parametrize("n, k", SHAPES)
-@pytest.mark.parametrize(
-    "element, m", [("bf16", 1), ("bf16", 16), ("bf16", 64), ("i8", 1), ("i8", 16), ("i8", 64), ("i8", 256)]
-)
+@pytest.mark.parametrize("element, m", [*product(("bf16", "i8"), (1, 16, 64)), *product(("i16",), (1, 16, 64, 256))])
 def test_skinny(element: str, m: int, n: int, k: int, capability: int) -> None:
-    config = tuning.plain_config(m, n, k, 2 if element == "bf16" else 1)
-    pointers = {"x": "*bf16", "w": f"*{element}", "out": "*fp32"} | ({"scale": "*bf16"} if element == "i8" else {})
+    pairs, codes = element == "i16", CODES[element]
+    config = tuning.pairs_config(m, n, k) if pairs else tuning.plain_config(m, n, k, codes.itemsize)
+    pointers = {"x": "*bf16", "w": f"*{element}", "out": "*fp32"} | ({} if element == "bf16" else {"scale": "*bf16"})
     constants: dict[str, object] = {"BM": config.block_m, "BN": config.block_n, "BK": config.block_k, "EVEN": True}
-    constants |= {"GATED": False, "DOTS": skinny.products_per_step(2 if element == "bf16" else 1, config)}
-    constants |= {} if element == "i8" else {"scale": None}
+    constants |= {"GATED": False, "AHEAD": 2, "DOTS": skinny.products_per_step(codes, config)}
+    constants |= {"scale": None} if element == "bf16" else {}
     built = matmul(
         skinny.skinny_kernel, pointers, constants, "M N K k_per_split", config.warps, config.stages, capability
     )
     check(built)
+    assert built.spilled == 0
 
 
 @pytest.mark.parametrize("m", [17, 64, 256, 8192])

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import kernels
+from kernels.packing import device_layout
 
 WEIGHT = torch.randn(192, 256)
 
@@ -14,7 +15,7 @@ WEIGHT = torch.randn(192, 256)
 @pytest.mark.parametrize("group_size", [64, 128])
 @pytest.mark.parametrize("layout", [None, "cuda"])
 def test_weight_bytes(format: str, group_size: int, layout: str | None) -> None:
-    chosen = ("planes" if kernels.WEIGHT_FORMATS[format].grouped else "plain") if layout else None
+    chosen = device_layout(format, torch.device("cuda"), (192, 256)) if layout else None
     packed = kernels.pack_weight(WEIGHT, format, group_size=group_size, device="cpu", layout=chosen)
     assert packed.nbytes == kernels.WEIGHT_FORMATS[format].nbytes(192, 256, group_size)
 
@@ -23,7 +24,7 @@ def test_weight_bytes(format: str, group_size: int, layout: str | None) -> None:
 @pytest.mark.parametrize("layout", [None, "cuda"])
 def test_layouts_hold_the_same_weights(format: str, layout: str | None) -> None:
     plain = kernels.quantize_weight(WEIGHT, format)
-    chosen = ("planes" if kernels.WEIGHT_FORMATS[format].grouped else "plain") if layout else None
+    chosen = device_layout(format, torch.device("cuda"), (192, 256)) if layout else None
     back = kernels.pack_weight(plain, format, device="cpu", layout=chosen).to_plain()
     assert torch.equal(back.codes.float(), plain.codes.float())
     for got, want in ((back.scale, plain.scale), (back.zero, plain.zero)):

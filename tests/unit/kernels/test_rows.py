@@ -18,5 +18,5 @@ def test_rows_are_those_of_the_dequantized_table(layout_format: str) -> None:
 
 def test_a_layout_that_splits_rows_says_so() -> None:
     packed = pack_weight(torch.randn(128, 128), "int4", device="cpu")
-    with pytest.raises(ValueError, match="'int4pack' does not keep rows together"):
+    with pytest.raises(ValueError, match="'int4pack' does not keep rows together; plain, pairs"):
         packed.rows(torch.tensor([0]), torch.float32)

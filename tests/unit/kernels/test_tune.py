@@ -15,7 +15,19 @@ import torch
 if sys.platform != "linux":
     pytest.skip("Triton is published for Linux only", allow_module_level=True)
 
-from kernels import KV_FORMATS, PackedWeight, candidates, matmul_triton, tune, tune_layer, tuning
+from kernels import (
+    KV_FORMATS,
+    PackedWeight,
+    a16w4_hopper,
+    a16w8_hopper,
+    bf16_hopper,
+    candidates,
+    matmul_triton,
+    pack_weight,
+    tune,
+    tune_layer,
+    tuning,
+)
 from kernels.problems import SHAPES
 from kernels.tuning import HopperConfig, SkinnyConfig, WideConfig
 
@@ -45,26 +57,74 @@ def test_candidates_of_a8w4(m: int) -> None:
         assert (config.block_m * 128 + config.block_n * 64) * config.stages <= SHARED
 
 
-def takes(config: HopperConfig) -> bool:
-    """What `wide_hopper_partials` and a multiprocessor's shared memory allow."""
-    ring = config.stages * (config.block_m * 256 + config.block_n * 64)
-    return config.block_n % max(64, 16 * config.warps) == 0 and config.stages >= 2 and ring + 1024 <= SHARED
+def takes(config: HopperConfig, kind: str = "hopper") -> bool:
+    """What the kernels for Hopper and a multiprocessor's shared memory allow."""
+    row = 256 if kind == "bf16" else 128 if "pairs" in kind else 68
+    program = config.stages * (config.block_m * 256 + config.block_n * row + 16) + 1024  # which the driver keeps
+    fits = program <= SHARED and program * config.programs <= SHARED + 1024
+    return fits and config.block_n % max(64, 16 * config.warps) == 0 and config.ahead <= config.stages >= 2
 
 
 @pytest.mark.parametrize("m", [64, 128, 256, 512, 2048])
 @pytest.mark.parametrize("n", [4096, 28672])
-def test_candidates_for_hopper(m: int, n: int) -> None:
-    found = candidates.matmul_candidates("hopper", m, n)
-    assert len(found) >= 18 and len(set(found)) == len(found) and all(map(takes, found))
+@pytest.mark.parametrize("kind", ["hopper", "pairs_hopper"])
+def test_candidates_for_hopper(kind: str, m: int, n: int) -> None:
+    found = candidates.matmul_candidates(kind, m, n)
+    assert len(found) >= 10 and len(set(found)) == len(found)
+    assert all(takes(config, kind) for config in found)
     assert {config.producer for config in found} == {False, True}
     assert n > 4096 or m > 512 or len({config.splits for config in found}) > 2
 
 
+@pytest.mark.parametrize(
+    "kind, m",
+    [*product(("planes", "pairs"), (1, 16, 32)), ("bf16", 1), ("bf16", 64)],
+)
+@pytest.mark.parametrize("n, k", SHAPES.values())
+def test_candidates_of_few_rows(kind: str, m: int, n: int, k: int) -> None:
+    """On Hopper either kernel may be the better one, so that both are tried."""
+    older, hopper = (candidates.matmul_candidates(kind, m, n, hopper) for hopper in (False, True))
+    found = [c for c in hopper if isinstance(c, HopperConfig)]
+    assert not any(isinstance(c, HopperConfig) for c in older) and len(found) >= 24 and len(set(found)) == len(found)
+    assert all(takes(c, kind) for c in found) and {c.ahead > 0 for c in found} == {c.producer for c in found}
+    gated = candidates.gated_hopper_candidates(f"gated {kind}", m)
+    assert gated and all(takes(c, kind) and c.splits == 1 and c.block_n % (32 * c.warps) == 0 for c in gated)
+
+
+@pytest.mark.parametrize("format, kind", [("int4", "planes"), ("int8", "pairs"), ("bf16", "bf16")])
+def test_an_entry_says_by_which_kernel_few_rows_run(format: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiles = HopperConfig(16, 128, 1, 4, 4, True, 3, 1)
+    entries = {(each, 16, 256, 512): asdict(tiles) for each in (kind, f"gated {kind}")}
+    monkeypatch.setattr(tuning, "table", lambda: entries)
+    run: list[tuple[object, bool]] = []
+
+    def noted(x: torch.Tensor, weight: PackedWeight, config: HopperConfig, gated: bool = False) -> torch.Tensor:
+        run.append((config, gated))
+        return torch.empty(1, x.shape[0], 128 if gated else 256)
+
+    here = {"int4": a16w4_hopper, "int8": a16w8_hopper, "bf16": bf16_hopper}[format]
+    monkeypatch.setattr(here, here.__name__.removeprefix("kernels.") + "_partials", noted)
+    x, layout = torch.ones(16, 512).bfloat16(), {"int4": "planes", "int8": "pairs", "bf16": "plain"}[format]
+    weight = pack_weight(torch.ones(256, 512), format, device="cpu", layout=layout)
+    matmul_triton.linear_partials(x, weight)
+    assert matmul_triton.gated_fused(x, weight) is not None
+    assert run == [(tiles, False), (tiles, True)]
+    other = pack_weight(torch.ones(256, 512), "int4", group_size=64, device="cpu", layout="planes")
+    assert isinstance(matmul_triton.four_bit_config(16, other), SkinnyConfig)
+@pytest.mark.parametrize("m", [1, 16, 32, 64, 128, 256])
+def test_candidates_of_pairs(m: int) -> None:
+    found = candidates.matmul_candidates("pairs", m, 4096)
+    assert len(found) >= 24 and len(set(found)) == len(found)
+    for config in found:
+        assert config.block_k % 128 == 0 and config.block_n >= 16 * config.warps and config.block_m <= max(m, 8)
+        assert (config.block_m * 2 + config.block_n) * config.block_k * config.stages <= SHARED
+
+
 def test_a_gpu_is_tuned_for_the_kernels_that_it_runs() -> None:
     older, hopper = tune.kinds(hopper=False), tune.kinds(hopper=True)
-    assert "hopper" not in older and "wide" not in hopper and len(older) == len(hopper)
+    assert not {"hopper", "pairs_hopper"} & {*older} and "wide" not in hopper and len(older) == len(hopper) - 1
     for kind in {*older, *hopper}:
-        assert tune.tasks([kind], 150), kind
+        assert tune.tasks([kind], 150, kind in hopper), kind
 
 
 @pytest.mark.parametrize("m", [33, 64, 100, 256, 300, 2048])
@@ -73,7 +133,7 @@ def test_tiles_for_hopper_with_and_without_an_entry(m: int, n: int, k: int, monk
     entries = {(e["kind"], *e["problem"]): e["config"] for e in H200}
     for held in (entries, {}):
         monkeypatch.setattr(tuning, "table", lambda held=held: held)
-        assert takes(tuning.hopper_config(m, n, k))
+        assert takes(tuning.hopper_config(m, n, k)) and takes(tuning.pairs_hopper_config(m, n, k), "pairs_hopper")
 
 
 def test_by_which_kernel_4_bit_weights_are_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,6 +149,17 @@ def test_by_which_kernel_4_bit_weights_are_multiplied(monkeypatch: pytest.Monkey
             assert found is (small or (HopperConfig if fast else WideConfig)), (hopper, m, group)
         assert matmul_triton.fused_rows(weights[128]) == (2048 if hopper else 256)
         assert matmul_triton.fused_rows(weights[64]) == 256
+
+
+def test_by_which_kernel_int8_is_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = {k: PackedWeight("int8", "pairs", (128, k), torch.empty(0), torch.empty(0)) for k in (200, 202)}
+    for hopper in (False, True):
+        monkeypatch.setattr(matmul_triton, "warp_group_products", lambda hopper=hopper: hopper)
+        for m, k in product((1, 32, 33, 64, 256, 2048), (200, 202)):
+            fast = hopper and k == 200 and m > 32  # rows of x that TMA can step over
+            assert isinstance(matmul_triton.pairs_tiles(m, weights[k]), HopperConfig if fast else SkinnyConfig)
+        assert matmul_triton.fused_rows(weights[200]) == (2048 if hopper else 256)
+        assert matmul_triton.fused_rows(weights[202]) == 256
 
 
 @pytest.mark.parametrize("roomy", [False, True])
@@ -122,7 +193,7 @@ def test_the_fastest_is_looked_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         {"op": "a8w8", "m": m, "n": 4096, "k": 4096, "us": us, "config": asdict(config)}
         for m, us, config in ((64, 9.0, slow), (64, 5.0, fast), (8192, 1.0, slow))
     ]
-    text = tune.file_text({"gpu": "NVIDIA Test"}, tune.merged([], tune.entries(records)))
+    text = tune.file_text({"gpu": "NVIDIA Test"}, {"entries": tune.merged([], tune.entries(records)), "alone": []})
     assert len(json.loads(text)["entries"]) == 1  # 8192 cubed is a benchmark
     (tmp_path / "NVIDIA_Test.json").write_text(text)
     monkeypatch.setattr(tuning, "TUNED", tmp_path)
@@ -169,13 +240,19 @@ def test_gated_products_are_tried_whole_and_apart(monkeypatch: pytest.MonkeyPatc
     assert tune_layer.problem_of("gated", "w8a8", 64) is None  # SiLU-mul rounds to 8 bits there, over the whole row
 
 
+def test_a_step_of_pairs_is_whole_groups() -> None:
+    held = asdict(SkinnyConfig(8, 64, 2, 2, 4, 128))
+    assert {c["block_k"] for c in tune_layer.neighbours(held, "pairs")} == {128, 256}
+    assert {c["block_k"] for c in tune_layer.neighbours(held, "int8")} == {64, 128, 256}
+
+
 class Steady:
     """A chain whose time depends on its gated product alone."""
 
     def __init__(self, entries: dict[tuple[object, ...], dict[str, object]]) -> None:
         self.entries = entries
 
-    def microseconds(self) -> float:
+    def microseconds(self, replays: int = 5) -> float:
         gated = self.entries.get(("gated planes", 64, 28672, 4096), tune_layer.APART)
         return 100.0 - 5 * (gated["splits"] == 1)
 
@@ -200,6 +277,9 @@ def test_the_entries_of_4_bit_weights_on_hopper(monkeypatch: pytest.MonkeyPatch)
     assert [tune_layer.kind_of("int4", m) for m in (1, 32, 33, 64)] == ["planes", "planes", "hopper", "hopper"]
     assert tune_layer.problem_of("gated", "int4", 64) == ("gated planes", 64, 28672, 4096)
     held = asdict(HopperConfig(64, 128, 2, 4, 3))
+    assert [tune_layer.kind_of("int8", m) for m in (1, 32, 33)] == ["pairs", "pairs", "pairs_hopper"]
+    assert tune_layer.problem_of("gated", "int8", 64) == ("gated pairs", 64, 28672, 4096)
+    assert tune_layer.neighbours(held, "hopper") == tune_layer.neighbours(held, "pairs_hopper")
     near = [HopperConfig(**c) for c in tune_layer.neighbours(held, "hopper")]
     assert replace(HopperConfig(**held), producer=True) in near and all(c.warps % 4 == 0 for c in near)
     assert all(sum(asdict(c)[name] != held[name] for name in held) == 1 for c in near)
@@ -207,7 +287,7 @@ def test_the_entries_of_4_bit_weights_on_hopper(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize(
     "format, m, kind",
-    [("int4", 64, "planes"), ("bf16", 1, "bf16"), ("w8a8", 1, "int8"), ("w8a8", 64, "a8w8"), ("int8", 64, "int8"),
+    [("int4", 64, "planes"), ("bf16", 1, "bf16"), ("w8a8", 1, "int8"), ("w8a8", 64, "a8w8"), ("int8", 64, "pairs"),
      ("w4a8", 64, "planes"), ("w4a8", 128, "a8w4")],
 )
 def test_the_entry_that_a_format_reads(format: str, m: int, kind: str) -> None:

@@ -30,7 +30,7 @@ def test_rope_write_wide_heads() -> None:
 
 @pytest.mark.parametrize(
     "format, group_size, layout",
-    [("bf16", 128, "plain"), ("int8", 128, "plain"), ("int4", 128, "planes"), ("int4", 64, "planes"),
+    [("bf16", 128, "plain"), ("int8", 128, "pairs"), ("int4", 128, "planes"), ("int4", 64, "planes"),
      ("w8a8", 128, "plain"), ("fp8", 128, "plain")],
 )  # fmt: skip
 @pytest.mark.parametrize("rows, splits", [(3, 2), (20, 1)])
@@ -41,8 +41,8 @@ def test_operands(format: str, group_size: int, layout: str, rows: int, splits: 
 @pytest.mark.parametrize(
     "format, group_size, layout",
     [
-        ("bf16", 128, "plain"), ("int8", 128, "plain"), ("int4", 128, "planes"), ("int4", 64, "planes"),
-        ("w4a8", 128, "planes"),
+        ("bf16", 128, "plain"), ("int8", 128, "pairs"), ("int4", 128, "planes"), ("int4", 64, "planes"),
+        ("w4a8", 128, "planes"), ("int8", 128, "plain"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("rows, inner", [(3, 128), (17, 192), (2, 80)])

@@ -7,9 +7,10 @@ import pytest
 
 import kernels
 from kernels import matmul_triton
-from tests.unit.kernels import checks
+from kernels.tuning import SkinnyConfig
+from tests.unit.kernels import checks, checks_8_bit
 
-LAYOUT = {"bf16": "plain", "int8": "plain", "int4": "planes"}
+LAYOUT = {"bf16": "plain", "int8": "pairs", "int4": "planes"}
 
 
 @pytest.mark.parametrize("format, group_size", [("bf16", 128), ("int8", 128), ("int4", 128), ("int4", 64)])
@@ -32,8 +33,20 @@ def test_linear_by_slices_of_the_weight(format: str, n: int, monkeypatch: pytest
     checks.check_linear(9, n, 640, format, 128, "cpu", impl="triton", layout=LAYOUT[format])
 
 
-def test_linear_ragged_k() -> None:
-    checks.check_linear(3, 40, 200, "bf16", 128, "cpu", impl="triton", layout="plain")
+@pytest.mark.parametrize("m", [3, 9, 300])
+@pytest.mark.parametrize("format, k", [("bf16", 200), ("int8", 200), ("int8", 328), ("int8", 63)])
+def test_linear_ragged_k(format: str, k: int, m: int) -> None:
+    """Also behind tiles of a K that they do not divide (9 rows) and by rows in bf16 (300)."""
+    checks.check_linear(m, 40, k, format, 128, "cpu", impl="triton", layout=LAYOUT[format])
+
+
+def test_every_word_of_pairs() -> None:
+    checks_8_bit.check_every_word("cpu", (128,))
+
+
+@pytest.mark.parametrize("block_k, splits, k", [(128, 1, 256), (128, 3, 600), (256, 2, 600), (256, 2, 640)])
+def test_tiles_of_pairs(block_k: int, splits: int, k: int) -> None:
+    checks_8_bit.check_pairs_exact(5, 100, k, "cpu", SkinnyConfig(16, 64, splits, 4, 3, block_k))
 
 
 @pytest.mark.parametrize("format", list(kernels.KV_FORMATS))
