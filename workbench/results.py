@@ -138,8 +138,8 @@ def gpu_table() -> str:
 
 BATCHES = (1, 8, 64)
 PEERS = (
-    "h200-peers-bf16.json", "h200-peers-tpot.json", "h200-peers-int4.json", "h200-peers-w8a8.json",
-    "h200-peers-w4a8.json", "h200-peers-bf16-repeats.json", "h200-peers-bf16-tpot.json",
+    "h200-peers-bf16.json", "h200-peers-offline.json", "h200-peers-int8-fp8.json", "h200-peers-int4.json",
+    "h200-peers-w8a8.json", "h200-peers-w4a8.json",
 )  # fmt: skip
 """Of two runs of one configuration the later one counts, where it measured the same. What has no file yet was not
 measured."""

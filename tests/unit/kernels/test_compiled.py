@@ -24,6 +24,7 @@ from kernels import (
     a8w8,
     a16w4,
     decode_triton,
+    elementwise_triton,
     kv_cache_triton,
     prefill_triton,
     qkv_triton,
@@ -186,6 +187,20 @@ def test_a8w4(block_m: int, block_n: int, group_size: int, warps: int, budget: f
     products = [line for line in loop if "IGMMA" in line]
     assert len(products) == mma(loop) and all(re.search(r"S8\.S8 R\d+, R\d+, gdesc", line) for line in products)
     assert not {"STS", "LDG", "SHFL"} & opcodes(loop).keys()
+
+
+@pytest.mark.parametrize("add, splits", [(True, 4), (True, 1), (False, 1)])
+def test_rms_norm(add: bool, splits: int) -> None:
+    """A row in registers, and where one is added, the residual asked for before the wait."""
+    pointers = dict.fromkeys(("x", "residual", "weight", "out", "total"), "*bf16")
+    pointers |= {"x": "*fp32"} if splits > 1 else {}
+    integers = dict.fromkeys(("stride_outer", "stride_inner", "INNER", "size", "D"), "i32")
+    constants: dict[str, object] = {"SPLITS": splits, "BLOCK": 4096, "ADD": add, "G": 0, "sums": None}
+    constants |= {"EARLY": True, "INTERP": False}
+    signature = pointers | integers | {"eps": "fp32"}
+    built = compile_kernel(elementwise_triton.rms_norm_kernel, signature, constants, list(pointers), 8, 1)
+    assert built.spilled == 0 and built.registers <= 128
+    assert (opcodes(built.sass)["CCTL"] > 0) == add
 
 
 @pytest.mark.parametrize("codes, largest", [("i8", 127.0), ("fp8e4nv", 448.0)])
