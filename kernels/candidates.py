@@ -57,9 +57,9 @@ def row_bytes(kind: str) -> int:
     return 256 if kind.endswith("bf16") else 128 if "pairs" in kind else 68
 
 
-def deepest_ring(kind: str, block_m: int, block_n: int, programs: int) -> int:
+def deepest_ring(kind: str, block_m: int, block_n: int, programs: int, block_k: int = 128) -> int:
     """Stages of a kernel for Hopper that fit into a multiprocessor's shared memory beside those of other programs."""
-    return ((228 << 10) // programs - 2560) // (block_m * 256 + block_n * row_bytes(kind))
+    return ((228 << 10) // programs - 2560) // ((block_m * 256 + block_n * row_bytes(kind)) * block_k // 128)
 
 
 FEW_ROWS_SHAPES = {
@@ -80,8 +80,10 @@ def few_rows_candidates(kind: str, m: int, n: int) -> list[Any]:
     it; a ring as deep as fits, or half of that."""
     bm = 8 if m <= 8 else 16 if m <= 16 else 32 if m <= 32 else 64
     found = []
-    for (bn, warps, programs), splits in product(FEW_ROWS_SHAPES[kind], (1, 2, 3, 4, 6, 8, 12, 16)):
-        deepest, turns = deepest_ring(kind, bm, bn, programs), -(-n // bn) * splits / (132 * programs)
+    widths = (128, 64) if kind == "bf16" and m > 32 else (128,)
+    splits_of_k = (1, 2, 3, 4, 6, 8, 12, 16)
+    for (bn, warps, programs), splits, width in product(FEW_ROWS_SHAPES[kind], splits_of_k, widths):
+        deepest, turns = deepest_ring(kind, bm, bn, programs, width), -(-n // bn) * splits / (132 * programs)
         if deepest < 3 or turns < 0.4 or (turns > 1.7 and splits > 1):
             continue
         for producer, stages, ahead in product((False, True), {deepest, max(2, deepest // 2)}, (0, 1, 16)):
@@ -90,7 +92,9 @@ def few_rows_candidates(kind: str, m: int, n: int) -> list[Any]:
                 registers = (registers * (warps + 4) - 24 * 4) // warps
             needed = {8: 0, 16: 106, 32: 150}[bm] if kind == "planes" and bn // warps >= 32 else 0
             if registers >= needed:  # or it spills
-                found.append(HopperConfig(bm, bn, splits, warps, stages, producer, programs, min(ahead, stages)))
+                found.append(
+                    HopperConfig(bm, bn, splits, warps, stages, producer, programs, min(ahead, stages), block_k=width)
+                )
     return found
 
 
@@ -98,11 +102,12 @@ def gated_hopper_candidates(kind: str, m: int) -> list[HopperConfig]:
     """Of the same with SiLU-mul at the end, up to 64 rows; kind: "gated planes", "gated pairs" or "gated bf16"."""
     bm = 8 if m <= 8 else 16 if m <= 16 else 32 if m <= 32 else 64
     return [
-        HopperConfig(bm, bn, 1, warps, stages, producer, programs, ahead)
-        for (bn, warps, programs), producer, ahead in product(
-            ((128, 4, 1), (128, 4, 2), (128, 4, 3), (256, 8, 1), (256, 8, 2)), (False, True), (0, 1)
+        HopperConfig(bm, bn, 1, warps, stages, producer, programs, ahead, block_k=width)
+        for (bn, warps, programs), producer, ahead, width in product(
+            ((128, 4, 1), (128, 4, 2), (128, 4, 3), (256, 8, 1), (256, 8, 2)), (False, True), (0, 1),
+            (128, 64) if kind == "gated bf16" and m > 32 else (128,),
         )
-        if (stages := deepest_ring(kind, bm, bn, programs)) >= 2 and (bm <= 16 or programs < 3)
+        if (stages := deepest_ring(kind, bm, bn, programs, width)) >= 2 and (bm <= 16 or programs < 3)
     ]
 
 

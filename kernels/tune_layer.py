@@ -29,7 +29,7 @@ from .matmul_triton import HOPPER_SKINNY_ROWS
 from .rounding import quantize_rows
 from .triton_common import warp_group_products
 from .tune import write_entries
-from .tuning import table
+from .tuning import TUNED_ROWS, table
 
 Problem = tuple[Any, ...]  # (kind, m, n, k), the key of a tuned entry
 Config = dict[str, Any]
@@ -81,11 +81,13 @@ def neighbours(config: Config, kind: str) -> list[Config]:
     hopper = "producer" in config
     if hopper:
         changes.append({"producer": not config["producer"]})
+        changes += [{"block_k": 192 - config["block_k"]}] if kind.endswith("bf16") and "block_k" in config else []
     aheads = (0, 1, config["stages"]) if hopper else aheads_of(kind)
     changes += [{"ahead": ahead} for ahead in aheads if ahead != config.get("ahead", 0)]
-    unread = "splits" if kind.startswith("gated ") else "block_k" if kind in ("planes", "hopper") else ""
+    unread = {"splits"} if kind.startswith("gated ") else {"block_k"} if kind in ("planes", "hopper") else set()
+    unread |= {"block_k"} if hopper else set()
     for name, (least, most) in RANGES.items():
-        if name == unread or name not in config:
+        if name in unread or name not in config:
             continue
         held = config[name]
         near = (held + 1, held - 1) if name == "stages" else (held * 2, held // 2)
@@ -110,7 +112,8 @@ def candidates(records: list[dict[str, Any]], problem: Problem, most: int = 9) -
     found: list[Config] = [APART] if gated else []
     if kind in ("gated planes", "gated pairs", "gated bf16") and warp_group_products():
         found += [asdict(config) for config in gated_hopper_candidates(kind, m)]
-    for config in start + [c for one in start for c in neighbours(one, kind)] + ranked[:most] + many[: most // 2]:
+    near = [c for one in start for c in neighbours(one, kind)]
+    for config in start + elsewhere(problem) + near + ranked[:most] + many[: most // 2]:
         if config not in found:
             found.append(config)
     return found
@@ -134,24 +137,59 @@ def _compile(job: tuple[str, list[tuple[Problem, Config]]]) -> None:
     torch.cuda.synchronize()
 
 
+def elsewhere(problem: Problem) -> list[Config]:
+    """What the same product runs at the next smaller and the next larger M that was tuned, and alone."""
+    kind, m, *size = problem
+    other = [rows for rows in TUNED_ROWS if table().get((kind, rows, *size)) is not None]
+    near = [max((rows for rows in other if rows < m), default=m), min((rows for rows in other if rows > m), default=m)]
+    found = [table()[(kind, rows, *size)] for rows in near if rows != m]
+    return found + [held for held in [table("alone").get(problem)] if held is not None]
+
+
+def jump(built: Chain, format: str, m: int, records: list[dict[str, Any]]) -> float:
+    """Begin from the fastest of whole sets of tiles: those in use, those of the M beside, and the fastest alone. On the
+    way from one set to another each step alone may be slower. Returns the microseconds of a layer."""
+    running = [problem_of(name, format, m) for name in NAMES if name != "gate_up" or not runs_gated(format, m)]
+    held = {problem: table()[problem] for problem in running if problem in table()}
+    others = {problem: elsewhere(problem) for problem in held}
+    sets = [held] + [
+        {problem: others[problem][i] if i < len(others[problem]) else config for problem, config in held.items()}
+        for i in range(max(map(len, others.values()), default=0))
+    ]
+    return fastest_set(built, [*sets, {p: fastest(records, p) or config for p, config in held.items()}])
+
+
+def fastest_set(built: Chain, sets: list[dict[Problem, Config]]) -> float:
+    """Leave in the table that set of tiles by which a layer takes least. Returns its microseconds."""
+    times = []
+    for tiles in sets:
+        table().update(tiles)
+        times.append(built.microseconds(15))
+    best = min(range(len(sets)), key=times.__getitem__)
+    table().update(sets[best])
+    return times[best]
+
+
+def fastest(records: list[dict[str, Any]], problem: Problem) -> Config | None:
+    """By the records of `kernels.tune`."""
+    own = [r for r in records if (r["op"], r.get("m"), r.get("n"), r.get("k")) == problem]
+    return min(own, key=lambda r: r["us"])["config"] if own else None
+
+
 def ask_ahead(built: Chain, format: str, m: int) -> float:
     """Let all tuned products that run ask for their weights ahead at once, as many steps as is fastest: each alone
     gains less than can be told from noise. Returns the microseconds of a layer."""
     running = [problem_of(name, format, m) for name in NAMES if name != "gate_up" or not runs_gated(format, m)]
     held = {problem: table()[problem] for problem in running if problem in table()}
-    times = {}
-    for ahead in aheads_of(kind_of(format, m)):
-        table().update({problem: config | {"ahead": ahead} for problem, config in held.items()})
-        times[ahead] = built.microseconds(15)
-    best = min(times, key=lambda ahead: times[ahead])
-    table().update({problem: config | {"ahead": best} for problem, config in held.items()})
-    return times[best]
+    aheads = aheads_of(kind_of(format, m))
+    return fastest_set(built, [held, *({p: c | {"ahead": ahead} for p, c in held.items()} for ahead in aheads)])
 
 
 def descend(built: Chain, format: str, m: int, records: list[dict[str, Any]], rounds: int = 2) -> list[dict[str, Any]]:
     """Change one product's configuration at a time, `rounds` times around, keeping what makes the layer faster."""
     first, entries = built.microseconds(), {}
-    best = ask_ahead(built, format, m) if aheads_of(kind_of(format, m)) else first
+    jump(built, format, m, records)
+    best = ask_ahead(built, format, m)
     for _ in range(rounds):
         for name in NAMES:
             problem = problem_of(name, format, m)

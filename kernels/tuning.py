@@ -51,7 +51,7 @@ class WideConfig:
 class HopperConfig:
     """Tiles of `a16w4_hopper`, `a16w8_hopper` and `bf16_hopper`. warps: those that multiply; producer: four more issue
     the copies. programs: that are to share a multiprocessor. ahead: groups whose weights are copied before the kernel
-    before has ended. late: as in SkinnyConfig."""
+    before has ended. late: as in SkinnyConfig. block_k: columns of a slot, 64 or 128 in bf16, 128 elsewhere."""
 
     block_m: int
     block_n: int
@@ -62,6 +62,7 @@ class HopperConfig:
     programs: int = 1
     ahead: int = 0
     late: bool = False
+    block_k: int = 128
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,7 @@ INT8_FEW = with_producer_and_ahead(
 BF16 = with_producer_and_ahead(
     (8, 64, 4, 6, 2), (8, 128, 8, 5, 1), (16, 128, 4, 2, 2), (64, 64, 4, 3, 2), (64, 256, 8, 2, 1)
 )
+BF16 += [replace(config, stages=5, block_k=64) for config in BF16[-6:]]
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class Kernel:
         return x, kernels.pack_weight(plain, "int4", device="cuda")
 
 
-INT4, PLAIN = Kernel("int4", a16w4_hopper_partials, FEW, MANY), Kernel("bf16", bf16_hopper_partials, BF16, BF16[-12:])
+INT4, PLAIN = Kernel("int4", a16w4_hopper_partials, FEW, MANY), Kernel("bf16", bf16_hopper_partials, BF16, BF16[-18:])
 INT8 = Kernel("int8", a16w8_hopper_partials, INT8_FEW, INT8_MANY)
 every = pytest.mark.parametrize("kernel", [INT4, INT8, PLAIN], ids=lambda kernel: kernel.format)
 

@@ -142,6 +142,8 @@ def test_pairs(config: HopperConfig, out: torch.dtype, by_tma: bool, gated: bool
         (HopperConfig(8, 64, 1, 4, 6, False, 2, 2), False), (HopperConfig(8, 128, 1, 4, 3, True, 2, 2), True),
         (HopperConfig(16, 128, 1, 8, 6, False, 1, 6), False), (HopperConfig(64, 128, 1, 4, 4, False), True),
         (HopperConfig(64, 64, 1, 4, 3, True, 2, 3), False),
+        (HopperConfig(64, 256, 1, 8, 5, False, 1, 1, True, 64), True),
+        (HopperConfig(64, 256, 1, 8, 5, True, 1, 5, False, 64), False),
     ],
 )  # fmt: skip
 def test_bf16(config: HopperConfig, gated: bool) -> None:
@@ -149,7 +151,7 @@ def test_bf16(config: HopperConfig, gated: bool) -> None:
     built = compiled(config, torch.bfloat16 if gated else torch.float32, config.block_m == 64, gated, "bf16")
     loop, counts = built.loop(), opcodes(built.loop())
     assert built.spilled == 0 and waits(loop) == [1] and slots_are_free(loop, config.warps)
-    assert mma(loop) == counts["HGMMA"] == 8 * config.block_n // (16 * config.warps)
+    assert mma(loop) == counts["HGMMA"] == config.block_k // 16 * config.block_n // (16 * config.warps)
     assert not {"LDS", "LDSM", "STS", "SHFL", "LDG"} & counts.keys() and len(loop) <= 120
     assert early_copies(built, config.producer, 1) == config.ahead
 
@@ -198,6 +200,7 @@ def test_what_it_does_not_take(group_size: int, config: HopperConfig, gated: boo
         (130, HopperConfig(16, 64, 1, 4, 3), False, "multiples of 16 bytes, not 260"),
         (128, HopperConfig(16, 64, 1, 8, 3), False, "a multiple of 16 rows a warp and stages 2 or more, not 64 for 8"),
         (128, HopperConfig(16, 64, 1, 4, 3), True, "a multiple of 32 rows a warp, and divide N,"),
+        (128, HopperConfig(16, 64, 1, 4, 3, block_k=32), False, "block_k must be 64 or 128, not 32"),
     ],
 )
 def test_what_bf16_does_not_take(k: int, config: HopperConfig, gated: bool, match: str) -> None:

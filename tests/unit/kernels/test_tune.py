@@ -60,7 +60,8 @@ def test_candidates_of_a8w4(m: int) -> None:
 def takes(config: HopperConfig, kind: str = "hopper") -> bool:
     """What the kernels for Hopper and a multiprocessor's shared memory allow."""
     row = 256 if kind == "bf16" else 128 if "pairs" in kind else 68
-    program = config.stages * (config.block_m * 256 + config.block_n * row + 16) + 1024  # which the driver keeps
+    slot = (config.block_m * 256 + config.block_n * row) * config.block_k // 128
+    program = config.stages * (slot + 16) + 1024  # which the driver keeps
     fits = program <= SHARED and program * config.programs <= SHARED + 1024
     return fits and config.block_n % max(64, 16 * config.warps) == 0 and config.ahead <= config.stages >= 2
 
@@ -219,19 +220,21 @@ def test_a_layer_tries_the_fastest_the_busiest_and_the_one_in_use(monkeypatch: p
         for us, config in ((5.0, fast), (6.0, slow), (7.0, busy))
     ]
     records.append({"op": "planes", "m": 16, "n": 4096, "k": 4096, "us": 1.0, "config": slow})  # another problem
-    monkeypatch.setattr(tune_layer, "table", lambda: {problem: held})
+    monkeypatch.setattr(tune_layer, "table", lambda part="entries": {problem: held} if part == "entries" else {})
     found = tune_layer.candidates(records, problem, most=2)
     assert found[0] == held and [c for c in found[1:] if c in (fast, slow, busy)] == [fast, slow, busy]
     near = [c for c in found[1:] if c not in (fast, slow, busy)]
     assert near and all(sum(c[name] != held[name] for name in held) == 1 for c in near)
     assert held | {"late": True} in near and all(SkinnyConfig(**c) for c in near)
     eight = ("planes", 8, 4096, 4096)  # nothing was timed at 8 rows: those of fewer are tried
-    assert tune_layer.candidates(records, eight, most=2) == [fast, slow, busy]
+    assert tune_layer.candidates(records, eight, most=2) == [held, fast, slow, busy]
 
 
 def test_gated_products_are_tried_whole_and_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = asdict(SkinnyConfig(8, 128, 2, 2, 4))
-    monkeypatch.setattr(tune_layer, "table", lambda: {("planes", 1, 28672, 4096): plain})
+    monkeypatch.setattr(
+        tune_layer, "table", lambda part="entries": {("planes", 1, 28672, 4096): plain} if part == "entries" else {}
+    )
     problem = tune_layer.problem_of("gated", "int4", 1)
     assert problem == ("gated planes", 1, 28672, 4096)
     found = tune_layer.candidates([], problem)
@@ -260,7 +263,7 @@ class Steady:
 def test_a_product_that_does_not_run_keeps_its_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     held = asdict(SkinnyConfig(64, 128, 1, 4, 3))
     entries: dict[tuple[object, ...], dict[str, object]] = {("planes", 64, 28672, 4096): held}
-    monkeypatch.setattr(tune_layer, "table", lambda: entries)
+    monkeypatch.setattr(tune_layer, "table", lambda part="entries": entries if part == "entries" else {})
     tried, known = [], tune_layer.candidates
     monkeypatch.setattr(
         tune_layer, "candidates", lambda records, problem: tried.append(problem) or known(records, problem)
@@ -270,6 +273,28 @@ def test_a_product_that_does_not_run_keeps_its_tiles(monkeypatch: pytest.MonkeyP
     assert entries["planes", 64, 28672, 4096] == held
     assert {entry["kind"] for entry in written} == {"gated planes"}
     assert ("planes", 64, 28672, 4096) not in tried and ("gated planes", 64, 28672, 4096) in tried
+
+
+class Coupled:
+    """A chain in which one product's tiles are only good beside the others' of the same M."""
+
+    def __init__(self, entries: dict[tuple[object, ...], dict[str, object]]) -> None:
+        self.entries = entries
+
+    def microseconds(self, replays: int = 5) -> float:
+        used = {bool(self.entries["bf16", 1, *size]["block_n"] == 128) for size in (SHAPES["qkv"], SHAPES["o"])}
+        return {(True,): 90.0, (False,): 100.0}.get(tuple(used), 110.0)
+
+
+def test_whole_sets_of_tiles_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiles = {1: asdict(SkinnyConfig(8, 16, 1, 1, 4)), 8: asdict(SkinnyConfig(8, 128, 1, 4, 4))}
+    entries: dict[tuple[object, ...], dict[str, object]] = {
+        ("bf16", m, *size): config for m, config in tiles.items() for size in SHAPES.values()
+    }
+    monkeypatch.setattr(tune_layer, "table", lambda part="entries": entries if part == "entries" else {})
+    found = tune_layer.descend(Coupled(entries), "bf16", 1, [])  # type: ignore[arg-type]
+    assert {e["config"]["block_n"] for e in found if e["problem"][1:] in ([6144, 4096], [4096, 4096])} == {128}
+    assert {e["us"] for e in found} == {90.0}
 
 
 def test_the_entries_of_4_bit_weights_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
