@@ -28,7 +28,17 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from .a16w4 import plane
-from .hopper_ring import X_LAYOUT, descriptor, following, launch_options, out_descriptor, release, stream
+from .hopper_ring import (
+    X_LAYOUT,
+    aligned,
+    check_tiles,
+    descriptor,
+    following,
+    launch_options,
+    out_descriptor,
+    release,
+    stream,
+)
 from .packing import PLANE_ROWS, PackedWeight
 from .triton_common import admission, new_partials
 from .tuning import HopperConfig
@@ -149,15 +159,8 @@ def a16w4_hopper_partials(x: Tensor, weight: PackedWeight, config: HopperConfig,
     halves = 2 if gated else 1
     if g != 128:
         raise ValueError(f"a16w4_hopper_partials: the group size must be 128, not {g}")
-    if block_n % (halves * max(PLANE_ROWS, 16 * config.warps)) or stages < 2 or (gated and n % block_n):
-        raise ValueError(
-            f"a16w4_hopper_partials: block_n must be a multiple of {halves * PLANE_ROWS} and of {16 * halves} rows a "
-            f"warp{', and divide N,' if gated else ''} and stages 2 or more, not {block_n} for {config.warps} warps, "
-            f"N = {n} and {stages}"
-        )
-    if x.data_ptr() % 16:
-        x = x.clone()
-    width = n // halves
+    check_tiles("a16w4_hopper_partials", config, n, gated, PLANE_ROWS)
+    x, width = aligned(x), n // halves
     out, per_split = new_partials(k // g, config.splits, m, width, x.device)
     n_padded = weight.scale.shape[1]
     words = weight.data.view(halves, n_padded // PLANE_ROWS // halves, k // g * PLANE_ROWS, g // 4)

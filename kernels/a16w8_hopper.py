@@ -18,7 +18,17 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from .hopper_ring import X_LAYOUT, descriptor, following, launch_options, out_descriptor, release, stream
+from .hopper_ring import (
+    X_LAYOUT,
+    aligned,
+    check_tiles,
+    descriptor,
+    following,
+    launch_options,
+    out_descriptor,
+    release,
+    stream,
+)
 from .packing import PAIR_GROUP, PackedWeight
 from .triton_common import admission, int8_bf16, new_partials
 from .tuning import HopperConfig
@@ -101,15 +111,8 @@ def a16w8_hopper_partials(x: Tensor, weight: PackedWeight, config: HopperConfig,
     block_m, block_n, stages = config.block_m, config.block_n, config.stages
     if k % 8:
         raise ValueError(f"a16w8_hopper_partials: rows of x must be multiples of 16 bytes, not {2 * k}")
-    if block_n % (halves * 16 * config.warps) or stages < 2 or (gated and n % block_n):
-        raise ValueError(
-            f"a16w8_hopper_partials: block_n must be a multiple of {16 * halves} rows a warp"
-            f"{', and divide N,' if gated else ''} and stages 2 or more, not {block_n} for {config.warps} warps, "
-            f"N = {n} and {stages}"
-        )
-    if x.data_ptr() % 16:
-        x = x.clone()
-    width = n // halves
+    check_tiles("a16w8_hopper_partials", config, n, gated)
+    x, width = aligned(x), n // halves
     out, per_split = new_partials(triton.cdiv(k, PAIR_GROUP), config.splits, m, width, x.device)
     x_box, w_box = boxes(config, gated)
     early = admission(config.late)

@@ -19,7 +19,17 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from .hopper_ring import X_LAYOUT, descriptor, following, launch_options, out_descriptor, release, stream
+from .hopper_ring import (
+    X_LAYOUT,
+    aligned,
+    check_tiles,
+    descriptor,
+    following,
+    launch_options,
+    out_descriptor,
+    release,
+    stream,
+)
 from .packing import PackedWeight
 from .triton_common import admission, new_partials
 from .tuning import HopperConfig
@@ -80,15 +90,8 @@ def bf16_hopper_partials(x: Tensor, weight: PackedWeight, config: HopperConfig, 
         raise ValueError(f"bf16_hopper_partials: rows of the weight must be multiples of 16 bytes, not {2 * k}")
     if config.block_k not in (64, 128):
         raise ValueError(f"bf16_hopper_partials: block_k must be 64 or 128, not {config.block_k}")
-    if block_n % (halves * 16 * config.warps) or stages < 2 or (gated and n % block_n):
-        raise ValueError(
-            f"bf16_hopper_partials: block_n must be a multiple of {16 * halves} rows a warp"
-            f"{', and divide N,' if gated else ''} and stages 2 or more, not {block_n} for {config.warps} warps, "
-            f"N = {n} and {stages}"
-        )
-    if x.data_ptr() % 16:
-        x = x.clone()
-    width = n // halves
+    check_tiles("bf16_hopper_partials", config, n, gated)
+    x, width = aligned(x), n // halves
     out, per_split = new_partials(triton.cdiv(k, config.block_k), config.splits, m, width, x.device)
     x_box, w_box = boxes(config, gated)
     early = admission(config.late)

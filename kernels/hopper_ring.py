@@ -191,6 +191,22 @@ def launch_options(config: HopperConfig) -> dict[str, int]:
     return options
 
 
+def check_tiles(op: str, config: HopperConfig, n: int, gated: bool, tile_rows: int = 1) -> None:
+    """ValueError for tiles that a kernel for Hopper does not take of a weight with n rows, which are stored in tiles of
+    tile_rows."""
+    rows = max(tile_rows, 16 * config.warps) * (2 if gated else 1)
+    if config.block_n % rows or config.stages < 2 or (gated and n % config.block_n):
+        raise ValueError(
+            f"{op}: by {config.warps} warps block_n must be a multiple of {rows}{', and divide N,' if gated else ''} "
+            f"and stages 2 or more, not {config.block_n}, N = {n} and {config.stages}"
+        )
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x, or a copy of it, that begins at a multiple of 16 bytes, as TMA needs it."""
+    return x.clone() if x.data_ptr() % 16 else x
+
+
 def descriptor(tensor: Tensor, box: list[int], layout: gl.NVMMASharedLayout) -> TensorDescriptor:
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), box, layout)
 

@@ -155,12 +155,15 @@ def hopper_config(m: int, n: int, k: int) -> HopperConfig:
     if found is not None:
         return HopperConfig(**found)
     if m <= 128:
-        splits = _splits(n, k, 128, 128, 264, 4)
-        if m <= 64:
-            return HopperConfig(64, 128, splits, 4, 3, True, 2)
-        return HopperConfig(128, 128, splits, 4, 2, False, 2)
+        return _one_row_of_tiles(m, n, k)
     programs = 132 // -(-m // 256)
     return HopperConfig(256, 128, _splits(n, k, 128, 128, programs, 8) if m <= 512 else 1, 8, 3, True)
+
+
+def _one_row_of_tiles(m: int, n: int, k: int) -> HopperConfig:
+    """Up to 128 rows of x: two programs a multiprocessor."""
+    splits = _splits(n, k, 128, 128, 264, 4)
+    return HopperConfig(64, 128, splits, 4, 3, True, 2) if m <= 64 else HopperConfig(128, 128, splits, 4, 2, False, 2)
 
 
 def pairs_config(m: int, n: int, k: int) -> SkinnyConfig | HopperConfig:
@@ -181,10 +184,7 @@ def pairs_hopper_config(m: int, n: int, k: int) -> HopperConfig:
     if found is not None:
         return HopperConfig(**found)
     if m <= 128:
-        splits = _splits(n, k, 128, 128, 264, 4)
-        if m <= 64:
-            return HopperConfig(64, 128, splits, 4, 3, True, 2)
-        return HopperConfig(128, 128, splits, 4, 2, False, 2)
+        return _one_row_of_tiles(m, n, k)
     programs = 132 // -(-m // 128)
     return HopperConfig(128, 256, _splits(n, k, 256, 128, programs, 8) if m <= 512 else 1, 8, 3, True)
 

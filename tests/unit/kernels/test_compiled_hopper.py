@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -182,9 +184,9 @@ def slots_are_free(loop: list[str], warps: int) -> bool:
     "group_size, config, gated, match",
     [
         (64, HopperConfig(128, 64, 1, 4, 3), False, "group size must be 128, not 64"),
-        (128, HopperConfig(128, 64, 1, 8, 3), False, "not 64 for 8 warps"),
-        (128, HopperConfig(128, 64, 1, 4, 1), False, "4 warps, N = 64 and 1"),
-        (128, HopperConfig(16, 64, 1, 4, 3), True, "multiple of 128 and of 32 rows a warp, and divide N,"),
+        (128, HopperConfig(128, 64, 1, 8, 3), False, "by 8 warps block_n must be a multiple of 128 and stages"),
+        (128, HopperConfig(128, 64, 1, 4, 1), False, "not 64, N = 64 and 1"),
+        (128, HopperConfig(16, 64, 1, 4, 3), True, "a multiple of 128, and divide N,"),
         (128, HopperConfig(16, 128, 1, 4, 3), True, "divide N, and stages 2 or more, not 128"),
     ],
 )
@@ -195,29 +197,26 @@ def test_what_it_does_not_take(group_size: int, config: HopperConfig, gated: boo
 
 
 @pytest.mark.parametrize(
-    "k, config, gated, match",
-    [
-        (130, HopperConfig(16, 64, 1, 4, 3), False, "multiples of 16 bytes, not 260"),
-        (128, HopperConfig(16, 64, 1, 8, 3), False, "a multiple of 16 rows a warp and stages 2 or more, not 64 for 8"),
-        (128, HopperConfig(16, 64, 1, 4, 3), True, "a multiple of 32 rows a warp, and divide N,"),
-        (128, HopperConfig(16, 64, 1, 4, 3, block_k=32), False, "block_k must be 64 or 128, not 32"),
-    ],
+    "format, layout, run",
+    [("bf16", "plain", bf16_hopper.bf16_hopper_partials), ("int8", "pairs", a16w8_hopper.a16w8_hopper_partials)],
 )
-def test_what_bf16_does_not_take(k: int, config: HopperConfig, gated: bool, match: str) -> None:
-    weight = pack_weight(torch.ones(64, k), "bf16", device="cpu", layout="plain")
-    with pytest.raises(ValueError, match=match):
-        bf16_hopper.bf16_hopper_partials(torch.ones(16, k, dtype=torch.bfloat16), weight, config, gated)
-
-
 @pytest.mark.parametrize(
     "k, config, gated, match",
     [
         (130, HopperConfig(16, 64, 1, 4, 3), False, "multiples of 16 bytes, not 260"),
-        (128, HopperConfig(16, 64, 1, 8, 3), False, "a multiple of 16 rows a warp and stages 2 or more, not 64 for 8"),
-        (128, HopperConfig(16, 64, 1, 4, 3), True, "a multiple of 32 rows a warp, and divide N,"),
+        (128, HopperConfig(16, 64, 1, 8, 3), False, "a multiple of 128 and stages 2 or more, not 64, N = 64 and 3"),
+        (128, HopperConfig(16, 64, 1, 4, 3), True, "a multiple of 128, and divide N,"),
     ],
 )
-def test_what_pairs_do_not_take(k: int, config: HopperConfig, gated: bool, match: str) -> None:
-    weight = pack_weight(torch.ones(64, k), "int8", device="cpu", layout="pairs")
+def test_what_the_others_do_not_take(
+    format: str, layout: str, run: Callable[..., torch.Tensor], k: int, config: HopperConfig, gated: bool, match: str
+) -> None:
+    weight = pack_weight(torch.ones(64, k), format, device="cpu", layout=layout)
     with pytest.raises(ValueError, match=match):
-        a16w8_hopper.a16w8_hopper_partials(torch.ones(16, k, dtype=torch.bfloat16), weight, config, gated)
+        run(torch.ones(16, k, dtype=torch.bfloat16), weight, config, gated)
+
+
+def test_columns_of_a_slot() -> None:
+    weight, tiles = pack_weight(torch.ones(64, 128), "bf16", device="cpu", layout="plain"), HopperConfig(16, 64, 1, 4, 3)
+    with pytest.raises(ValueError, match="block_k must be 64 or 128, not 32"):
+        bf16_hopper.bf16_hopper_partials(torch.ones(16, 128).bfloat16(), weight, replace(tiles, block_k=32))
