@@ -217,6 +217,7 @@ def test_what_the_others_do_not_take(
 
 
 def test_columns_of_a_slot() -> None:
-    weight, tiles = pack_weight(torch.ones(64, 128), "bf16", device="cpu", layout="plain"), HopperConfig(16, 64, 1, 4, 3)
+    weight = pack_weight(torch.ones(64, 128), "bf16", device="cpu", layout="plain")
+    tiles = HopperConfig(16, 64, 1, 4, 3)
     with pytest.raises(ValueError, match="block_k must be 64 or 128, not 32"):
         bf16_hopper.bf16_hopper_partials(torch.ones(16, 128).bfloat16(), weight, replace(tiles, block_k=32))
