@@ -9,14 +9,10 @@ from typing import Any
 
 import ipywidgets as widgets
 
+from workbench.knob import Choice, Knob, Number, Switch, Text
 from workbench.knobs import (
     GROUPS,
     KNOBS,
-    Choice,
-    Knob,
-    Number,
-    Switch,
-    Text,
     checked,
     start_values,
     suggestions_for_machine,

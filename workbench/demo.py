@@ -16,7 +16,8 @@ from tqdm import tqdm
 from engine.config import EngineConfig
 from engine.files import writable
 from workbench import text
-from workbench.metrics import ENOUGH_FOR_P99, SLO
+from workbench.distribution import ENOUGH_FOR_P99
+from workbench.metrics import SLO
 from workbench.quality import Perplexity
 from workbench.report import finite
 from workbench.run import Run

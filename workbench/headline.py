@@ -9,7 +9,8 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from workbench import text
-from workbench.metrics import ENOUGH_FOR_P99, SLO, Distribution, Metrics
+from workbench.distribution import ENOUGH_FOR_P99, Distribution
+from workbench.metrics import SLO, Metrics
 
 if TYPE_CHECKING:
     from engine.memory import MemoryPlan

@@ -6,8 +6,8 @@ import math
 from typing import Any
 
 from workbench import text
+from workbench.distribution import ENOUGH_FOR_P99, Distribution
 from workbench.headline import verdict
-from workbench.metrics import ENOUGH_FOR_P99, Distribution
 from workbench.run_snapshot import RunSnapshot
 
 

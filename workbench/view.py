@@ -15,7 +15,7 @@ from workbench.headline import LIKELY, MET, MISSED, verdict
 
 if TYPE_CHECKING:
     from engine.memory import MemoryPlan
-    from workbench.metrics import Distribution
+    from workbench.distribution import Distribution
     from workbench.run_snapshot import RunSnapshot
 
 Array = NDArray[np.float64]

@@ -6,7 +6,8 @@ import warnings
 import numpy as np
 import pytest
 
-from workbench.charts import MAX_POINTS, LiveCharts, blank_figure, thin, updates
+from workbench.blank_figure import blank_figure
+from workbench.charts import MAX_POINTS, LiveCharts, thin, updates
 from workbench.headline import LIKELY, MET, MISSED
 from workbench.view import PARTS, Curve, MemoryBar, RunPoint, Trend, View
 

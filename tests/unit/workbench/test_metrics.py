@@ -11,7 +11,8 @@ from engine.batch import StepEvent
 from engine.errors import ConfigError
 from engine.request import Request, RequestOutput, RequestStatus
 from engine.sampling_params import SamplingParams
-from workbench.metrics import SLO, Distribution, MetricsCollector, p99_bounds
+from workbench.distribution import Distribution, p99_bounds
+from workbench.metrics import SLO, MetricsCollector
 from workbench.timeseries import MAX_SAMPLES, TimeSeries
 
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from workbench import Workbench
+from workbench.distribution import Distribution
 from workbench.headline import LIKELY, MET, MISSED, UNKNOWN, Tile, progress_html, sentence, tiles, tiles_html, verdict
-from workbench.metrics import SLO, Distribution, Metrics, MetricsCollector
+from workbench.metrics import SLO, Metrics, MetricsCollector
 from workbench.snapshot import draw, image, log_ticks, snapshot, ticks
 from workbench.view import MemoryBar, Trend, View
 
