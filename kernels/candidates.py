@@ -111,8 +111,26 @@ def gated_hopper_candidates(kind: str, m: int) -> list[HopperConfig]:
     ]
 
 
+def bf16_many_candidates(m: int, n: int) -> list[Any]:
+    """Tiles of `bf16_hopper` above 64 rows: one or two programs a multiprocessor, a ring as deep as fits."""
+    shapes = ((128, 64, 4, 2), (128, 128, 4, 1), (128, 128, 4, 2), (128, 128, 8, 1), (128, 256, 8, 1), (256, 64, 4, 1),
+              (256, 128, 8, 1))  # fmt: skip
+    found = []
+    for (bm, bn, warps, programs), width, splits in product(shapes, (64, 128), (1, 2, 3, 4)):
+        tiles, stages = -(-n // bn) * -(-m // bm), deepest_ring("bf16", bm, bn, programs, width)
+        if stages < 3 or bm > max(m, 128) or not 90 <= tiles * splits or (splits > 1 and tiles * splits > 400):
+            continue
+        found += [
+            HopperConfig(bm, bn, splits, warps, stages, producer, programs, ahead, block_k=width)
+            for producer, ahead in product((False, True), (0, 1))
+        ]
+    return found
+
+
 def matmul_candidates(kind: str, m: int, n: int, hopper: bool = False) -> list[Any]:
     """Of a product that reads x in 16 bits, by the kind of tuned entry."""
+    if kind == "bf16_hopper":
+        return bf16_many_candidates(m, n)
     if kind in ("hopper", "pairs_hopper"):
         return hopper_candidates(kind, m, n)
     if kind == "wide":

@@ -25,7 +25,7 @@ from .candidates import gated_hopper_candidates
 from .chain import Chain, chain
 from .gated import gated_linear
 from .matmul import linear
-from .matmul_triton import HOPPER_SKINNY_ROWS
+from .matmul_triton import HOPPER_SKINNY_ROWS, SKINNY_ROWS
 from .rounding import quantize_rows
 from .triton_common import warp_group_products
 from .tune import write_entries
@@ -48,7 +48,9 @@ def kind_of(format: str, m: int) -> str:
         return "hopper" if m > HOPPER_SKINNY_ROWS and warp_group_products() else "planes"
     if format == "int8":
         return "pairs_hopper" if m > HOPPER_SKINNY_ROWS and warp_group_products() else "pairs"
-    return "bf16" if format == "bf16" else "int8"
+    if format == "bf16":
+        return "bf16_hopper" if m > SKINNY_ROWS and warp_group_products() else "bf16"
+    return "int8"
 
 
 def problem_of(name: str, format: str, m: int) -> Problem | None:
@@ -57,7 +59,8 @@ def problem_of(name: str, format: str, m: int) -> Problem | None:
     if name != "gated":
         return (kind, m, *problems.SHAPES[name])
     own = {"hopper": "planes", "pairs_hopper": "pairs"}.get(kind, kind)  # the kernels that SiLU-mul can be part of
-    return (f"gated {own}", m, *problems.SHAPES["gate_up"]) if activation_codes(format, m) is None else None
+    takes = m <= SKINNY_ROWS and activation_codes(format, m) is None
+    return (f"gated {own}", m, *problems.SHAPES["gate_up"]) if takes else None
 
 
 def runs_gated(format: str, m: int) -> bool:

@@ -62,6 +62,13 @@ BF16 = with_producer_and_ahead(
     (8, 64, 4, 6, 2), (8, 128, 8, 5, 1), (16, 128, 4, 2, 2), (64, 64, 4, 3, 2), (64, 256, 8, 2, 1)
 )
 BF16 += [replace(config, stages=5, block_k=64) for config in BF16[-6:]]
+BF16_MANY = BF16[-18:] + [
+    HopperConfig(block_m, block_n, 1, warps, stages, producer, block_k=block_k)
+    for block_m, block_n, warps, stages, block_k in (
+        (128, 64, 4, 4, 128), (128, 128, 4, 7, 64), (128, 256, 8, 4, 64), (256, 128, 8, 4, 64), (256, 64, 4, 2, 128),
+    )
+    for producer in (False, True)
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -95,7 +102,7 @@ class Kernel:
         return x, kernels.pack_weight(plain, "int4", device="cuda")
 
 
-INT4, PLAIN = Kernel("int4", a16w4_hopper_partials, FEW, MANY), Kernel("bf16", bf16_hopper_partials, BF16, BF16[-18:])
+INT4, PLAIN = Kernel("int4", a16w4_hopper_partials, FEW, MANY), Kernel("bf16", bf16_hopper_partials, BF16, BF16_MANY)
 INT8 = Kernel("int8", a16w8_hopper_partials, INT8_FEW, INT8_MANY)
 every = pytest.mark.parametrize("kernel", [INT4, INT8, PLAIN], ids=lambda kernel: kernel.format)
 

@@ -146,11 +146,15 @@ def test_pairs(config: HopperConfig, out: torch.dtype, by_tma: bool, gated: bool
         (HopperConfig(64, 64, 1, 4, 3, True, 2, 3), False),
         (HopperConfig(64, 256, 1, 8, 5, False, 1, 1, True, 64), True),
         (HopperConfig(64, 256, 1, 8, 5, True, 1, 5, False, 64), False),
+        (HopperConfig(256, 128, 1, 8, 4, True, 1, 1, False, 64), False),
+        (HopperConfig(128, 128, 1, 4, 3, False), False),
+        (HopperConfig(128, 256, 2, 8, 4, False, 1, 1, True, 64), False),
     ],
 )  # fmt: skip
 def test_bf16(config: HopperConfig, gated: bool) -> None:
     """Nothing but products, waits and copies: an eighth of an instruction a weight, and no operand in registers."""
-    built = compiled(config, torch.bfloat16 if gated else torch.float32, config.block_m == 64, gated, "bf16")
+    by_tma = config.block_m >= 64 and 4 * config.block_n <= 2 * config.block_k * config.stages
+    built = compiled(config, torch.bfloat16 if gated else torch.float32, by_tma, gated, "bf16")
     loop, counts = built.loop(), opcodes(built.loop())
     assert built.spilled == 0 and waits(loop) == [1] and slots_are_free(loop, config.warps)
     assert mma(loop) == counts["HGMMA"] == config.block_k // 16 * config.block_n // (16 * config.warps)

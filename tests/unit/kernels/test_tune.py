@@ -123,7 +123,8 @@ def test_candidates_of_pairs(m: int) -> None:
 
 def test_a_gpu_is_tuned_for_the_kernels_that_it_runs() -> None:
     older, hopper = tune.kinds(hopper=False), tune.kinds(hopper=True)
-    assert not {"hopper", "pairs_hopper"} & {*older} and "wide" not in hopper and len(older) == len(hopper) - 1
+    own = {"hopper", "pairs_hopper", "bf16_hopper"}
+    assert not own & {*older} and own < {*hopper} and "wide" not in hopper and len(older) == len(hopper) - 2
     for kind in {*older, *hopper}:
         assert tune.tasks([kind], 150, kind in hopper), kind
 
@@ -207,6 +208,25 @@ def test_the_fastest_is_looked_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
             assert tuning.a8w8_config(*other) != fast
     finally:
         tuning.table.cache_clear()
+
+
+def test_bf16_of_more_rows_is_kept_where_it_beats_cublas(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiles, sizes = asdict(HopperConfig(128, 128, 1, 4, 3)), {"m": 256, "n": 4096, "k": 4096}
+    slow, fast = ({"op": "bf16_hopper", "format": "bf16", **sizes, "us": us, "config": tiles} for us in (21.0, 19.0))
+    cublas = {"op": "cublas", "format": "bf16", **sizes, "us": 20.0, "config": {}}
+    assert tune.entries([slow, cublas]) == []
+    kept = tune.entries([cublas, fast, slow])
+    assert [entry["us"] for entry in kept] == [19.0]
+    monkeypatch.setattr(tuning, "table", lambda: {("bf16_hopper", 256, 4096, 4096): tiles})
+    assert tuning.bf16_hopper_config(200, 4096, 4096) == HopperConfig(**tiles)
+    assert tuning.bf16_hopper_config(100, 4096, 4096) is None, "at 128 rows cuBLAS was the faster"
+    ran: list[object] = []
+    monkeypatch.setattr(matmul_triton, "streamed", lambda x, weight, config: ran.append(config) or x[None, :, :1])
+    weight = pack_weight(torch.ones(4096, 4096), "bf16", device="cpu", layout="plain")
+    for rows, launched in ((200, 1), (300, 1)):
+        matmul_triton.linear_triton(torch.ones(rows, 4096).bfloat16(), weight, None)
+        assert len(ran) == launched
+    assert {len(set(task[2])) for task in tune.tasks(["bf16_hopper"], 500, True) if task[0] == "cublas"} == {1}
 
 
 def test_a_layer_tries_the_fastest_the_busiest_and_the_one_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
