@@ -1,8 +1,9 @@
 """`highest` and `feed_tokens` in Triton.
 
-A row of logits reduced by one program would occupy one multiprocessor, so programs take parts of it, and a second
-kernel the parts' best. What they compare is one whole number per logit, the logit above and its index below, so that a
-maximum of these numbers is the answer: the lowest index of equals, and NaN above everything.
+A row of logits reduced at once would occupy one multiprocessor (by torch.max 27 us for 92,544 logits on an H200), so
+programs take parts of it, and a second kernel the parts' best. What they compare is one whole number per logit, the
+logit above and its index below, so that a maximum of these numbers is the answer: the lowest index of equals, and NaN
+above everything.
 """
 
 # ruff: noqa: N803
