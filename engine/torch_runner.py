@@ -64,7 +64,7 @@ class TorchRunner:
         self._decoder: Decoder | None = decoder
         self.asynchronous = self.device.type == "cuda"
         self._staging = Staging(self.device)
-        self._readback = Readback(padded_size(config.max_batch_size), decoder.dtype, self.device)
+        self._readback = Readback(padded_size(config.max_batch_size), decoder.dtype, self.device, config.impl)
         self._prepare = self._preparation()
         self._graphs: DecodeGraphs | None = None
         self._prompt_graphs: PromptGraphs | None = None
@@ -213,7 +213,8 @@ class TorchRunner:
         extra = {} if penalized else plan.arrays
         logits, staged = graphs(arrays, extra, logits=bool(plan.arrays) or plan.logprobs)
         if plan.arrays and logits is not None:
-            self._readback.store(*sample(logits, plan, self._staging(plan.arrays) if penalized else staged))
+            staged = self._staging(plan.arrays) if penalized else staged
+            self._readback.store(*sample(logits, plan, staged, impl=self.config.impl))
         return logits
 
     def _eager(self, prepared: PreparedStep, scored: Sequence[Scored]) -> tuple[Tensor, list[float]]:
@@ -230,7 +231,7 @@ class TorchRunner:
         known = self._score(hidden[count:], staged["targets"]) if scored else []
         logits = self._decoder.logits(hidden[:count])
         if count:
-            self._readback.store(*sample(logits, plan, staged))
+            self._readback.store(*sample(logits, plan, staged, impl=self.config.impl))
         return logits, known
 
     def _score(self, hidden: Tensor, targets: Tensor) -> list[float]:

@@ -5,15 +5,16 @@ Every operation takes `impl`: "torch" (readable oracle), "aten" (CPU), "triton" 
 
 from .activations import Operand
 from .attention import AttentionPlan, decode_attention, plan_attention, prefill_attention
-from .elementwise import add_rms_norm, rms_norm, rope, rotation, silu_mul
+from .elementwise import add_rms_norm, embed_rms_norm, rms_norm, rope, rotation, silu_mul
 from .expansion import most_expanded_bytes
 from .gated import gated_linear
 from .kv_access import read_kv, write_kv
 from .kv_cache import KV_FORMATS, KVFormat, KVLayer, allocate_kv
 from .matmul import linear
-from .operands import add_normed, gated, normed
+from .operands import add_normed, embed_normed, gated, normed
 from .packing import PackedWeight, pack_weight, random_weight
 from .qkv import rope_write
+from .tokens import feed_tokens, highest
 from .weights import WEIGHT_FORMATS, QuantizedWeight, WeightFormat, quantize_weight
 
 __all__ = [
@@ -30,8 +31,12 @@ __all__ = [
     "add_rms_norm",
     "allocate_kv",
     "decode_attention",
+    "embed_normed",
+    "embed_rms_norm",
+    "feed_tokens",
     "gated",
     "gated_linear",
+    "highest",
     "linear",
     "most_expanded_bytes",
     "normed",
