@@ -245,13 +245,12 @@ def main() -> None:
     with ProcessPoolExecutor(chosen.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         list(pool.map(_compile, jobs))
     print(f"compiled in {time.time() - begin:.0f} s", flush=True)
-    found = []
     with torch.inference_mode():
         for format, m in runs:
-            found += descend(chain(format, m, 2 if format == "bf16" else 4), format, m, records, chosen.rounds)
+            found = descend(chain(format, m, 2 if format == "bf16" else 4), format, m, records, chosen.rounds)
+            if chosen.write:
+                write_entries(found, "python -m kernels.tune_layer --write; us: of a whole decoder layer")
     print(f"done in {time.time() - begin:.0f} s", flush=True)
-    if chosen.write:
-        write_entries(found, "python -m kernels.tune_layer --write; us: of a whole decoder layer")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -15,13 +16,12 @@ from ..kv_access import read_kv
 from ..kv_cache import KV_FORMATS
 from ..prefill_triton import prefill_triton
 from ..timing import microseconds
-from .row import Row, checked, print_row, relative_error
+from .row import Row, checked, relative_error
 
 
-def decode_rows() -> list[Row]:
+def decode_rows() -> Iterator[Row]:
     """32 query heads, 8 KV heads, head_dim 128, blocks of 64 tokens; beside ours scaled_dot_product_attention on
     contiguous bf16."""
-    found = []
     for batch, context in ((1, 8192), (16, 2048), (64, 2048)):
         for format in KV_FORMATS:
             problem = problems.decode(format, batch, context)
@@ -43,20 +43,15 @@ def decode_rows() -> list[Row]:
                 others["SDPA"] = microseconds(
                     [partial(F.scaled_dot_product_attention, problem.q[:, :, None], k, v, enable_gqa=True)]
                 )
-            found.append(
-                Row(
-                    "decode attention", f"{batch} x {context} {format}", us, error, None, problem.nbytes / us / 1e6,
-                    None, others,
-                )
+            yield Row(
+                "decode attention", f"{batch} x {context} {format}", us, error, None, problem.nbytes / us / 1e6,
+                None, others,
             )
-            print_row(found[-1])
-    return found
 
 
-def ragged_rows() -> list[Row]:
+def ragged_rows() -> Iterator[Row]:
     """256 sequences of 100 to 1,200 tokens, the longest first as the engine orders them; beside it the same lengths as
     they come."""
-    found = []
     batch, least, most = 256, 100, 1200
     for format in KV_FORMATS:
         problem = problems.decode(format, batch, most)
@@ -75,17 +70,14 @@ def ragged_rows() -> list[Row]:
         nbytes = int(lengths.sum()) * layer.format.bytes_per_token(problem.kv_heads, problem.head_dim)
         others = {"in no order": unordered}
         what = f"{batch} x {least} to {most} {format}"
-        found.append(Row("decode attention", what, us, error, None, nbytes / us / 1e6, None, others))
-        print_row(found[-1])
-    return found
+        yield Row("decode attention", what, us, error, None, nbytes / us / 1e6, None, others)
 
 
-def prefill_rows() -> list[Row]:
+def prefill_rows() -> Iterator[Row]:
     """512 new tokens behind 4096 cached ones; beside ours PyTorch's flash attention on contiguous bf16, causal at the
     lower right."""
     from torch.nn.attention.bias import causal_lower_right
 
-    found = []
     for format in KV_FORMATS:
         problem = problems.prefill(format, 512, 4608)
         call = (problem.q, problem.layers[0], problem.table, problem.query_starts, problem.lengths, problem.scale)
@@ -100,10 +92,6 @@ def prefill_rows() -> list[Row]:
         k, v = (x.repeat_interleave(4, 1) for x in (k, v))
         flash = partial(F.scaled_dot_product_attention, q, k, v, causal_lower_right(512, 4608), scale=problem.scale)
         others = {"SDPA bf16": microseconds([flash])}
-        found.append(
-            Row(
-                "prefill attention", f"512 after 4096 {format}", us, error, None, None, problem.flops / us / 1e6, others
-            )
+        yield Row(
+            "prefill attention", f"512 after 4096 {format}", us, error, None, None, problem.flops / us / 1e6, others
         )
-        print_row(found[-1])
-    return found

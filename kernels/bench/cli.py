@@ -12,8 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterable
 
 import torch
 import triton
@@ -23,9 +22,9 @@ from .attention import decode_rows, prefill_rows, ragged_rows
 from .eight_bits import a8w8_rows, eight_bit_rows
 from .elementwise import elementwise_rows
 from .matmul import layer_rows, matmul_rows, slope_rows
-from .row import Row
+from .row import Ceilings, Row, line
 
-OPS: dict[str, Callable[[], list[Row]]] = {
+OPS: dict[str, Callable[[], Iterable[Row]]] = {
     "int4": lambda: matmul_rows("int4", (1, 16, 64, 256, 2048)),
     "slope": slope_rows,
     "bf16": lambda: matmul_rows("bf16", (1, 16, 64, 128, 256)),
@@ -52,6 +51,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.exit(1, "kernels.bench measures CUDA kernels, and PyTorch sees no CUDA device here.\n")
     torch.manual_seed(0)
+    ceilings = Ceilings(read_bandwidth(), matmul_rate())
     about = {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
@@ -59,15 +59,19 @@ def main() -> None:
         "python": platform.python_version(),
         "seed": 0,
         "command": "python -m kernels.bench --op " + " ".join(chosen.op),
-        "read_tb_per_s": read_bandwidth(),
-        "matmul_tflops": matmul_rate(),
+        "read_tb_per_s": ceilings.read,
+        "matmul_tflops": ceilings.matrix,
     }
     print(
         f"{about['gpu']}, torch {about['torch']}, triton {about['triton']}; "
-        f"ceilings: read {about['read_tb_per_s']:.2f} TB/s, bf16 matrix {about['matmul_tflops']:.0f} TFLOP/s",
+        f"ceilings: read {ceilings.read:.2f} TB/s, bf16 matrix {ceilings.matrix:.0f} TFLOP/s",
         flush=True,
     )
-    rows = [row for op in chosen.op for row in OPS[op]()]
-    if chosen.json:
-        with open(chosen.json, "w") as file:
-            json.dump({**about, "rows": [asdict(row) for row in rows]}, file, indent=1)
+    rows = []
+    for op in chosen.op:
+        for row in OPS[op]():
+            print(line(row, ceilings), flush=True)
+            rows.append(row.record(ceilings))
+        if chosen.json:  # after each operation: a run that is stopped keeps what it measured
+            with open(chosen.json, "w") as file:
+                json.dump({**about, "rows": rows}, file, indent=1)

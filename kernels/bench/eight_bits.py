@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -17,10 +18,10 @@ from ..rounding import quantize_rows
 from ..timing import microseconds
 from ..tuning import a8w8_config
 from ..weights import WEIGHT_FORMATS
-from .row import Row, checked, print_row, relative_error
+from .row import Row, checked, relative_error
 
 
-def a8w8_rows() -> list[Row]:
+def a8w8_rows() -> Iterator[Row]:
     """int8 8192^3 with the scaled bf16 epilogue; beside ours _int_mm without one, and fp8 by _scaled_mm with row-wise
     scales."""
     x, weight = problems.int8_matmul(8192, 8192, 8192)
@@ -37,15 +38,12 @@ def a8w8_rows() -> list[Row]:
             [lambda: torch._scaled_mm(x8, w8.t(), ones, ones.t(), out_dtype=torch.bfloat16)]
         ),
     }
-    row = Row("A8W8", "8192^3", us, error, None, None, flops / us / 1e6, others)
-    print_row(row)
-    return [row]
+    yield Row("A8W8", "8192^3", us, error, None, None, flops / us / 1e6, others)
 
 
-def eight_bit_rows(format: str, rows: tuple[int, ...]) -> list[Row]:
+def eight_bit_rows(format: str, rows: tuple[int, ...]) -> Iterator[Row]:
     """w8a8, fp8 or w4a8 as `linear` computes it from bf16, the rounding of activations included where it rounds them.
     Beside it the two ways apart, to see where the crossover lies, cuBLAS in bf16, and for w4a8 the product of w8a8."""
-    found = []
     codes = activation_codes(format, 1 << 20)
     assert codes is not None
     grouped = WEIGHT_FORMATS[format].grouped
@@ -75,11 +73,7 @@ def eight_bit_rows(format: str, rows: tuple[int, ...]) -> list[Row]:
             dense = [weight.bfloat16() for _ in range(max(2, min(6, (512 << 20) // (2 * n * k))))]
             others["cuBLAS bf16"] = microseconds([partial(F.linear, problem.x, w) for w in dense])
             tera_ops = problem.flops / us / 1e6 if m > 64 else None
-            found.append(
-                Row(format, f"{name} M={m}", us, error, None, problem.nbytes / us / 1e6, tera_ops, others)
-            )
-            print_row(found[-1])
-    return found
+            yield Row(format, f"{name} M={m}", us, error, None, problem.nbytes / us / 1e6, tera_ops, others)
 
 
 def beside_4_bit(x: Activations, problem: problems.Matmul) -> dict[str, float]:

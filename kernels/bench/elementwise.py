@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -12,23 +12,21 @@ from .. import elementwise, rounding
 from ..activations import Activations
 from ..rounding import quantize_rows
 from ..timing import microseconds
-from .row import Row, checked, print_row, relative_error
+from .row import Row, checked, relative_error
 
 
-def elementwise_rows() -> list[Row]:
+def elementwise_rows() -> Iterator[Row]:
     """The operations between the products, at 4096 tokens of a 7B model (bytes read and written over time)."""
-    found = []
     t, d, i = 4096, 4096, 14336
     sets = [[torch.randn(t, size, device="cuda", dtype=torch.bfloat16) for size in (d, d, 2 * i)] for _ in range(3)]
     weight = torch.randn(d, device="cuda", dtype=torch.bfloat16)
 
-    def row(name: str, nbytes: int, run: Callable[..., object], error: float) -> None:
+    def row(name: str, nbytes: int, run: Callable[..., object], error: float) -> Row:
         us = microseconds([lambda s=s: run(*s) for s in sets])  # type: ignore[misc]
-        found.append(Row(name, f"{t} tokens", us, checked(error, 5e-3, name), None, nbytes / us / 1e6))
-        print_row(found[-1])
+        return Row(name, f"{t} tokens", us, checked(error, 5e-3, name), None, nbytes / us / 1e6)
 
     x, residual, gate_up = sets[0]
-    row(
+    yield row(
         "add + RMSNorm",
         8 * t * d,
         lambda x, r, g: elementwise.add_rms_norm(x, r, weight, 1e-5),
@@ -37,7 +35,7 @@ def elementwise_rows() -> list[Row]:
             elementwise.add_rms_norm(x, residual, weight, 1e-5, impl="torch")[0],
         ),
     )
-    row(
+    yield row(
         "SiLU-mul",
         6 * t * i,
         lambda x, r, g: elementwise.silu_mul(g),
@@ -50,7 +48,7 @@ def elementwise_rows() -> list[Row]:
         return relative_error(got.dequantize(torch.float32), held)
 
     for codes, short in ((torch.int8, "int8"), (torch.float8_e4m3fn, "fp8")):
-        row(
+        yield row(
             f"add + RMSNorm to {short}",
             7 * t * d,
             partial(lambda codes, x, r, g: rounding.quantized_add_rms_norm(x, r, weight, 1e-5, codes), codes),
@@ -59,7 +57,7 @@ def elementwise_rows() -> list[Row]:
                 elementwise.rms_norm((x + residual).float(), weight.float(), 1e-5, impl="torch"),
             ),
         )
-        row(
+        yield row(
             f"SiLU-mul to {short}",
             5 * t * i,
             partial(lambda codes, x, r, g: rounding.quantized_silu_mul(g, codes), codes),
@@ -67,10 +65,9 @@ def elementwise_rows() -> list[Row]:
                 rounding.quantized_silu_mul(gate_up, codes), elementwise.silu_mul(gate_up.float(), impl="torch")
             ),
         )
-        row(
+        yield row(
             f"quantize rows to {short}",
             3 * t * d,
             partial(lambda codes, x, r, g: quantize_rows(x, codes), codes),
             of_codes(quantize_rows(x, codes), x.float()),
         )
-    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -15,12 +16,11 @@ from ..matmul_triton import linear_partials, linear_triton
 from ..timing import microseconds
 from ..tune_layer import kind_of
 from ..tuning import HopperConfig, SkinnyConfig, skinny_or_hopper, table
-from .row import Row, checked, print_row, relative_error
+from .row import Row, checked, relative_error
 
 
-def matmul_rows(format: str, rows: tuple[int, ...]) -> list[Row]:
+def matmul_rows(format: str, rows: tuple[int, ...]) -> Iterator[Row]:
     """The matrices of a 7B decoder; beside ours cuBLAS in bf16, and for int4 PyTorch's own int4 product (tinygemm)."""
-    found = []
     for name, (n, k) in problems.SHAPES.items():
         for m in rows:
             problem = problems.matmul(format, m, n, k)
@@ -40,14 +40,10 @@ def matmul_rows(format: str, rows: tuple[int, ...]) -> list[Row]:
             if format == "int4" and m <= 16:
                 others["tinygemm"] = tinygemm(problem.x, n, k)
                 others["ours, sums given"] = microseconds(with_sums(problem))
-            found.append(
-                Row(
-                    f"A16W{ {'bf16': 16, 'int8': 8, 'int4': 4}[format] }", f"{name} M={m}", us, error, partials,
-                    problem.nbytes / us / 1e6, problem.flops / us / 1e6 if m > 64 else None, others,
-                )
+            yield Row(
+                f"A16W{ {'bf16': 16, 'int8': 8, 'int4': 4}[format] }", f"{name} M={m}", us, error, partials,
+                problem.nbytes / us / 1e6, problem.flops / us / 1e6 if m > 64 else None, others,
             )
-            print_row(found[-1])
-    return found
 
 
 def tiles_alone(format: str, m: int, n: int, k: int) -> SkinnyConfig | HopperConfig | None:
@@ -62,28 +58,24 @@ def with_sums(problem: problems.Matmul) -> problems.Calls:
     return [partial(linear_partials, SummedRows(problem.x, sums), weight) for weight in problem.weights]
 
 
-def layer_rows() -> list[Row]:
+def layer_rows() -> Iterator[Row]:
     """A whole decoder layer in a step of decodes, 640 tokens of context each, in bf16 or as named; beside it cuBLAS's
     four bf16 products alone."""
-    found = []
-    with torch.inference_mode():
-        for m in (1, 8, 64):
-            calls = [
-                partial(F.linear, *(torch.randn(rows, k, device="cuda").bfloat16() for rows in (m, n)))
-                for _ in range(2)
-                for n, k in problems.SHAPES.values()
-            ]
-            products = microseconds(calls) * len(problems.SHAPES)
-            del calls
-            for format, kv in (
-                ("bf16", "bf16"), ("w8a8" if m > 16 else "int8", "bf16"), ("int4", "bf16"), ("int4", "int8"),
-            ):  # fmt: skip
+    for m in (1, 8, 64):
+        calls = [
+            partial(F.linear, *(torch.randn(rows, k, device="cuda").bfloat16() for rows in (m, n)))
+            for _ in range(2)
+            for n, k in problems.SHAPES.values()
+        ]
+        products = microseconds(calls) * len(problems.SHAPES)
+        del calls
+        for format, kv in (
+            ("bf16", "bf16"), ("w8a8" if m > 16 else "int8", "bf16"), ("int4", "bf16"), ("int4", "int8"),
+        ):  # fmt: skip
+            with torch.inference_mode():
                 us = chain(format, m, 2 if format == "bf16" else 4, kv).microseconds()
-                what = f"{format} M={m}" + ("" if kv == "bf16" else f" KV {kv}")
-                row = Row("layer", what, us, 0.0, others={"cuBLAS bf16, products only": products})
-                found.append(row)
-                print_row(row)
-    return found
+            what = f"{format} M={m}" + ("" if kv == "bf16" else f" KV {kv}")
+            yield Row("layer", what, us, 0.0, others={"cuBLAS bf16, products only": products})
 
 
 def tinygemm(x: Tensor, n: int, k: int) -> float:
@@ -93,7 +85,7 @@ def tinygemm(x: Tensor, n: int, k: int) -> float:
     return microseconds([lambda w=w: torch._weight_int4pack_mm(x, w, 128, scales) for w in packed])  # type: ignore[misc]
 
 
-def slope_rows() -> list[Row]:
+def slope_rows() -> Iterator[Row]:
     """Bandwidth from two sizes, so that what a launch costs anyway cancels: A16W4, M = 1."""
     times = []
     for n, k in problems.SLOPE:
@@ -102,8 +94,6 @@ def slope_rows() -> list[Row]:
         us = microseconds(problem.calls(partial(linear_partials, config=tiles)), at_least_us=10_000.0)
         times.append((us, problem.weights[0].nbytes))
     (short, few), (long, many) = times
-    row = Row(
+    yield Row(
         "A16W4", "slope M=1, 8192x28672 to 8192x57344", long - short, 0.0, tb_per_s=(many - few) / (long - short) / 1e6
     )
-    print_row(row)
-    return [row]

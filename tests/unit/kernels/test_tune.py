@@ -28,10 +28,12 @@ from kernels import (
     tune_layer,
     tuning,
 )
+from kernels.bench.matmul import tiles_alone
 from kernels.problems import SHAPES
 from kernels.tuning import HopperConfig, SkinnyConfig, WideConfig
 
-H200 = json.loads((tuning.TUNED / "NVIDIA_H200.json").read_text())["entries"]
+H200_FILE = json.loads((tuning.TUNED / "NVIDIA_H200.json").read_text())
+H200 = H200_FILE["entries"]
 SHARED = 227 << 10  # bytes of shared memory that a program may have on compute capability 9.0
 
 
@@ -175,6 +177,15 @@ def test_every_rule_of_decode_attention_fits(format: str, roomy: bool, monkeypat
         assert held <= (SHARED if roomy else 99 << 10), (batch, tokens, config)
 
 
+@pytest.mark.parametrize("part", ["entries", "alone"])
+def test_tiles_for_hopper_in_the_file_fit(part: str) -> None:
+    entries = [e for e in H200_FILE[part] if "producer" in e["config"]]
+    assert entries
+    for entry in entries:
+        kind = entry["kind"].removeprefix("gated ")
+        assert takes(HopperConfig(**entry["config"]), kind), named(entry)
+
+
 @pytest.mark.parametrize("entry", [e for e in H200 if "kernels.tune --op" in e.get("command", "")], ids=named)
 def test_what_was_tuned_is_tried_by_the_command_that_it_names(entry: dict[str, Any]) -> None:
     (op,) = [word for word in entry["command"].split() if word in ("int8", "a8w4")]
@@ -227,6 +238,24 @@ def test_bf16_of_more_rows_is_kept_where_it_beats_cublas(monkeypatch: pytest.Mon
         matmul_triton.linear_triton(torch.ones(rows, 4096).bfloat16(), weight, None)
         assert len(ran) == launched
     assert {len(set(task[2])) for task in tune.tasks(["bf16_hopper"], 500, True) if task[0] == "cublas"} == {1}
+
+
+def test_what_is_fastest_alone_stands_beside_what_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    used, alone = asdict(SkinnyConfig(8, 64, 2, 2, 4)), asdict(HopperConfig(8, 256, 2, 4, 5, True, 2, 5))
+    entry = {"kind": "planes", "problem": [1, 28672, 4096], "us": 1.0}
+    monkeypatch.setattr(tuning, "TUNED", tmp_path)
+    monkeypatch.setattr(tune, "TUNED", tmp_path)
+    monkeypatch.setattr(tuning.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(tuning.torch.cuda, "get_device_name", lambda: "NVIDIA Test")
+    tuning.table.cache_clear()
+    try:
+        tune.write_entries([{**entry, "config": alone}], "alone", "alone")
+        tune.write_entries([{**entry, "config": used}], "in layers")
+        assert tuning.planes_config(1, 28672, 4096, 128) == SkinnyConfig(**used)
+        assert tiles_alone("int4", 1, 28672, 4096) == HopperConfig(**alone)
+        assert tiles_alone("int4", 16, 28672, 4096) is None and tiles_alone("bf16", 1, 28672, 4096) is None
+    finally:
+        tuning.table.cache_clear()
 
 
 def test_a_layer_tries_the_fastest_the_busiest_and_the_one_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
