@@ -177,6 +177,21 @@ def test_every_rule_of_decode_attention_fits(format: str, roomy: bool, monkeypat
         assert held <= (SHARED if roomy else 99 << 10), (batch, tokens, config)
 
 
+@pytest.mark.parametrize("tuned", [False, True])
+def test_partial_sums_stay_small(tuned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the rules and by the tiles of the file: the engine's memory plan counts 36 MB for them."""
+    entries = {(e["kind"], *e["problem"]): e["config"] for e in H200} if tuned else {}
+    monkeypatch.setattr(tuning, "table", lambda: entries)
+    for m, (n, k) in product((1, 8, 16, 17, 32, 33, 64, 65, 128, 192, 256, 257, 512, 2048), SHAPES.values()):
+        few = [tuning.planes_config(m, n, k, 128), tuning.pairs_config(m, n, k), tuning.plain_config(m, n, k, 2)]
+        some = [tuning.hopper_config(m, n, k), tuning.pairs_hopper_config(m, n, k), tuning.a8w8_config(m, n, k)]
+        used = (few if m <= 64 else []) + (some if m > 16 else [])
+        used += [tuning.a8w4_config(m, n, k, 128)] if 64 < m <= 512 else []
+        used += [tuning.wide_config(m, n, k, 128), tuning.pairs_config(m, n, k)] if 64 < m <= 256 else []
+        for config in used:
+            assert config.splits == 1 or config.splits * m * n * 4 <= 36 << 20, (m, n, k, config)
+
+
 @pytest.mark.parametrize("part", ["entries", "alone"])
 def test_tiles_for_hopper_in_the_file_fit(part: str) -> None:
     entries = [e for e in H200_FILE[part] if "producer" in e["config"]]
