@@ -135,23 +135,25 @@ def _compile(job: tuple[str, list[tuple[Problem, Config]]]) -> None:
 
 
 def ask_ahead(built: Chain, format: str, m: int) -> float:
-    """Let all tuned products that run ask for their weights ahead at once, as many steps as is fastest: each alone
-    gains less than can be told from noise. Returns the microseconds of a layer."""
+    """Let all tuned products that run ask for their weights ahead at once, as many steps as is fastest, or as they did:
+    each alone gains less than can be told from noise. Returns the microseconds of a layer."""
     running = [problem_of(name, format, m) for name in NAMES if name != "gate_up" or not runs_gated(format, m)]
     held = {problem: table()[problem] for problem in running if problem in table()}
-    times = {}
-    for ahead in aheads_of(kind_of(format, m)):
-        table().update({problem: config | {"ahead": ahead} for problem, config in held.items()})
-        times[ahead] = built.microseconds(15)
-    best = min(times, key=lambda ahead: times[ahead])
-    table().update({problem: config | {"ahead": best} for problem, config in held.items()})
+    aheads = aheads_of(kind_of(format, m))
+    sets = [held, *({p: config | {"ahead": ahead} for p, config in held.items()} for ahead in aheads)]
+    times = []
+    for tiles in sets:
+        table().update(tiles)
+        times.append(built.microseconds(15))
+    best = min(range(len(sets)), key=times.__getitem__)
+    table().update(sets[best])
     return times[best]
 
 
 def descend(built: Chain, format: str, m: int, records: list[dict[str, Any]], rounds: int = 2) -> list[dict[str, Any]]:
     """Change one product's configuration at a time, `rounds` times around, keeping what makes the layer faster."""
     first, entries = built.microseconds(), {}
-    best = ask_ahead(built, format, m) if aheads_of(kind_of(format, m)) else first
+    best = ask_ahead(built, format, m)
     for _ in range(rounds):
         for name in NAMES:
             problem = problem_of(name, format, m)
