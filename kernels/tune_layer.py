@@ -180,8 +180,8 @@ def fastest(records: list[dict[str, Any]], problem: Problem) -> Config | None:
 
 
 def ask_ahead(built: Chain, format: str, m: int) -> float:
-    """Let all tuned products that run ask for their weights ahead at once, as many steps as is fastest: each alone
-    gains less than can be told from noise. Returns the microseconds of a layer."""
+    """Let all tuned products that run ask for their weights ahead at once, as many steps as is fastest, or as they did:
+    each alone gains less than can be told from noise. Returns the microseconds of a layer."""
     running = [problem_of(name, format, m) for name in NAMES if name != "gate_up" or not runs_gated(format, m)]
     held = {problem: table()[problem] for problem in running if problem in table()}
     aheads = aheads_of(kind_of(format, m))

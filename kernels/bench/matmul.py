@@ -12,10 +12,10 @@ from torch import Tensor
 from .. import problems
 from ..activations import SummedRows
 from ..chain import chain
-from ..matmul_triton import linear_partials, linear_triton
+from ..matmul_triton import linear_fused, linear_partials, linear_triton
 from ..timing import microseconds
 from ..tune_layer import kind_of
-from ..tuning import HopperConfig, SkinnyConfig, skinny_or_hopper, table
+from ..tuning import HopperConfig, SkinnyConfig, planes_config, skinny_or_hopper, table
 from .row import Row, checked, relative_error
 
 
@@ -25,21 +25,22 @@ def matmul_rows(format: str, rows: tuple[int, ...]) -> Iterator[Row]:
         for m in rows:
             problem = problems.matmul(format, m, n, k)
             weight = problem.weights[0].dequantize(torch.float32)
-            error = checked(
-                relative_error(linear_triton(problem.x, problem.weights[0], None), problem.x.float() @ weight.t()),
-                5e-3,
-                f"{format} {name} M={m}",
-            )
+            want = problem.x.float() @ weight.t()
+            got = linear_triton(problem.x, problem.weights[0], None)
+            error = checked(relative_error(got, want), 5e-3, f"{format} {name} M={m}")
             us = microseconds(problem.calls(partial(linear_triton, bias=None)))
             split = m <= (256 if format == "int4" else 64)  # where a consumer may be given partials
             partials = microseconds(problem.calls(linear_partials)) if split else None
             dense = [weight.bfloat16() for _ in range(max(2, min(6, (512 << 20) // (2 * n * k))))]
             others = {"cuBLAS bf16": microseconds([partial(F.linear, problem.x, w) for w in dense])}
             if (tiles := tiles_alone(format, m, n, k)) is not None:
+                got = linear_fused(problem.x, problem.weights[0], None, tiles)
+                checked(relative_error(got, want), 5e-3, f"{format} {name} M={m} by the tiles chosen alone")
                 others["ours, tiles chosen alone"] = microseconds(problem.calls(partial(linear_partials, config=tiles)))
             if format == "int4" and m <= 16:
                 others["tinygemm"] = tinygemm(problem.x, n, k)
-                others["ours, sums given"] = microseconds(with_sums(problem))
+                if isinstance(planes_config(m, n, k, problem.group_size), SkinnyConfig):  # the other takes none
+                    others["ours, sums given"] = microseconds(with_sums(problem))
             yield Row(
                 f"A16W{ {'bf16': 16, 'int8': 8, 'int4': 4}[format] }", f"{name} M={m}", us, error, partials,
                 problem.nbytes / us / 1e6, problem.flops / us / 1e6 if m > 64 else None, others,

@@ -93,7 +93,7 @@ def test_fused(rows: int, width: int, codes: torch.dtype) -> None:
     checks.check_fused(rows, width, codes, "cuda", impl="triton")
 
 
-@pytest.mark.parametrize("format", ["w8a8", "fp8", "w4a8"])
+@pytest.mark.parametrize("format", ["int8", "w8a8", "fp8", "w4a8"])
 @pytest.mark.parametrize("m", [8, 64, 100])
 def test_captured_in_a_graph(format: str, m: int) -> None:
     """The operators, and what they call, on changing inputs of one CUDA graph."""

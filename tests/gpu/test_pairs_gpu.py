@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import kernels
-from kernels import library
 from kernels.tuning import HopperConfig, SkinnyConfig
 from tests.unit.kernels import checks_8_bit as checks
 from tests.unit.kernels.checks import normal, relative_error
@@ -75,20 +74,3 @@ def test_rows_of_a_table() -> None:
     table = kernels.pack_weight(normal((1000, 1536), 1, "cuda"), "int8", device="cuda")
     index = torch.tensor([999, 0, 17, 17], device="cuda")
     assert torch.equal(table.rows(index, torch.float32), table.dequantize()[index])
-
-
-@pytest.mark.parametrize("m", [8, 64, 100])
-def test_captured_in_a_graph(m: int) -> None:
-    """The operators, and what they call, on changing inputs of one CUDA graph."""
-    ops = library.register()
-    weight = kernels.pack_weight(normal((2048, 1024), 1, "cuda") * 0.05, "int8", device="cuda")
-    static = normal((m, 1024), 2, "cuda")
-    ops.linear(static, weight)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = ops.linear(static, weight)
-    for seed in (3, 4):
-        fresh = normal((m, 1024), seed, "cuda")
-        static.copy_(fresh)
-        graph.replay()
-        assert relative_error(out, fresh.double() @ weight.dequantize(torch.float64).t()) < 4e-3

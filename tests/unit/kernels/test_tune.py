@@ -361,6 +361,20 @@ def test_whole_sets_of_tiles_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {e["us"] for e in found} == {90.0}
 
 
+def test_what_is_asked_ahead_may_stay_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ring may be asked for whole by one product and not by the next: no single number for all is as good."""
+    tiles = {name: asdict(HopperConfig(8, 64, 1, 4, 6, ahead=ahead)) for name, ahead in (("qkv", 6), ("o", 1))}
+    entries: dict[tuple[object, ...], dict[str, object]] = {("bf16", 1, *SHAPES[n]): c for n, c in tiles.items()}
+    before = dict(entries)
+    monkeypatch.setattr(tune_layer, "table", lambda part="entries": entries)
+
+    class Chain:
+        def microseconds(self, replays: int = 5) -> float:
+            return 100.0 + 5.0 * (entries != before)
+
+    assert tune_layer.ask_ahead(Chain(), "bf16", 1) == 100.0 and entries == before  # type: ignore[arg-type]
+
+
 def test_the_entries_of_4_bit_weights_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune_layer, "warp_group_products", lambda: True)
     assert [tune_layer.kind_of("int4", m) for m in (1, 32, 33, 64)] == ["planes", "planes", "hopper", "hopper"]
