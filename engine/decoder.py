@@ -112,7 +112,7 @@ class DecoderLayer(nn.Module):
     def forward(self, x: Operand, step: StepInputs, kv: KVLayer, turn: Tensor, plan: AttentionPlan | None) -> Tensor:
         """Normed hidden states [T, hidden] -> what attention adds to the residual, maybe as partials."""
         qkv = linear(x, self.qkv, self.qkv_bias, partial=True, impl=self.impl)
-        q = rope_write(qkv, kv, step.slots, turn, self.head_norms, impl=self.impl)
+        q = rope_write(qkv, kv, step.slots, turn, self.head_norms, settled=True, impl=self.impl)
         return linear(self.attend(q, step, kv, plan).flatten(1), self.o, self.o_bias, partial=True, impl=self.impl)
 
     def attend(self, q: Tensor, step: StepInputs, kv: KVLayer, plan: AttentionPlan | None) -> Tensor:

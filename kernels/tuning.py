@@ -67,13 +67,15 @@ class HopperConfig:
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """Decode attention: tokens per tile, splits of the context, and the fewest tokens a split is worth."""
+    """Decode attention: tokens per tile, splits of the context, and the fewest tokens a split is worth. ahead: tiles
+    that are asked for, into the L2, before the kernel before has ended, in a step whose tables are `Settled`."""
 
     tile: int
     splits: int
     min_split: int
     warps: int
     stages: int
+    ahead: int = 0
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -15,6 +16,7 @@ from engine import Engine, EngineConfig
 from engine.kv_plan import KVPlan
 from engine.sampling_params import SamplingParams
 from kernels import codec_triton, decode_triton, kv_cache_triton, problems
+from kernels.chain import BLOCK, chain
 from kernels.timing import microseconds
 from kernels.tuning import DecodeConfig, decode_config
 
@@ -54,6 +56,43 @@ def test_e4m3_without_the_instruction(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "reading", lambda codec: "fp8_shifted" if codec == "fp8" else codec, raising=False)
     checks_kv.check_exact("fp8", 64, 128, "cuda", impl="triton", order="block")
     checks.check_decode("fp8", [1, 130, 900], 64, 2, 4, 128, "cuda", impl="triton")
+
+
+@pytest.mark.parametrize("format", kernels.KV_FORMATS)
+@pytest.mark.parametrize("tile, block_size", [(32, 64), (64, 16), (128, 64)])
+def test_tiles_asked_for(format: str, tile: int, block_size: int) -> None:
+    """They change no bit, of splits without a token neither."""
+    cache = checks.fill_cache(format, [0, 1, 130, 900], block_size, 2, 128, "cuda", order="block")
+    q = checks.normal((4, 8, 128), 5, "cuda")
+    config = DecodeConfig(tile, 5, 128, 2 if tile < 128 else 4, 2)
+    call = partial(decode_triton.decode_triton, q, cache.layer, cache.tables, cache.lengths, 128**-0.5)
+    want = call(config)
+    for ahead in (1, 3):
+        checks.poison("cuda")
+        assert torch.equal(call(replace(config, ahead=ahead), settled=True), want)
+
+
+@pytest.mark.parametrize("format", kernels.KV_FORMATS)
+@pytest.mark.parametrize("rows", [1, 8, 64])
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_layers_in_a_graph(format: str, rows: int, ahead: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels that start before the one before has ended read what it wrote: the newest token's keys and values, which
+    are overwritten before each replay, above all."""
+    monkeypatch.setattr(decode_triton, "decode_config", lambda *args: replace(decode_config(*args), ahead=ahead))
+    layers = chain("bf16", rows, 2, format)
+    with torch.inference_mode():
+        want = layers.run()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = layers.run()
+        for _ in range(10):
+            got.fill_(float("nan"))
+            for _, kv in layers.layers:
+                for side in (kv.key, kv.value, kv.key_scale, kv.value_scale):
+                    if side is not None:
+                        side[layers.slots // BLOCK, layers.slots % BLOCK] = 0x7E7E
+            graph.replay()
+            assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("kv", [*kernels.KV_FORMATS, KVPlan.of({"default": "int4", 0: "bf16", 1: "fp8"})], ids=str)

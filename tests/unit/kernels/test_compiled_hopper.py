@@ -21,7 +21,7 @@ from triton.experimental.gluon.language import NVMMASharedLayout
 
 from kernels import a16w4_hopper, a16w8_hopper, bf16_hopper, hopper_ring, pack_weight
 from kernels.tuning import HopperConfig
-from tests.unit.kernels.sass import Compiled, compile_kernel, mma, opcodes
+from tests.unit.kernels.sass import Compiled, before_wait, compile_kernel, mma, opcodes
 
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 
@@ -165,7 +165,7 @@ def test_bf16(config: HopperConfig, gated: bool) -> None:
 def early_copies(built: Compiled, producer: bool, parts: int = 2) -> int:
     """Copies before the wait for the kernel before, which may write x: of the `parts` of a weight (words and scales)
     for each group. The loop of a producer, which ptxas puts first, is left out."""
-    before = built.sass[: next(i for i, line in enumerate(built.sass) if "ACQBULK" in line)]
+    before = before_wait(built)
     assert not any(re.search(r"\b(STG|LDG|UTMASTG)", line) for line in before)
     return sum("UTMALDG" in line for line in before) - (parts + 1) * producer
 

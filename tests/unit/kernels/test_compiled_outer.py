@@ -10,7 +10,7 @@ if sys.platform != "linux":
     pytest.skip("Triton is published for Linux only", allow_module_level=True)
 
 from kernels import elementwise_triton, tokens_triton
-from tests.unit.kernels.sass import Compiled, compile_kernel, opcodes
+from tests.unit.kernels.sass import Compiled, before_wait, compile_kernel, opcodes
 
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 CAPABILITIES = pytest.mark.parametrize("capability", [80, 90])
@@ -30,11 +30,6 @@ def check(found: Compiled, capability: int, registers: int, parameters: bool = F
     counts = opcodes(found.sass)
     assert (counts["ACQBULK"] == 1, counts["PREEXIT"] == 1) == (capability >= 90,) * 2, counts
     assert parameters == ("LDG" in opcodes(before_wait(found)))
-
-
-def before_wait(found: Compiled) -> list[str]:
-    """Nothing where nobody waits."""
-    return found.sass[: next((i for i, line in enumerate(found.sass) if "ACQBULK" in line), 0)]
 
 
 @CAPABILITIES
