@@ -28,7 +28,7 @@ from .matmul import linear
 from .matmul_triton import HOPPER_SKINNY_ROWS, SKINNY_ROWS
 from .rounding import quantize_rows
 from .triton_common import warp_group_products
-from .tune import write_entries
+from .tune import too_large, write_entries
 from .tuning import TUNED_ROWS, table
 
 Problem = tuple[Any, ...]  # (kind, m, n, k), the key of a tuned entry
@@ -208,7 +208,7 @@ def descend(built: Chain, format: str, m: int, records: list[dict[str, Any]], ro
                 try:
                     us = built.microseconds()
                 except Exception as error:
-                    if "shared memory" not in str(error) and "out of resource" not in str(error):
+                    if not too_large(error):
                         raise
                     continue
                 if us < best * 0.998 and (again := built.microseconds(15)) < best:

@@ -7,6 +7,7 @@ import sys
 from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -255,6 +256,36 @@ def test_bf16_of_more_rows_is_kept_where_it_beats_cublas(monkeypatch: pytest.Mon
     assert {len(set(task[2])) for task in tune.tasks(["bf16_hopper"], 500, True) if task[0] == "cublas"} == {1}
 
 
+PTXAS = "PTXAS error: ptxas fatal : (C7602) Insufficient registers (80) to compile instruction at line 412"
+
+
+def test_what_the_assembler_refuses_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    small, large, wrong = (HopperConfig(128, 128, 1, warps, 3, True, 2) for warps in (4, 8, 12))
+
+    def timed(config: HopperConfig, **_: object) -> float:
+        if config != small:
+            raise RuntimeError(PTXAS if config == large else "an illegal memory access was encountered")
+        return 5.0
+
+    monkeypatch.setattr(tune, "_runner", lambda *_: lambda config: config)
+    monkeypatch.setattr(tune, "microseconds", timed)
+    (found,) = tune.run([("bf16_hopper", {"m": 128}, [large, small])], workers=1)
+    assert found["config"] == asdict(small)
+    with pytest.raises(RuntimeError, match="illegal memory"):
+        tune.run([("bf16_hopper", {"m": 128}, [wrong])], workers=1)
+
+
+def test_alone_cublas_is_timed_alone_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = SimpleNamespace(x=torch.ones(2, 8), weights=[SimpleNamespace(data=torch.ones(4, 8))] * 2)
+    read: list[tuple[int, ...]] = []
+    monkeypatch.setattr(tune.problems, "matmul", lambda **_: problem)
+    monkeypatch.setattr(tune, "_consumer", lambda _: lambda y: read.append(tuple(y.shape)))
+    for alone, want in ((True, []), (False, [(1, 2, 4)] * 2)):
+        for call in tune._runner("cublas", {}, alone)(None):
+            call()
+        assert read == want
+
+
 def test_what_is_fastest_alone_stands_beside_what_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     used, alone = asdict(SkinnyConfig(8, 64, 2, 2, 4)), asdict(HopperConfig(8, 256, 2, 4, 5, True, 2, 5))
     entry = {"kind": "planes", "problem": [1, 28672, 4096], "us": 1.0}
@@ -337,6 +368,22 @@ def test_a_product_that_does_not_run_keeps_its_tiles(monkeypatch: pytest.MonkeyP
     assert entries["planes", 64, 28672, 4096] == held
     assert {entry["kind"] for entry in written} == {"gated planes"}
     assert ("planes", 64, 28672, 4096) not in tried and ("gated planes", 64, 28672, 4096) in tried
+
+
+def test_a_search_in_layers_goes_on_behind_what_the_assembler_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, held = ("bf16", 64, 4096, 4096), asdict(HopperConfig(64, 128, 1, 4, 3, True, 2))
+    entries: dict[tuple[object, ...], dict[str, object]] = {problem: held}
+
+    class Refusing:
+        def microseconds(self, replays: int = 5) -> float:
+            if entries[problem]["stages"] == 4:
+                raise RuntimeError(PTXAS)
+            return 100.0 - 5 * (entries[problem]["stages"] == 2)
+
+    monkeypatch.setattr(tune_layer, "table", lambda part="entries": entries if part == "entries" else {})
+    monkeypatch.setattr(tune_layer, "NAMES", ("o",))
+    (found,) = tune_layer.descend(Refusing(), "bf16", 64, [])  # type: ignore[arg-type]
+    assert found["config"] == held | {"stages": 2} and found["us"] == 95.0
 
 
 class Coupled:
