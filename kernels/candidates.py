@@ -62,6 +62,16 @@ def deepest_ring(kind: str, block_m: int, block_n: int, programs: int, block_k: 
     return ((228 << 10) // programs - 2560) // ((block_m * 256 + block_n * row_bytes(kind)) * block_k // 128)
 
 
+def registers(warps: int, producer: bool, programs: int) -> int:
+    """Of a thread of a kernel for Hopper, where so many programs share a multiprocessor."""
+    return min(255, 65536 // (32 * (warps + 4 * producer) * programs) // 8 * 8)
+
+
+def fewest_registers(block_m: int) -> int:
+    """What ptxas wants of a thread for a product of a warp group (its sums, and 26 more), or it refuses (C7602)."""
+    return block_m // 2 + 26
+
+
 FEW_ROWS_SHAPES = {
     "planes": ((64, 4, 4), (64, 4, 5), (64, 4, 6), (128, 4, 2), (128, 4, 3), (128, 4, 4), (128, 8, 2), (256, 4, 2),
                (256, 8, 2)),

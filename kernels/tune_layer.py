@@ -21,7 +21,7 @@ import torch
 
 from . import problems
 from .activations import activation_codes
-from .candidates import gated_hopper_candidates
+from .candidates import fewest_registers, gated_hopper_candidates, registers
 from .chain import Chain, chain
 from .gated import gated_linear
 from .matmul import linear
@@ -97,8 +97,14 @@ def neighbours(config: Config, kind: str) -> list[Config]:
         least = 128 if name == "block_k" and kind.endswith("pairs") else least
         changes += [{name: value} for value in near if least <= value <= most]
     found = [config | change for change in changes]
-    rows = 32 if hopper and kind.startswith("gated ") else 16  # of block_n a warp
-    return [c for c in found if c["block_n"] >= rows * c["warps"] and not (hopper and c["warps"] % 4)]
+    if not hopper:
+        return [c for c in found if c["block_n"] >= 16 * c["warps"]]
+    rows = 32 if kind.startswith("gated ") else 16  # of block_n a warp
+    return [
+        c for c in found
+        if c["block_n"] >= rows * c["warps"] and c["warps"] % 4 == 0
+        and registers(c["warps"], c["producer"], c.get("programs", 1)) >= fewest_registers(c["block_m"])
+    ]  # fmt: skip
 
 
 def candidates(records: list[dict[str, Any]], problem: Problem, most: int = 9) -> list[Config]:

@@ -435,6 +435,14 @@ def test_the_entries_of_4_bit_weights_on_hopper(monkeypatch: pytest.MonkeyPatch)
     assert all(sum(asdict(c)[name] != held[name] for name in held) == 1 for c in near)
 
 
+def test_neighbours_have_the_registers_that_ptxas_wants() -> None:
+    """Without them it refuses, and prints all of its input."""
+    held = asdict(HopperConfig(128, 128, 1, 4, 3, True, 2, block_k=64))
+    assert {c["warps"] for c in tune_layer.neighbours(held, "bf16_hopper")} == {4}
+    assert {c["warps"] for c in tune_layer.neighbours(held | {"producer": False}, "bf16_hopper")} == {4, 8}
+    assert {c["warps"] for c in tune_layer.neighbours(held | {"programs": 1}, "bf16_hopper")} == {4, 8}
+
+
 @pytest.mark.parametrize(
     "format, m, kind",
     [("int4", 64, "planes"), ("bf16", 1, "bf16"), ("w8a8", 1, "int8"), ("w8a8", 64, "a8w8"), ("int8", 64, "pairs"),
