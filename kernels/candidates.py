@@ -121,6 +121,10 @@ def gated_hopper_candidates(kind: str, m: int) -> list[HopperConfig]:
     ]
 
 
+MOST_PARTIAL_BYTES = 36 << 20
+"""Of the partial sums of one product: what the engine's memory plan counts."""
+
+
 def bf16_many_candidates(m: int, n: int) -> list[Any]:
     """Tiles of `bf16_hopper` above 64 rows: one or two programs a multiprocessor, a ring as deep as fits."""
     shapes = ((128, 64, 4, 2), (128, 128, 4, 1), (128, 128, 4, 2), (128, 128, 8, 1), (128, 256, 8, 1), (256, 64, 4, 1),
@@ -128,7 +132,9 @@ def bf16_many_candidates(m: int, n: int) -> list[Any]:
     found = []
     for (bm, bn, warps, programs), width, splits in product(shapes, (64, 128), (1, 2, 3, 4)):
         tiles, stages = -(-n // bn) * -(-m // bm), deepest_ring("bf16", bm, bn, programs, width)
-        if stages < 3 or bm > max(m, 128) or not 90 <= tiles * splits or (splits > 1 and tiles * splits > 400):
+        if stages < 3 or bm > max(m, 128) or not 90 <= tiles * splits:
+            continue
+        if splits > 1 and (tiles * splits > 400 or splits * m * n * 4 > MOST_PARTIAL_BYTES):
             continue
         found += [
             HopperConfig(bm, bn, splits, warps, stages, producer, programs, ahead, block_k=width)

@@ -62,7 +62,7 @@ def test_candidates_of_a8w4(m: int) -> None:
 
 def takes(config: HopperConfig, kind: str = "hopper") -> bool:
     """What the kernels for Hopper and a multiprocessor's shared memory allow."""
-    row = 256 if kind == "bf16" else 128 if "pairs" in kind else 68
+    row = 256 if "bf16" in kind else 128 if "pairs" in kind else 68
     slot = (config.block_m * 256 + config.block_n * row) * config.block_k // 128
     program = config.stages * (slot + 16) + 1024  # which the driver keeps
     fits = program <= SHARED and program * config.programs <= SHARED + 1024
@@ -78,6 +78,15 @@ def test_candidates_for_hopper(kind: str, m: int, n: int) -> None:
     assert all(takes(config, kind) for config in found)
     assert {config.producer for config in found} == {False, True}
     assert n > 4096 or m > 512 or len({config.splits for config in found}) > 2
+
+
+@pytest.mark.parametrize("m", [128, 192, 256, 512])
+@pytest.mark.parametrize("n, k", SHAPES.values())
+def test_candidates_of_bf16_at_many_rows(m: int, n: int, k: int) -> None:
+    found = candidates.matmul_candidates("bf16_hopper", m, n, True)
+    assert len(found) >= 20 and len(set(found)) == len(found) and all(takes(c, "bf16_hopper") for c in found)
+    assert all(c.splits == 1 or c.splits * m * n * 4 <= 36 << 20 for c in found), "test_partial_sums_stay_small"
+    assert {c.producer for c in found} == {False, True} and {c.block_k for c in found} == {64, 128}
 
 
 @pytest.mark.parametrize(
@@ -189,6 +198,8 @@ def test_partial_sums_stay_small(tuned: bool, monkeypatch: pytest.MonkeyPatch) -
         used = (few if m <= 64 else []) + (some if m > 16 else [])
         used += [tuning.a8w4_config(m, n, k, 128)] if 64 < m <= 512 else []
         used += [tuning.wide_config(m, n, k, 128), tuning.pairs_config(m, n, k)] if 64 < m <= 256 else []
+        if tiles := tuning.bf16_hopper_config(m, n, k):
+            used.append(tiles)
         for config in used:
             assert config.splits == 1 or config.splits * m * n * 4 <= 36 << 20, (m, n, k, config)
 
