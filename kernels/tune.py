@@ -207,17 +207,16 @@ def tasks(kinds: list[str], most: int, hopper: bool = False, alone: bool = False
 
 
 def entries(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The fastest record of each problem that `tuning` looks up, as its file holds them."""
+    """The records of each problem that `tuning` looks up, as its file holds the fastest of them: for bf16 of many rows
+    cuBLAS is one, without tiles."""
     found = []
-    cublas = {(r["m"], r["n"], r["k"]): r["us"] for r in records if r["op"] == "cublas"}
     for record in records:
-        if record["op"] in ("decode", "cublas") or record.get("m") == 8192:
-            continue  # decided by a rule, or not ours
-        if record["op"] == "bf16_hopper" and record["us"] > cublas[record["m"], record["n"], record["k"]]:
-            continue
+        if record["op"] == "decode" or record.get("m") == 8192:
+            continue  # decided by a rule
+        kind = "bf16_hopper" if record["op"] == "cublas" else record["op"]
         problem = (record["format"], 128) if record["op"] == "prefill" else (record["m"], record["n"], record["k"])
         found.append(
-            {"kind": record["op"], "problem": list(problem), "config": record["config"], "us": round(record["us"], 2)}
+            {"kind": kind, "problem": list(problem), "config": record["config"], "us": round(record["us"], 2)}
         )
     return found
 

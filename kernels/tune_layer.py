@@ -38,6 +38,8 @@ NAMES = ("gated", "gate_up", "down", "qkv", "o")
 own it follows gate_up's, and nobody could say which of the two runs."""
 APART = {"block_m": 16, "block_n": 64, "splits": 2, "warps": 4, "stages": 2}
 """The entry of a gated product that is better computed by two kernels: one that splits K, which it cannot."""
+CUBLAS: Config = {}
+"""The entry of a product in bf16 of many rows for which cuBLAS is better."""
 
 
 def kind_of(format: str, m: int) -> str:
@@ -118,10 +120,10 @@ def candidates(records: list[dict[str, Any]], problem: Problem, most: int = 9) -
     many = [c for c in ranked if -(-n // c["block_n"]) * c["splits"] * c["warps"] >= 900]
     used = table().get(problem) or (table().get((kind.removeprefix("gated "), m, n, k)) if gated else None)
     start = [] if used is None else [used | {"splits": 1} if gated else used]
-    found: list[Config] = [APART] if gated else []
+    found: list[Config] = [APART] if gated else [CUBLAS] if kind == "bf16_hopper" else []
     if kind in ("gated planes", "gated pairs", "gated bf16") and warp_group_products():
         found += [asdict(config) for config in gated_hopper_candidates(kind, m)]
-    near = [c for one in start for c in neighbours(one, kind)]
+    near = [c for one in start if one != CUBLAS for c in neighbours(one, kind)]
     for config in start + elsewhere(problem) + near + ranked[:most] + many[: most // 2]:
         if config not in found:
             found.append(config)
@@ -155,11 +157,16 @@ def elsewhere(problem: Problem) -> list[Config]:
     return found + [held for held in [table("alone").get(problem)] if held is not None]
 
 
+def in_use(format: str, m: int) -> dict[Problem, Config]:
+    """The entries of the products that run."""
+    running = [problem_of(name, format, m) for name in NAMES if name != "gate_up" or not runs_gated(format, m)]
+    return {problem: table()[problem] for problem in running if problem in table()}
+
+
 def jump(built: Chain, format: str, m: int, records: list[dict[str, Any]]) -> float:
     """Begin from the fastest of whole sets of tiles: those in use, those of the M beside, and the fastest alone. On the
     way from one set to another each step alone may be slower. Returns the microseconds of a layer."""
-    running = [problem_of(name, format, m) for name in NAMES if name != "gate_up" or not runs_gated(format, m)]
-    held = {problem: table()[problem] for problem in running if problem in table()}
+    held = in_use(format, m)
     others = {problem: elsewhere(problem) for problem in held}
     sets = [held] + [
         {problem: others[problem][i] if i < len(others[problem]) else config for problem, config in held.items()}
@@ -188,10 +195,10 @@ def fastest(records: list[dict[str, Any]], problem: Problem) -> Config | None:
 def ask_ahead(built: Chain, format: str, m: int) -> float:
     """Let all tuned products that run ask for their weights ahead at once, as many steps as is fastest, or as they did:
     each alone gains less than can be told from noise. Returns the microseconds of a layer."""
-    running = [problem_of(name, format, m) for name in NAMES if name != "gate_up" or not runs_gated(format, m)]
-    held = {problem: table()[problem] for problem in running if problem in table()}
-    aheads = aheads_of(kind_of(format, m))
-    return fastest_set(built, [held, *({p: c | {"ahead": ahead} for p, c in held.items()} for ahead in aheads)])
+    held, aheads = in_use(format, m), aheads_of(kind_of(format, m))
+    return fastest_set(
+        built, [held, *({p: c and c | {"ahead": ahead} for p, c in held.items()} for ahead in aheads)]
+    )
 
 
 def descend(built: Chain, format: str, m: int, records: list[dict[str, Any]], rounds: int = 2) -> list[dict[str, Any]]:

@@ -204,10 +204,10 @@ def plain_config(m: int, n: int, k: int, element_bytes: int) -> SkinnyConfig | H
 
 def bf16_hopper_config(m: int, n: int, k: int) -> HopperConfig | None:
     """bf16, 64 < M <= 512, on a Hopper GPU: the configuration for x [m, k] and a plain weight [n, k], where tuning
-    found that it beats cuBLAS; None elsewhere."""
+    found that it beats cuBLAS; None elsewhere, also where the entry has no tiles, since cuBLAS was the faster."""
     rows = next((rows for rows in TUNED_ROWS if m <= rows), 0)
     found = table().get(("bf16_hopper", rows, n, k))
-    return None if found is None else HopperConfig(**found)
+    return HopperConfig(**found) if found else None
 
 
 def gated_config(

@@ -252,12 +252,15 @@ def test_bf16_of_more_rows_is_kept_where_it_beats_cublas(monkeypatch: pytest.Mon
     tiles, sizes = asdict(HopperConfig(128, 128, 1, 4, 3)), {"m": 256, "n": 4096, "k": 4096}
     slow, fast = ({"op": "bf16_hopper", "format": "bf16", **sizes, "us": us, "config": tiles} for us in (21.0, 19.0))
     cublas = {"op": "cublas", "format": "bf16", **sizes, "us": 20.0, "config": {}}
-    assert tune.entries([slow, cublas]) == []
-    kept = tune.entries([cublas, fast, slow])
-    assert [entry["us"] for entry in kept] == [19.0]
-    monkeypatch.setattr(tuning, "table", lambda: {("bf16_hopper", 256, 4096, 4096): tiles})
+    (kept,) = tune.merged([], tune.entries([cublas, fast, slow]))
+    assert (kept["kind"], kept["us"], kept["config"]) == ("bf16_hopper", 19.0, tiles)
+    (again,) = tune.merged([kept], tune.entries([slow, cublas]))
+    assert (again["kind"], again["us"], again["config"]) == ("bf16_hopper", 20.0, {}), "what was faster once is gone"
+    entries = {("bf16_hopper", 256, 4096, 4096): tiles, ("bf16_hopper", 128, 4096, 4096): again["config"]}
+    monkeypatch.setattr(tuning, "table", lambda: entries)
     assert tuning.bf16_hopper_config(200, 4096, 4096) == HopperConfig(**tiles)
     assert tuning.bf16_hopper_config(100, 4096, 4096) is None, "at 128 rows cuBLAS was the faster"
+    assert tuning.bf16_hopper_config(300, 4096, 4096) is None, "nothing was tuned"
     ran: list[object] = []
     monkeypatch.setattr(matmul_triton, "streamed", lambda x, weight, config: ran.append(config) or x[None, :, :1])
     weight = pack_weight(torch.ones(4096, 4096), "bf16", device="cpu", layout="plain")
@@ -395,6 +398,26 @@ def test_a_search_in_layers_goes_on_behind_what_the_assembler_refuses(monkeypatc
     monkeypatch.setattr(tune_layer, "NAMES", ("o",))
     (found,) = tune_layer.descend(Refusing(), "bf16", 64, [])  # type: ignore[arg-type]
     assert found["config"] == held | {"stages": 2} and found["us"] == 95.0
+
+
+def test_a_search_in_layers_goes_back_to_cublas(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What beat it alone may not beside its neighbours."""
+    monkeypatch.setattr(tune_layer, "warp_group_products", lambda: True)
+    entries: dict[tuple[object, ...], dict[str, object]] = {
+        ("bf16_hopper", m, *SHAPES[name]): asdict(HopperConfig(128, 128, 1, 4, 3))
+        for m, name in ((128, "qkv"), (128, "o"), (256, "o"))
+    }
+    entries["bf16_hopper", 256, *SHAPES["qkv"]] = tune_layer.CUBLAS
+    monkeypatch.setattr(tune_layer, "table", lambda part="entries": entries if part == "entries" else {})
+
+    class Chain:
+        def microseconds(self, replays: int = 5) -> float:
+            assert all(HopperConfig(**c) for c in entries.values() if c)
+            return 100.0 + sum(bool(entries.get(("bf16_hopper", 128, *SHAPES[name]))) for name in ("o", "down"))
+
+    found = tune_layer.descend(Chain(), "bf16", 128, [])  # type: ignore[arg-type]
+    assert {tuple(e["problem"][1:]): bool(e["config"]) for e in found} == {SHAPES["qkv"]: True, SHAPES["o"]: False}
+    assert ("bf16_hopper", 128, *SHAPES["down"]) not in entries and {e["us"] for e in found} == {100.0}
 
 
 class Coupled:
