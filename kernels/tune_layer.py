@@ -13,7 +13,8 @@ import argparse
 import json
 import multiprocessing
 import time
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
@@ -130,6 +131,24 @@ def candidates(records: list[dict[str, Any]], problem: Problem, most: int = 9) -
     return found
 
 
+class Compilers:
+    """Processes that compile what a search is about to time, each a share of it and nothing twice: one after the other,
+    the tiles beside those that a search has moved to would take it minutes."""
+
+    def __init__(self, pool: Executor, workers: int) -> None:
+        self._pool, self._workers = pool, workers
+        self._known: set[str] = set()
+
+    def __call__(self, format: str, wanted: list[tuple[Problem, Config]]) -> None:
+        new = {key: pair for pair in wanted if (key := f"{format} {pair}") not in self._known}
+        self._known |= new.keys()
+        pairs = list(new.values())
+        jobs = [(format, pairs[i :: self._workers]) for i in range(min(self._workers, len(pairs)))]
+        begin = time.time()
+        list(self._pool.map(_compile, jobs))
+        print(f"{format}: {len(pairs)} tiles compiled in {time.time() - begin:.0f} s", flush=True)
+
+
 def _compile(job: tuple[str, list[tuple[Problem, Config]]]) -> None:
     """Compile what a chain will use, in a process of its own: Triton keeps it on disk."""
     format, configs = job
@@ -146,6 +165,7 @@ def _compile(job: tuple[str, list[tuple[Problem, Config]]]) -> None:
         except Exception as error:  # more shared memory than there is; the timing pass leaves it out
             print(f"skipped {problem} {config}: {str(error)[:80]}", flush=True)
     torch.cuda.synchronize()
+    torch.cuda.empty_cache()
 
 
 def elsewhere(problem: Problem) -> list[Config]:
@@ -201,12 +221,26 @@ def ask_ahead(built: Chain, format: str, m: int) -> float:
     )
 
 
-def descend(built: Chain, format: str, m: int, records: list[dict[str, Any]], rounds: int = 2) -> list[dict[str, Any]]:
-    """Change one product's configuration at a time, `rounds` times around, keeping what makes the layer faster."""
+def descend(
+    built: Chain, format: str, m: int, records: list[dict[str, Any]], rounds: int = 2,
+    compile_ahead: Callable[[str, list[tuple[Problem, Config]]], object] | None = None,
+) -> list[dict[str, Any]]:
+    """Change one product's configuration at a time, `rounds` times around, keeping what makes the layer faster.
+    compile_ahead: is told what will be tried."""
+
+    def get_ready() -> None:
+        if compile_ahead is None:
+            return
+        problems = [problem for name in NAMES if (problem := problem_of(name, format, m)) is not None]
+        compile_ahead(format, [(problem, config) for problem in problems for config in candidates(records, problem)])
+
+    get_ready()
     first, entries = built.microseconds(), {}
     jump(built, format, m, records)
+    get_ready()
     best = ask_ahead(built, format, m)
     for _ in range(rounds):
+        get_ready()
         for name in NAMES:
             problem = problem_of(name, format, m)
             if problem is None or (name == "gate_up" and runs_gated(format, m)):
@@ -249,18 +283,12 @@ def main() -> None:
             records += json.load(file)["records"]
     runs = [(format, int(m)) for format, _, m in (run.partition(":") for run in chosen.runs)]
     begin = time.time()
-    jobs = [
-        (format, [(problem, config) for config in candidates(records, problem)])
-        for format, m in runs
-        for name in NAMES
-        if (problem := problem_of(name, format, m)) is not None
-    ]
-    with ProcessPoolExecutor(chosen.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(_compile, jobs))
-    print(f"compiled in {time.time() - begin:.0f} s", flush=True)
-    with torch.inference_mode():
+    processes = ProcessPoolExecutor(chosen.workers, mp_context=multiprocessing.get_context("spawn"))
+    with processes as pool, torch.inference_mode():
+        compilers = Compilers(pool, chosen.workers)
         for format, m in runs:
-            found = descend(chain(format, m, 2 if format == "bf16" else 4), format, m, records, chosen.rounds)
+            layers = chain(format, m, 2 if format == "bf16" else 4)
+            found = descend(layers, format, m, records, chosen.rounds, compilers)
             if chosen.write:
                 write_entries(found, "python -m kernels.tune_layer --write; us: of a whole decoder layer")
     print(f"done in {time.time() - begin:.0f} s", flush=True)

@@ -442,6 +442,37 @@ def test_whole_sets_of_tiles_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {e["us"] for e in found} == {90.0}
 
 
+def test_a_search_compiles_ahead_what_it_moves_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that a layer runs while it is timed was compiled before, by several processes, and once."""
+    tiles = {1: asdict(SkinnyConfig(8, 16, 1, 1, 4)), 8: asdict(SkinnyConfig(8, 128, 1, 4, 4))}
+    entries: dict[tuple[object, ...], dict[str, object]] = {
+        ("bf16", m, *SHAPES[name]): config for m, config in tiles.items() for name in ("qkv", "o")
+    }
+    monkeypatch.setattr(tune_layer, "table", lambda part="entries": entries if part == "entries" else {})
+    monkeypatch.setattr(tune_layer, "NAMES", ("qkv", "o"))
+    compiled: list[str] = []
+    shares: list[int] = []
+    apart: list[str] = []
+
+    class Pool:
+        def map(self, run: object, jobs: list[tuple[str, list[object]]]) -> list[None]:
+            assert run is tune_layer._compile and len(jobs) <= 3
+            shares.extend(len(pairs) for _, pairs in jobs)
+            compiled.extend(f"{pair}" for _, pairs in jobs for pair in pairs)
+            return []
+
+    class Watched(Coupled):
+        def microseconds(self, replays: int = 5) -> float:
+            run = [(("bf16", 1, *SHAPES[name]), self.entries["bf16", 1, *SHAPES[name]]) for name in ("qkv", "o")]
+            apart.extend(f"{pair}" for pair in run if f"{pair}" not in compiled)
+            return super().microseconds(replays)
+
+    compilers = tune_layer.Compilers(Pool(), 3)  # type: ignore[arg-type]
+    tune_layer.descend(Watched(entries), "bf16", 1, [], 2, compilers)  # type: ignore[arg-type]
+    assert entries["bf16", 1, *SHAPES["o"]]["block_n"] == 128 and not apart, "the search moved on"
+    assert len(compiled) == len(set(compiled)) and max(shares) <= 20 and len(shares) > 3
+
+
 def test_what_is_asked_ahead_may_stay_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     """A ring may be asked for whole by one product and not by the next: no single number for all is as good."""
     tiles = {name: asdict(HopperConfig(8, 64, 1, 4, 6, ahead=ahead)) for name, ahead in (("qkv", 6), ("o", 1))}
