@@ -10,7 +10,10 @@ import kernels
 from tests.unit.kernels import checks, checks_outer
 from tests.unit.kernels.checks import normal
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and PyTorch sees none here")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and PyTorch sees none here"),
+]
 
 
 @pytest.mark.parametrize("rows, head_dim", [(2, 128), (64, 64), (3000, 128)])
