@@ -17,11 +17,11 @@ if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
     pytest.skip("needs a CUDA device of compute capability 9.0, and PyTorch sees none here", allow_module_level=True)
 
 import kernels
-from kernels import a16w4_hopper, a16w8_hopper, bf16_hopper
-from kernels.a16w4_hopper import a16w4_hopper_partials
-from kernels.a16w8_hopper import a16w8_hopper_partials
-from kernels.bf16_hopper import bf16_hopper_partials
 from kernels.candidates import gated_hopper_candidates
+from kernels.products import a16w4_hopper, a16w8_hopper, bf16_hopper
+from kernels.products.a16w4_hopper import a16w4_hopper_partials
+from kernels.products.a16w8_hopper import a16w8_hopper_partials
+from kernels.products.bf16_hopper import bf16_hopper_partials
 from kernels.tuning import HopperConfig
 from tests.unit.kernels.checks import normal, relative_error
 

@@ -19,7 +19,8 @@ if sys.platform != "linux":
 import torch
 from triton.experimental.gluon.language import NVMMASharedLayout
 
-from kernels import a16w4_hopper, a16w8_hopper, bf16_hopper, hopper_ring, pack_weight
+from kernels import pack_weight
+from kernels.products import a16w4_hopper, a16w8_hopper, bf16_hopper, hopper_ring
 from kernels.tuning import HopperConfig
 from tests.unit.kernels.sass import Compiled, before_wait, compile_kernel, mma, opcodes
 

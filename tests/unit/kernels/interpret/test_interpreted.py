@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 
 import kernels
-from kernels import matmul_triton
+from kernels.products import matmul_triton
 from kernels.tuning import SkinnyConfig
 from tests.unit.kernels import checks, checks_8_bit
 
