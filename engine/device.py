@@ -8,7 +8,7 @@ from collections.abc import Collection
 import torch
 
 from engine.errors import ConfigError
-from kernels.packing import PackedWeight, has_mkldnn_linear
+from kernels.formats.packing import PackedWeight, has_mkldnn_linear
 from kernels.tuning import table
 
 LEAST_CAPABILITY = (8, 0)
@@ -55,7 +55,7 @@ def impl_label(impl: str, device: torch.device, weights: Collection[PackedWeight
 
 def _not_taken(weights: Collection[PackedWeight]) -> list[str]:
     """The fast ways of the kernels that are not gone on the current GPU, or with a group size."""
-    from kernels.matmul_triton import by_hopper
+    from kernels.products.matmul_triton import by_hopper
 
     ways = {
         "tiles by rule, none are tuned for this GPU": bool(table()),

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from engine.errors import CheckpointError
 from kernels import QuantizedWeight
-from kernels.weights import FEATURES_OF_8_BIT_PRODUCTS
+from kernels.formats.weights import FEATURES_OF_8_BIT_PRODUCTS
 
 FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 GROUPS = (128, 64)  # of the int4 kernels, the larger first: fewer scales are read

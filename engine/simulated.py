@@ -18,7 +18,7 @@ from engine.errors import ConfigError
 from engine.memory import MemoryPlan, plan_memory
 from engine.model_spec import ModelSpec
 from engine.runner import Done
-from kernels.activations import activation_codes
+from kernels.rows.activations import activation_codes
 
 MASK = (1 << 64) - 1
 

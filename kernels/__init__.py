@@ -3,19 +3,19 @@
 Every operation takes `impl`: "torch" (readable oracle), "aten" (CPU), "triton" (CUDA) or "auto". See `dispatch`.
 """
 
-from .activations import Operand
-from .attention import AttentionPlan, decode_attention, plan_attention, prefill_attention
-from .elementwise import add_rms_norm, embed_rms_norm, rms_norm, rope, rotation, silu_mul
-from .expansion import most_expanded_bytes
-from .gated import gated_linear
-from .kv_access import read_kv, write_kv
-from .kv_cache import KV_FORMATS, KVFormat, KVLayer, allocate_kv
-from .matmul import linear
-from .operands import add_normed, embed_normed, gated, normed
-from .packing import PackedWeight, pack_weight, random_weight
-from .qkv import rope_write
-from .tokens import feed_tokens, highest
-from .weights import WEIGHT_FORMATS, QuantizedWeight, WeightFormat, quantize_weight
+from .formats.packing import PackedWeight, pack_weight, random_weight
+from .formats.weights import WEIGHT_FORMATS, QuantizedWeight, WeightFormat, quantize_weight
+from .paged.attention import AttentionPlan, decode_attention, plan_attention, prefill_attention
+from .paged.expansion import most_expanded_bytes
+from .paged.kv_access import read_kv, write_kv
+from .paged.kv_cache import KV_FORMATS, KVFormat, KVLayer, allocate_kv
+from .paged.qkv import rope_write
+from .products.gated import gated_linear
+from .products.matmul import linear
+from .products.operands import add_normed, embed_normed, gated, normed
+from .rows.activations import Operand
+from .rows.elementwise import add_rms_norm, embed_rms_norm, rms_norm, rope, rotation, silu_mul
+from .rows.tokens import feed_tokens, highest
 
 __all__ = [
     "AttentionPlan",

@@ -45,8 +45,10 @@ def hopper_candidates(kind: str, m: int, n: int) -> list[Any]:
         and 140 << 10 <= (bm * 256 + bn * row_bytes(kind)) * stages * programs <= 224 << 10
     ]  # fmt: skip
     return [
-        HopperConfig(bm, bn, splits, warps, stages, producer, programs)
-        for (bm, bn, warps, stages, programs), splits, producer in product(shapes, (1, 2, 3, 4, 6, 8), (False, True))
+        HopperConfig(bm, bn, splits, warps, stages, producer, programs, band=band)
+        for (bm, bn, warps, stages, programs), splits, producer, band in product(
+            shapes, (1, 2, 3, 4, 6, 8), (False, True), (0, 4) if m > 512 else (0,)
+        )
         if 90 <= -(-n // bn) * -(-m // bm) * splits and (splits == 1 or m <= 512)
         and -(-n // bn) * -(-m // bm) * splits <= max(600, -(-n // bn) * -(-m // bm))
     ]  # fmt: skip

@@ -26,11 +26,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import attention, elementwise, kv_access, matmul, qkv, rounding
-from .activations import Activations
-from .kv_cache import KV_FORMATS, KVLayer
-from .packing import PackedWeight
-from .qkv import HeadNorms
+from .formats.packing import PackedWeight
+from .paged import attention, kv_access, qkv
+from .paged.kv_cache import KV_FORMATS, KVLayer
+from .paged.qkv import HeadNorms
+from .products import matmul
+from .rows import elementwise, rounding
+from .rows.activations import Activations
 
 NAMESPACE = "inferlab"
 _WEIGHT = (

@@ -23,10 +23,6 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from . import problems
-from .a8w4 import a8w4_partials
-from .a8w8 import a8w8_partials
-from .a16w4 import reduce_splits
 from .candidates import (
     a8w4_candidates,
     a8w8_candidates,
@@ -34,13 +30,17 @@ from .candidates import (
     matmul_candidates,
     prefill_candidates,
 )
-from .decode_triton import decode_triton
-from .elementwise_triton import add_rms_norm, silu_mul
-from .kv_cache import KV_FORMATS
-from .matmul_triton import linear_8_bit, linear_partials
-from .prefill_triton import prefill_triton
-from .rounding import quantize_rows
-from .timing import microseconds
+from .measuring import problems
+from .measuring.timing import microseconds
+from .paged.decode_triton import decode_triton
+from .paged.kv_cache import KV_FORMATS
+from .paged.prefill_triton import prefill_triton
+from .products.a8w4 import a8w4_partials
+from .products.a8w8 import a8w8_partials
+from .products.a16w4 import reduce_splits
+from .products.matmul_triton import linear_8_bit, linear_partials
+from .rows.elementwise_triton import add_rms_norm, silu_mul
+from .rows.rounding import quantize_rows
 from .triton_common import warp_group_products
 from .tuning import TUNED
 

@@ -20,14 +20,14 @@ from typing import Any
 
 import torch
 
-from . import problems
-from .activations import activation_codes
 from .candidates import fewest_registers, gated_hopper_candidates, registers
-from .chain import Chain, chain
-from .gated import gated_linear
-from .matmul import linear
-from .matmul_triton import HOPPER_SKINNY_ROWS, SKINNY_ROWS
-from .rounding import quantize_rows
+from .measuring import problems
+from .measuring.chain import Chain, chain
+from .products.gated import gated_linear
+from .products.matmul import linear
+from .products.matmul_triton import HOPPER_SKINNY_ROWS, SKINNY_ROWS
+from .rows.activations import activation_codes
+from .rows.rounding import quantize_rows
 from .triton_common import warp_group_products
 from .tune import too_large, write_entries
 from .tuning import TUNED_ROWS, table

@@ -39,7 +39,7 @@ class Roofline:
 def measured_bandwidth(device: str) -> tuple[float, str]:
     """Bytes per second that this device ("auto", "cpu", "cuda") reads at, and how that was measured."""
     if resolve_device(device).type == "cuda":
-        from kernels.timing import read_bandwidth
+        from kernels.measuring.timing import read_bandwidth
 
         return read_bandwidth() * 1e12, "2 GB summed once"
     source = torch.ones(1 << 26)

@@ -22,15 +22,15 @@ from engine.quantized import Matrix
 from engine.rope import cos_sin_table
 from engine.weight_plan import MODULES, WeightPlan
 from kernels import WEIGHT_FORMATS, QuantizedWeight, quantize_weight
-from kernels.gptq import gptq
-from kernels.quantize import clipped, hqq
+from kernels.formats.gptq import gptq
+from kernels.formats.quantize import clipped, hqq
 
 CHUNK = 8  # sequences computed at a time
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What a method is asked for. order: of GPTQ's columns, see `kernels.gptq`."""
+    """What a method is asked for. order: of GPTQ's columns, see `kernels.formats.gptq`."""
 
     plan: WeightPlan
     group_size: int

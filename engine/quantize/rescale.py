@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from engine.quantize.calibration import FloatLayer
-from kernels.quantize import grouped, on_grid, span
-from kernels.smoothing import awq_scales, fold_norm, search, smooth
+from kernels.formats.quantize import grouped, on_grid, span
+from kernels.formats.smoothing import awq_scales, fold_norm, search, smooth
 
 SEARCH_SEQUENCES = 4
 _NORM = {"qkv": "input_norm", "gate_up": "post_norm"}

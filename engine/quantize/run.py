@@ -34,7 +34,7 @@ from engine.quantize.write import LAYOUTS, choose_layout
 from engine.quantized import Matrix
 from engine.weight_plan import MODULES, WeightPlan, Weights
 from kernels import WEIGHT_FORMATS
-from kernels.gptq import ORDERS
+from kernels.formats.gptq import ORDERS
 
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -63,7 +63,7 @@ def quantize(
         bits: "bf16" gives a smoothed checkpoint that still is to be quantized.
     out: a folder that does not exist yet, written when everything else is done. layout: "awq", "gptq",
         "compressed-tensors" or "plain" (bf16); None takes the first of them that holds the result.
-    order: of GPTQ's columns, see `kernels.gptq`; "group" needs the layout "gptq".
+    order: of GPTQ's columns, see `kernels.formats.gptq`; "group" needs the layout "gptq".
     bar: tqdm or what takes its place, None for silence. stopped: asked between matrices.
     Raises ConfigError, CheckpointError, or InterruptedError when `stopped` says so.
     """

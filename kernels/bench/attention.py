@@ -9,13 +9,13 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from .. import problems
-from ..attention import attend
-from ..decode_triton import decode_triton
-from ..kv_access import read_kv
-from ..kv_cache import KV_FORMATS
-from ..prefill_triton import prefill_triton
-from ..timing import microseconds
+from ..measuring import problems
+from ..measuring.timing import microseconds
+from ..paged.attention import attend
+from ..paged.decode_triton import decode_triton
+from ..paged.kv_access import read_kv
+from ..paged.kv_cache import KV_FORMATS
+from ..paged.prefill_triton import prefill_triton
 from .row import Row, checked, relative_error
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 import torch
 import triton
 
-from ..timing import matmul_rate, read_bandwidth
+from ..measuring.timing import matmul_rate, read_bandwidth
 from .attention import decode_rows, prefill_rows, ragged_rows
 from .eight_bits import a8w8_rows, eight_bit_rows
 from .elementwise import elementwise_rows

@@ -9,15 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import problems
-from ..activations import Activations, activation_codes
-from ..matmul import linear
-from ..matmul_triton import linear_8_bit, linear_fused, requantized_once
-from ..packing import PackedWeight
-from ..rounding import quantize_rows
-from ..timing import microseconds
+from ..formats.packing import PackedWeight
+from ..formats.weights import WEIGHT_FORMATS
+from ..measuring import problems
+from ..measuring.timing import microseconds
+from ..products.matmul import linear
+from ..products.matmul_triton import linear_8_bit, linear_fused, requantized_once
+from ..rows.activations import Activations, activation_codes
+from ..rows.rounding import quantize_rows
 from ..tuning import a8w8_config
-from ..weights import WEIGHT_FORMATS
 from .row import Row, checked, relative_error
 
 

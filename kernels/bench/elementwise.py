@@ -8,10 +8,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .. import elementwise, rounding
-from ..activations import Activations
-from ..rounding import quantize_rows
-from ..timing import microseconds
+from ..measuring.timing import microseconds
+from ..rows import elementwise, rounding
+from ..rows.activations import Activations
+from ..rows.rounding import quantize_rows
 from .row import Row, checked, relative_error
 
 

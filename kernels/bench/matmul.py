@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import problems
-from ..activations import SummedRows
-from ..chain import chain
-from ..matmul_triton import linear_fused, linear_partials, linear_triton
-from ..timing import microseconds
+from ..measuring import problems
+from ..measuring.chain import chain
+from ..measuring.timing import microseconds
+from ..products.matmul_triton import linear_fused, linear_partials, linear_triton
+from ..rows.activations import SummedRows
 from ..tune_layer import kind_of
 from ..tuning import HopperConfig, SkinnyConfig, planes_config, skinny_or_hopper, table
 from .row import Row, checked, relative_error

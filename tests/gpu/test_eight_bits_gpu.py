@@ -10,7 +10,7 @@ import torch
 
 import kernels
 from kernels import library
-from kernels.rounding import quantize_rows
+from kernels.rows.rounding import quantize_rows
 from kernels.tuning import WideConfig
 from tests.unit.kernels import checks_8_bit as checks
 from tests.unit.kernels.checks import normal, relative_error
@@ -108,7 +108,7 @@ def test_captured_in_a_graph(format: str, m: int) -> None:
         fresh = normal((m, 1024), seed, "cuda")
         static.copy_(fresh)
         graph.replay()
-        codes = kernels.activations.activation_codes(format, m)
+        codes = kernels.rows.activations.activation_codes(format, m)
         held = fresh.double() if codes is None else quantize_rows(fresh, codes, impl="torch").dequantize(torch.float64)
         assert relative_error(out, held @ checks.multiplied(weight, codes).t()) < 4e-3
 

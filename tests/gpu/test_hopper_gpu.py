@@ -17,11 +17,11 @@ if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
     pytest.skip("needs a CUDA device of compute capability 9.0, and PyTorch sees none here", allow_module_level=True)
 
 import kernels
-from kernels import a16w4_hopper, a16w8_hopper, bf16_hopper
-from kernels.a16w4_hopper import a16w4_hopper_partials
-from kernels.a16w8_hopper import a16w8_hopper_partials
-from kernels.bf16_hopper import bf16_hopper_partials
 from kernels.candidates import gated_hopper_candidates
+from kernels.products import a16w4_hopper, a16w8_hopper, bf16_hopper
+from kernels.products.a16w4_hopper import a16w4_hopper_partials
+from kernels.products.a16w8_hopper import a16w8_hopper_partials
+from kernels.products.bf16_hopper import bf16_hopper_partials
 from kernels.tuning import HopperConfig
 from tests.unit.kernels.checks import normal, relative_error
 
@@ -43,7 +43,10 @@ MANY = [
         (256, 128, 8, 3), (256, 64, 4, 3), (128, 128, 4, 2), (128, 64, 4, 3), (64, 128, 4, 3), (64, 256, 8, 3),
     )
     for producer in (False, True)
-] + [HopperConfig(64, 64, 1, 4, 3, True, 3, 3)]  # fmt: skip
+] + [
+    HopperConfig(64, 64, 1, 4, 3, True, 3, 3), HopperConfig(128, 64, 1, 4, 3, band=2),
+    HopperConfig(64, 128, 1, 4, 3, True, band=3),
+]  # fmt: skip
 FEW = with_producer_and_ahead(
     (8, 64, 4, 8, 4), (8, 256, 4, 5, 2), (16, 128, 4, 5, 3), (16, 256, 8, 2, 2), (32, 128, 4, 4, 2)
 )

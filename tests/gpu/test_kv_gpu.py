@@ -15,9 +15,10 @@ import kernels
 from engine import Engine, EngineConfig
 from engine.kv_plan import KVPlan
 from engine.sampling_params import SamplingParams
-from kernels import codec_triton, decode_triton, kv_cache_triton, problems
-from kernels.chain import BLOCK, chain
-from kernels.timing import microseconds
+from kernels.measuring import problems
+from kernels.measuring.chain import BLOCK, chain
+from kernels.measuring.timing import microseconds
+from kernels.paged import codec_triton, decode_triton, kv_cache_triton
 from kernels.tuning import DecodeConfig, decode_config
 
 if not torch.cuda.is_available():

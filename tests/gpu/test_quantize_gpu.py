@@ -11,8 +11,8 @@ from torch import Tensor
 
 from engine.quantize import quantize
 from kernels import quantize_weight
-from kernels.gptq import gptq
-from kernels.quantize import clipped, hqq
+from kernels.formats.gptq import gptq
+from kernels.formats.quantize import clipped, hqq
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

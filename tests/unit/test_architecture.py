@@ -36,6 +36,15 @@ PERMITTED = {
     "engine": THIRD_PARTY["engine"] | {"engine", "kernels"},
     "workbench": THIRD_PARTY["workbench"] | {"workbench", "engine", "kernels"},
 }
+# The rooms of kernels/, from the bottom up, and beside each those it takes from; what lies in no room serves all.
+ROOMS = {
+    "formats": set(),
+    "rows": {"formats"},
+    "products": {"formats", "rows"},
+    "paged": {"rows"},
+    "measuring": {"formats", "rows", "products", "paged"},
+    "bench": {"formats", "rows", "products", "paged", "measuring"},
+}
 WITHOUT_TORCH = ("errors", "sampling_params", "request", "clock", "batch", "blocks", "cache", "scheduler")
 
 
@@ -78,6 +87,14 @@ def relative_escapes(tree: ast.Module, depth: int) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.level > depth:
             yield f"line {node.lineno} leaves its package by a relative import"
+
+
+def rooms_taken_from(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Of a module in a room of kernels/: the other rooms it imports from."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level == 2:
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            yield from ((node.lineno, name.partition(".")[0]) for name in names if name.partition(".")[0] in ROOMS)
 
 
 PICKLES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
@@ -202,6 +219,23 @@ def test_imports_go_one_way(package: str) -> None:
         broken += [f"{describe(path)}: {fault}" for fault in foreign_imports(tree, package)]
         broken += [f"{describe(path)}: {fault}" for fault in relative_escapes(tree, depth)]
     assert not broken, "\n".join(broken)
+
+
+def test_rooms_of_kernels_stand_on_those_below() -> None:
+    broken = [
+        f"{describe(path)}: line {line} imports from {other}, {room} may not"
+        for room, permitted in ROOMS.items()
+        for path in sorted((ROOT / "kernels" / room).glob("*.py"))
+        for line, other in rooms_taken_from(ast.parse(path.read_text("utf-8")))
+        if other not in permitted
+    ]
+    assert not broken, "\n".join(broken)
+    assert {path.parent.name for path in (ROOT / "kernels").glob("*/*.py")} == set(ROOMS)
+
+
+def test_room_rule_sees_other_rooms() -> None:
+    snippet = "from ..paged.qkv import x\ndef f():\n    from .. import rows, tuning\nfrom .here import y"
+    assert [name for _, name in rooms_taken_from(ast.parse(snippet))] == ["paged", "rows"]
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def test_a_gpu_that_fits_is_taken(old_gpu: None, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_run_without_tuned_tiles_or_the_kernel_for_hopper_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    matmul_triton = pytest.importorskip("kernels.matmul_triton")
+    matmul_triton = pytest.importorskip("kernels.products.matmul_triton")
     gpu, slow = torch.device("cuda", 0), "4-bit weights without the kernel for Hopper and groups of 128"
     dense = torch.zeros(64, 128)
     bf16 = pack_weight(dense, "bf16", device="cpu", layout="plain")

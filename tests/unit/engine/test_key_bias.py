@@ -25,7 +25,7 @@ from engine.kv_plan import KEY_NOISE, KeyBias, KVPlan
 from engine.loader import LoadedModel, load_model
 from engine.rope import cos_sin_table
 from engine.sampling_params import SamplingParams
-from kernels.kv_cache import KV_FORMATS, decode, encode
+from kernels.paged.kv_cache import KV_FORMATS, decode, encode
 from tests.unit.engine.checkpoints import random_model, save, tiny_config
 from tests.unit.engine.quantized_checkpoints import CASES, rewrite, write
 from workbench.forecast import predicted_plan

@@ -9,7 +9,7 @@ from engine.graphs import padded_size
 from engine.prompt_graphs import LEAST_TOKENS, MOST_TOKENS, WIDTH, graph_size
 from engine.step_inputs import Arrays, inert_prompts
 from kernels import WEIGHT_FORMATS
-from kernels.activations import activation_codes
+from kernels.rows.activations import activation_codes
 
 
 @pytest.mark.parametrize("tokens, size", [(LEAST_TOKENS, 64), (64, 64), (65, 128), (500, 512), (MOST_TOKENS, 512)])

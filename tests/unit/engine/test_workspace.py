@@ -21,8 +21,9 @@ from engine.sampler import SamplingPlan, sample, sampling_bytes, sorting_bytes, 
 from engine.sampling_params import SamplingParams
 from engine.shapes import SHAPES
 from engine.workspace import workspace_bytes, workspace_parts
-from kernels import KV_FORMATS, allocate_kv, kv_cache_triton, most_expanded_bytes
-from kernels.expansion import EXPAND_BYTES, EXPAND_ROWS, worth_expanding
+from kernels import KV_FORMATS, allocate_kv, most_expanded_bytes
+from kernels.paged import kv_cache_triton
+from kernels.paged.expansion import EXPAND_BYTES, EXPAND_ROWS, worth_expanding
 from tests.unit.engine.support import make_request
 
 CUDA = torch.device("cuda")

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 import kernels
-from kernels import elementwise, rounding
-from kernels.activations import Activations, activation_codes
-from kernels.rounding import quantize_rows
+from kernels.rows import elementwise, rounding
+from kernels.rows.activations import Activations, activation_codes
+from kernels.rows.rounding import quantize_rows
 from kernels.tuning import HopperConfig, SkinnyConfig, WideConfig
 from tests.unit.kernels.checks import generator, normal, poison, relative_error
 
@@ -75,7 +75,7 @@ def check_linear_exact(
 def check_pairs_exact(m: int, n: int, k: int, device: str, config: SkinnyConfig | HopperConfig) -> None:
     """All int8 codes and whole numbers in x, so few that float32 holds every sum, with scales that are powers of two:
     every bit of every sum of partials must be right."""
-    from kernels.matmul_triton import linear_partials
+    from kernels.products.matmul_triton import linear_partials
 
     g = generator(m * n, device)
     codes = torch.randint(-128, 128, (n, k), generator=g, device=device).to(INT8)
@@ -94,7 +94,7 @@ def check_pairs_exact(m: int, n: int, k: int, device: str, config: SkinnyConfig 
 
 def check_every_word(device: str, rows: tuple[int, ...]) -> None:
     """Both codes of each of the 65,536 words, widened, and as products of so many unit vectors at a time give them."""
-    from kernels.skinny import widen_rows
+    from kernels.products.skinny import widen_rows
 
     words = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32, device=device).to(torch.int16).view(1024, 64)
     scale = torch.ones(1024, dtype=torch.bfloat16, device=device)
@@ -139,7 +139,7 @@ def scaled_sums(x: Activations, weight: kernels.QuantizedWeight, columns: slice)
 
 def check_a8w4_exact(m: int, n: int, k: int, group_size: int, device: str, config: WideConfig | None = None) -> None:
     """The int8 form of a 4-bit weight and sums in int32: every bit of every partial must be right."""
-    from kernels.a8w4 import a8w4_partials
+    from kernels.products.a8w4 import a8w4_partials
 
     plain, x = any_4_bit(n, k, group_size, device), any_codes(m, k, device)
     weight = kernels.pack_weight(plain, "w4a8", device=device, layout="planes")
@@ -156,7 +156,7 @@ def check_a8w4_exact(m: int, n: int, k: int, group_size: int, device: str, confi
 
 def check_requantized_once(m: int, n: int, k: int, group_size: int, device: str, elements: int) -> None:
     """The int8 form written out, and the product of slices of so many elements."""
-    from kernels import a8w4, matmul_triton
+    from kernels.products import a8w4, matmul_triton
 
     plain, x = any_4_bit(n, k, group_size, device), any_codes(m, k, device)
     weight = kernels.pack_weight(plain, "w4a8", device=device, layout="planes")
@@ -186,7 +186,7 @@ def check_broken_rows(m: int, format: str, device: str, *, impl: str, layout: st
 
 def check_splits(m: int, n: int, k: int, format: str, device: str) -> None:
     """Every number of splits, one of which leaves an uneven rest, gives the product."""
-    from kernels.matmul_triton import linear_8_bit
+    from kernels.products.matmul_triton import linear_8_bit
 
     weight = kernels.pack_weight(normal((n, k), 1, device) * 0.05, format, device=device, layout="plain")
     x = quantize_rows(normal((m, k), m, device), CODES[format], impl="torch")

@@ -92,7 +92,7 @@ def check_operands(
         (added, plain),
     )
     if weight.layout == "planes":
-        from kernels.elementwise_triton import summed_add_rms_norm, summed_rms_norm, summed_silu_mul
+        from kernels.rows.elementwise_triton import summed_add_rms_norm, summed_rms_norm, summed_silu_mul
 
         summed, summed_total = summed_add_rms_norm(x, residual, norm, 1e-5, group_size)
         assert torch.equal(summed_total, plain_total) and torch.equal(summed.x, plain)

@@ -8,8 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 import kernels
-from kernels.kv_cache import Codec, decode, encode
-from kernels.kv_cache_triton import encode_rows
+from kernels.paged.kv_cache import Codec, decode, encode
+from kernels.paged.kv_cache_triton import encode_rows
 from kernels.triton_common import INTERP
 from tests.unit.kernels.checks import attention64, fill_cache, generator, poison, relative_error
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import kernels
-from kernels.activations import Activations, activation_codes
-from kernels.matmul import widen_e4m3
-from kernels.rounding import quantize_rows, quantized_silu_mul
+from kernels.products.matmul import widen_e4m3
+from kernels.rows.activations import Activations, activation_codes
+from kernels.rows.rounding import quantize_rows, quantized_silu_mul
 from tests.unit.kernels import checks_8_bit as checks
 from tests.unit.kernels.checks_8_bit import SIXTEEN_BIT_ROWS
 
@@ -65,7 +65,7 @@ def test_rows_of_zeros_have_an_int8_form(layout: str) -> None:
     dead = (weight.scale == 0).all(1)
     assert dead.sum() == 1 and (packed.to_plain().requantized().codes[dead] == 0).all()
     assert packed.nbytes - replace(packed, channel=None).nbytes == packed.channel.nbytes
-    assert torch.equal(packed.channel[:72], kernels.weights.channel_scales(weight.scale, weight.zero))
+    assert torch.equal(packed.channel[:72], kernels.formats.weights.channel_scales(weight.scale, weight.zero))
 
 
 @pytest.mark.parametrize("impl", ["aten", "torch"])

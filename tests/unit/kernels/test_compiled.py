@@ -18,21 +18,10 @@ if sys.platform != "linux":
 
 import torch
 
-from kernels import (
-    KV_FORMATS,
-    a8w4,
-    a8w8,
-    a16w4,
-    decode_triton,
-    elementwise_triton,
-    kv_cache_triton,
-    prefill_triton,
-    qkv_triton,
-    rounding_triton,
-    skinny,
-    tuning,
-    wide,
-)
+from kernels import KV_FORMATS, tuning
+from kernels.paged import decode_triton, kv_cache_triton, prefill_triton, qkv_triton
+from kernels.products import a8w4, a8w8, a16w4, skinny, wide
+from kernels.rows import elementwise_triton, rounding_triton
 from tests.unit.kernels.sass import Compiled, before_wait, compile_kernel, mma, opcodes
 
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")

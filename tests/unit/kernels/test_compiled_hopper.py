@@ -19,7 +19,8 @@ if sys.platform != "linux":
 import torch
 from triton.experimental.gluon.language import NVMMASharedLayout
 
-from kernels import a16w4_hopper, a16w8_hopper, bf16_hopper, hopper_ring, pack_weight
+from kernels import pack_weight
+from kernels.products import a16w4_hopper, a16w8_hopper, bf16_hopper, hopper_ring
 from kernels.tuning import HopperConfig
 from tests.unit.kernels.sass import Compiled, before_wait, compile_kernel, mma, opcodes
 
@@ -43,7 +44,7 @@ def compiled(config: HopperConfig, out: torch.dtype, by_tma: bool, gated: bool, 
     signature |= {"scale": "*bf16"} if format == "int8" else {}
     signature |= {"out": f"*{element}"} | dict.fromkeys("M N K groups_per_split".split(), "i32")
     constants: dict[str, object] = {"STAGES": config.stages, "EARLY": 2 if config.late else 1, "GATED": gated}
-    constants |= {"PRODUCER": config.producer, "AHEAD": config.ahead}
+    constants |= {"PRODUCER": config.producer, "AHEAD": config.ahead, "BAND": config.band}
     if by_tma:
         box = [1, config.block_m, config.block_n // (2 if gated else 1)]
         signature["y_desc"] = descriptor(element, box, hopper_ring.OUT_LAYOUTS[out])
@@ -76,7 +77,8 @@ def waits(loop: list[str]) -> list[int]:
     "config, out, by_tma, budget",
     [
         (HopperConfig(256, 128, 1, 8, 3, True), torch.bfloat16, True, 3.4),
-        (HopperConfig(256, 128, 1, 8, 3, True), torch.float32, False, 3.4),
+        (HopperConfig(256, 128, 1, 8, 3, True, band=4), torch.float32, False, 3.4),
+        (HopperConfig(256, 128, 1, 8, 2, False, band=4), torch.bfloat16, True, 4.3),
         (HopperConfig(128, 128, 1, 4, 2, False, 2), torch.bfloat16, True, 3.2),
         (HopperConfig(256, 64, 1, 4, 3, True), torch.float32, True, 3.4),
         (HopperConfig(128, 64, 1, 4, 3, False, 2), torch.float32, True, 3.9),

@@ -11,7 +11,9 @@ import pytest
 if sys.platform != "linux":
     pytest.skip("Triton is published for Linux only", allow_module_level=True)
 
-from kernels import KV_FORMATS, a8w4, a8w8, a16w4, decode_triton, prefill_triton, skinny, tuning, wide
+from kernels import KV_FORMATS, tuning
+from kernels.paged import decode_triton, prefill_triton
+from kernels.products import a8w4, a8w8, a16w4, skinny, wide
 from tests.unit.kernels.sass import Compiled
 from tests.unit.kernels.test_compiled import CODES, attention, matmul
 

@@ -9,7 +9,7 @@ import pytest
 if sys.platform != "linux":
     pytest.skip("Triton is published for Linux only", allow_module_level=True)
 
-from kernels import elementwise_triton, tokens_triton
+from kernels.rows import elementwise_triton, tokens_triton
 from tests.unit.kernels.sass import Compiled, before_wait, compile_kernel, opcodes
 
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")

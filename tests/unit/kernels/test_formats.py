@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import kernels
-from kernels.packing import device_layout
+from kernels.formats.packing import device_layout
 
 WEIGHT = torch.randn(192, 256)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 import kernels
 from kernels import library
 from kernels.library import OPERATORS, Operators, _fields, _parts
+from kernels.rows import rounding
 
 HEADS, KV_HEADS, DIM, T = 4, 2, 64, 5
 
@@ -56,7 +57,7 @@ def samples(impl: str) -> list[tuple[str, tuple[Any, ...]]]:
         for format in kernels.WEIGHT_FORMATS
         for bias in (None, bf16(96))
     ]
-    eight = kernels.rounding.quantize_rows(bf16(2, 20, 128), torch.int8)
+    eight = rounding.quantize_rows(bf16(2, 20, 128), torch.int8)
     found += [("linear", (eight.codes, eight.scale, *_fields(weight("w8a8")), None, impl))]
     found += [("rms_norm", (bf16(T, 48), bf16(48), 1e-5, impl)), ("silu_mul", (bf16(T, 48), impl))]
     found += [("add_rms_norm", (bf16(T, 48), bf16(T, 48), bf16(48), 1e-5, impl))]
@@ -175,7 +176,7 @@ class Plain:
     """The functions as the package gives them."""
 
     linear = staticmethod(kernels.linear)
-    quantized_add_rms_norm = staticmethod(kernels.rounding.quantized_add_rms_norm)
+    quantized_add_rms_norm = staticmethod(rounding.quantized_add_rms_norm)
 
 
 def test_importing_registers_nothing_and_registering_twice_changes_nothing() -> None:
@@ -192,7 +193,7 @@ def test_importing_registers_nothing_and_registering_twice_changes_nothing() -> 
 
 def test_codes_remember_the_dtype_they_stand_for(ops: Operators) -> None:
     gate_up = torch.randn(T, 48)
-    got, want = ops.quantized_silu_mul(gate_up, torch.int8), kernels.rounding.quantized_silu_mul(gate_up, torch.int8)
+    got, want = ops.quantized_silu_mul(gate_up, torch.int8), rounding.quantized_silu_mul(gate_up, torch.int8)
     assert got.dtype == want.dtype == torch.float32
 
 

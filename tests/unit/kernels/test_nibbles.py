@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kernels import linear, pack_weight
-from kernels.packing import NIBBLES_ABOVE, device_layout
+from kernels.formats.packing import NIBBLES_ABOVE, device_layout
 
 CPU = torch.device("cpu")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kernels import pack_weight, quantize_weight
-from kernels.packing import device_layout
+from kernels.formats.packing import device_layout
 
 SHAPES = [(64, 128), (300, 384), (5, 200), (7, 63)]  # of K whole groups, one and a half, one with an odd end
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from kernels import QuantizedWeight, quantize_weight
-from kernels.gptq import gptq
-from kernels.quantize import clip, clipped, group_moments, grouped, hqq, hqq_loss, on_grid, span
-from kernels.smoothing import awq_scales, fold_norm, search, smooth
+from kernels.formats.gptq import gptq
+from kernels.formats.quantize import clip, clipped, group_moments, grouped, hqq, hqq_loss, on_grid, span
+from kernels.formats.smoothing import awq_scales, fold_norm, search, smooth
 
 N, K, TOKENS = 48, 256, 600
 
@@ -74,7 +74,7 @@ def test_hqq_is_never_worse_than_rounding_on_its_own_loss(p: float) -> None:
 def test_hqq_takes_rows_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = heavy_tailed()
     whole = hqq(weight)
-    monkeypatch.setattr("kernels.quantize.HQQ_ELEMENTS", 7 * K)
+    monkeypatch.setattr("kernels.formats.quantize.HQQ_ELEMENTS", 7 * K)
     assert torch.equal(hqq(weight).codes, whole.codes)
 
 

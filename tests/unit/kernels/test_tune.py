@@ -16,21 +16,10 @@ import torch
 if sys.platform != "linux":
     pytest.skip("Triton is published for Linux only", allow_module_level=True)
 
-from kernels import (
-    KV_FORMATS,
-    PackedWeight,
-    a16w4_hopper,
-    a16w8_hopper,
-    bf16_hopper,
-    candidates,
-    matmul_triton,
-    pack_weight,
-    tune,
-    tune_layer,
-    tuning,
-)
+from kernels import KV_FORMATS, PackedWeight, candidates, pack_weight, tune, tune_layer, tuning
 from kernels.bench.matmul import tiles_alone
-from kernels.problems import SHAPES
+from kernels.measuring.problems import SHAPES
+from kernels.products import a16w4_hopper, a16w8_hopper, bf16_hopper, matmul_triton
 from kernels.tuning import HopperConfig, SkinnyConfig, WideConfig
 
 H200_FILE = json.loads((tuning.TUNED / "NVIDIA_H200.json").read_text())
@@ -116,7 +105,7 @@ def test_an_entry_says_by_which_kernel_few_rows_run(format: str, kind: str, monk
         return torch.empty(1, x.shape[0], 128 if gated else 256)
 
     here = {"int4": a16w4_hopper, "int8": a16w8_hopper, "bf16": bf16_hopper}[format]
-    monkeypatch.setattr(here, here.__name__.removeprefix("kernels.") + "_partials", noted)
+    monkeypatch.setattr(here, here.__name__.rpartition(".")[2] + "_partials", noted)
     x, layout = torch.ones(16, 512).bfloat16(), {"int4": "planes", "int8": "pairs", "bf16": "plain"}[format]
     weight = pack_weight(torch.ones(256, 512), format, device="cpu", layout=layout)
     matmul_triton.linear_partials(x, weight)

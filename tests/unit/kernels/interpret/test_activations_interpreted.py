@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels import matmul_triton
+from kernels.products import matmul_triton
 from kernels.tuning import WideConfig
 from tests.unit.kernels import checks_8_bit as checks
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import kernels
-from kernels import matmul_triton
-from kernels.elementwise_triton import summed_rms_norm
+from kernels.products import matmul_triton
+from kernels.rows.elementwise_triton import summed_rms_norm
 from tests.unit.kernels import checks_fused
 
 

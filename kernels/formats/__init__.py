@@ -1,0 +1,1 @@
+"""Weights: their formats, how codes are chosen, and how they lie in memory."""

@@ -1,0 +1,1 @@
+"""What `kernels.bench`, `kernels.tune` and `kernels.tune_layer` measure, and how it is timed."""

@@ -1,0 +1,1 @@
+"""The paged KV cache: its formats, writing, reading, and attention over it."""

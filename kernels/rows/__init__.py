@@ -1,0 +1,1 @@
+"""Operations on rows: norms, SiLU-mul, rotary embedding, and rounding to 8 bits."""
