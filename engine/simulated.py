@@ -76,7 +76,7 @@ class SimulatedRunner:
         self.memory: MemoryPlan = plan_memory(
             limit=config.memory_limit or self.gpu.memory,
             weights=spec.weight_bytes(config.weights, config.group_size),
-            workspace=spec.workspace_bytes(config.max_batched_tokens, config.max_batch_size),
+            workspace=spec.workspace_bytes(config.max_batched_tokens + config.max_batch_size, config.max_batch_size),
             cache_ratio=config.cache_ratio,
             block_bytes=block_size * spec.kv_bytes_per_token(config.kv, config.kv_repair),
             block_size=block_size,

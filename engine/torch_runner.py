@@ -33,7 +33,7 @@ from engine.workspace import (
     CUDA_BLOCK_SIZE,
     PROMPT_ROWS,
     default_limit,
-    step_tokens,
+    prompt_tokens,
     workspace_bytes,
 )
 from kernels import KVLayer, allocate_kv
@@ -180,7 +180,7 @@ class TorchRunner:
         if self._graphs is not None:
             self._graphs.warm_up(self.config.max_batch_size, -(-most // self._memory.block_size))
         if self._prompt_graphs is not None:
-            self._prompt_graphs.warm_up(min(most, step_tokens(self._spec, self.config)))
+            self._prompt_graphs.warm_up(min(most, prompt_tokens(self._spec, self.config)))
 
     def _prompt_shapes(self) -> list[tuple[int, int]]:
         """(prompts, tokens of each) of steps whose kernels differ: by the number of prompts, and of tokens in all."""
@@ -188,7 +188,7 @@ class TorchRunner:
         longest, budget, batch = len(self._cos_sin), self.config.max_batched_tokens, self.config.max_batch_size
         most = min(batch, max(1, budget // 256))  # in one step, mostly
         counts = [(1 << i, 1) for i in range(most.bit_length())]
-        limit = min(budget, batch * longest)  # short sessions fill a step together
+        limit = min(budget + batch, batch * longest)  # short sessions fill a step together
         sizes = {1 << i for i in range(4, limit.bit_length())} | {n for n in TUNED_ROWS if 16 < n < limit} | {limit}
         return counts + [(count, size // count) for size in sorted(sizes) for count in [-(-size // longest)]]
 
