@@ -123,9 +123,10 @@ class DecoderLayer(nn.Module):
             return decode_attention(q, kv, tables, lengths, scale, plan, impl=impl)
         if n == 0:
             return prefill_attention(q, kv, tables, starts, lengths, scale, plan, impl=impl)
-        decoded = decode_attention(q[:n], kv, tables[:n], lengths[:n], scale, plan, impl=impl)
-        prefilled = prefill_attention(q[n:], kv, tables[n:], starts, lengths[n:], scale, plan, impl=impl)
-        return torch.cat((decoded, prefilled))
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        decode_attention(q[:n], kv, tables[:n], lengths[:n], scale, plan, out=out[:n], impl=impl)
+        prefill_attention(q[n:], kv, tables[n:], starts, lengths[n:], scale, plan, out=out[n:], impl=impl)
+        return out
 
     def mlp(self, x: Operand) -> Tensor:
         """Normed hidden states [T, hidden] -> what the MLP adds to the residual, maybe as partials."""

@@ -294,7 +294,7 @@ def combine_kernel(
 
 def decode_triton(
     q: Tensor, layer: KVLayer, block_tables: Tensor, lengths: Tensor, scale: float, config: DecodeConfig | None = None,
-    settled: bool = False,
+    settled: bool = False, out: Tensor | None = None,
 ) -> Tensor:
     """q [B, H, D] bf16; lengths are read on the device only, so the launch is the same for every step (CUDA graphs).
     settled: see `Settled`."""
@@ -306,7 +306,7 @@ def decode_triton(
     batch, heads, d = q.shape
     group = heads // layer.kv_heads
     config = config or decode_config(layer.format.name, batch, layer.kv_heads, block_tables.shape[1] * layer.block_size)
-    out = torch.empty(batch, heads, d, dtype=q.dtype, device=q.device)
+    out = torch.empty(batch, heads, d, dtype=q.dtype, device=q.device) if out is None else out
     splits, early = config.splits, admission(late=True)
     partial = torch.empty(batch, heads, splits, d, dtype=torch.float32, device=q.device) if splits > 1 else out
     partial_ml = torch.empty(batch, heads, splits, 2, dtype=torch.float32, device=q.device) if splits > 1 else out
