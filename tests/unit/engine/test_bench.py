@@ -47,6 +47,17 @@ def test_floor_is_bytes_over_bandwidth() -> None:
     assert roofline.floor(3, 50.0) == pytest.approx((1000 + 3 * 50 * 2) / 100)
 
 
+@pytest.mark.parametrize("model", ["synthetic:tiny", "bundled"])
+@pytest.mark.parametrize("weights", ["bf16", "int8"])
+def test_a_step_reads_every_matrix_once(model: str, weights: str) -> None:
+    """Tied embeddings too, which oneDNN holds twice: for the product, which reads all, and for looking rows up."""
+    config = EngineConfig(model=model, weights=weights, device="cpu", max_batch_size=1, memory_limit=1 << 28)
+    with Engine(config) as engine:
+        roofline, held = Roofline.of(engine, (1.0, "by hand")), engine.memory.weights
+        table = held["lm_head"] or held["embeddings"]
+    assert roofline.weight_bytes == held["attention"] + held["mlp"] + held["norms"] + table
+
+
 def test_peers_in_small(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = ["--divide", "32", "--repeats", "1", "--max-batched-tokens", "256"]
     [report] = run(tmp_path, "--suite", "peers", *small)["peers"]
