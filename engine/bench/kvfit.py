@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from engine.batch import StepEvent
+from engine.bench.measure import serve
 from engine.bench.work import fixed_work
 from engine.config import EngineConfig
 from engine.engine import Engine
@@ -51,11 +52,8 @@ def _row(config: EngineConfig, model: LoadedModel, concurrent: int, seed: int) -
         engine.observers.append(events.append)
         fits = engine.memory.tokens_that_fit // LENGTH
         work = fixed_work(engine.spec.vocab_size, fits + 2, LENGTH - OUTPUT, OUTPUT, seed)
-        outputs = engine.generate(work.prompts, work.params)
+        _, outputs = serve(engine, work)
         engine.check_integrity()
-        made = sum(len(output.token_ids) for output in outputs)
-        if made != work.output_tokens:
-            raise RuntimeError(f"KV {config.kv}: {made} tokens came out of {work.output_tokens}")
         return {
             "kv": config.kv,
             "pool_bytes": engine.memory.kv,

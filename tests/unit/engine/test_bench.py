@@ -12,15 +12,18 @@ import torch
 
 from engine.bench.cli import main, parse
 from engine.bench.host import run_host
+from engine.bench.measure import serve
 from engine.bench.peers import PeerSizes, run_peers
 from engine.bench.reference import generate_candidate, load_network
 from engine.bench.roofline import Roofline
 from engine.bench.soak import Soak, run_soak
-from engine.bench.work import shared_work, uniform_work
+from engine.bench.work import Work, fixed_work, shared_work, uniform_work
 from engine.config import EngineConfig
 from engine.engine import Engine
+from engine.errors import ConfigError
 from engine.loader import load_model
 from engine.request import Request
+from engine.sampling_params import SamplingParams
 from tests.unit.engine.test_overlap import SlotDevice
 
 TINY = ["--model", "synthetic:tiny", "--device", "cpu", "--memory-limit", "0.1"]
@@ -56,6 +59,25 @@ def test_a_step_reads_every_matrix_once(model: str, weights: str) -> None:
         roofline, held = Roofline.of(engine, (1.0, "by hand")), engine.memory.weights
         table = held["lm_head"] or held["embeddings"]
     assert roofline.weight_bytes == held["attention"] + held["mlp"] + held["norms"] + table
+
+
+def test_tokens_that_were_not_made_are_in_no_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A session too short for the work would answer with fewer tokens, which the rate would count all the same."""
+    config = EngineConfig(model="synthetic:tiny", device="cpu", memory_limit=100_000_000, session_len=16)
+    with Engine(config) as engine:
+        with pytest.raises(ConfigError, match=r"the longest request of this work takes 17 tokens.* holds 16 \("):
+            serve(engine, fixed_work(512, 2, 8, 9, 0))
+        work = fixed_work(512, 2, 8, 8, 0)
+        assert [len(output.token_ids) for output in serve(engine, work)[1]] == [8, 8]
+        monkeypatch.setattr(Work, "params", [SamplingParams(max_tokens=7, ignore_eos=True)] * 2)
+        with pytest.raises(RuntimeError, match="made 7 tokens of 8: it ended as length"):
+            serve(engine, work)
+
+
+def test_work_that_no_session_holds_is_refused_in_a_sentence() -> None:
+    small = ["--memory-limit", "0.0217", "--max-batch-size", "1", "--max-batched-tokens", "4096"]
+    with pytest.raises(SystemExit, match=r"error: the longest request of this work takes 641 tokens, and a session of"):
+        main([*TINY, *small, "--suite", "decode1", "--repeats", "1"])
 
 
 def test_peers_in_small(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
