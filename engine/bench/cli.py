@@ -63,7 +63,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--compare", choices=["transformers", "generate"],
         help="generate: transformers' generate, padded batches of 16; transformers: its continuous batching too",
     )  # fmt: skip
-    parser.add_argument("--json", type=writable, help="write everything with machine, versions, seed and command")
+    parser.add_argument(
+        "--json", type=writable, help="write everything with machine, versions, seed and command, after each suite"
+    )
     args = parser.parse_args(argv)
     for name in ("repeats", "divide", "concurrent"):
         value = getattr(args, name)
@@ -100,10 +102,13 @@ def formats(args: argparse.Namespace) -> list[dict[str, Any]]:
     return [{"weights": weights, "kv": kv} for weights in args.weights for kv in args.kv]
 
 
-def side_by_side(args: argparse.Namespace, suites: Sequence[str]) -> dict[str, Any]:
+Keep = Callable[[str, Any], None]
+"""Takes a suite's name and its figures as soon as they are known, and again when there are more of them."""
+
+
+def side_by_side(args: argparse.Namespace, suites: Sequence[str], keep: Keep) -> None:
     """Engines of all formats and transformers, interleaved on each workload."""
     common = options(args)
-    report: dict[str, Any] = {}
     with load_model(EngineConfig(**common)) as model, ExitStack() as stack:
         candidates: dict[str, Candidate] = {}
         bandwidth = measured_bandwidth(args.device)
@@ -120,42 +125,42 @@ def side_by_side(args: argparse.Namespace, suites: Sequence[str]) -> dict[str, A
         for suite in suites:
             results = measure(candidates, WORKS[suite](model.spec.vocab_size, args.seed), args.repeats or 5)
             print_suite(suite, results)
-            report[suite] = [asdict(result) for result in results]
-    return report
+            keep(suite, [asdict(result) for result in results])
 
 
-def peers(args: argparse.Namespace) -> Any:
+def peers(args: argparse.Namespace, keep: Keep) -> None:
     common = options(args, max_batch_size=256, max_batched_tokens=8192)
     sizes = PeerSizes().divided(args.divide) if args.divide > 1 else PeerSizes()
+    runs: list[dict[str, Any]] = []
     with load_model(EngineConfig(**common)) as model:
-        return [
-            run_peers(EngineConfig(**form, **common), model, sizes, args.parts, args.repeats or 3, args.seed)
-            for form in formats(args)
-        ]
+        for form in formats(args):
+            config = EngineConfig(**form, **common)
+            runs.append(run_peers(config, model, sizes, args.parts, args.repeats or 3, args.seed))
+            keep("peers", runs)
 
 
-def host(args: argparse.Namespace) -> Any:
-    return run_host(args.counts, args.seed)
+def host(args: argparse.Namespace, keep: Keep) -> None:
+    keep("host", run_host(args.counts, args.seed))
 
 
-def switch(args: argparse.Namespace) -> Any:
+def switch(args: argparse.Namespace, keep: Keep) -> None:
     config = EngineConfig(**options(args), weights=args.weights[0], kv=args.kv[0])
-    return run_switch(config, args.weights[1:], args.kv[1:])
+    keep("switch", run_switch(config, args.weights[1:], args.kv[1:]))
 
 
-def kvfit(args: argparse.Namespace) -> Any:
+def kvfit(args: argparse.Namespace, keep: Keep) -> None:
     config = EngineConfig(**options(args), weights=args.weights[0])
     with load_model(config) as model:
-        return run_kvfit(config, model, args.kv, args.concurrent, args.seed)
+        keep("kvfit", run_kvfit(config, model, args.kv, args.concurrent, args.seed))
 
 
-def soak(args: argparse.Namespace) -> Any:
+def soak(args: argparse.Namespace, keep: Keep) -> None:
     with Engine(EngineConfig(**formats(args)[0], **options(args))) as engine:
         print(f"  {engine.description}")
-        return run_soak(engine, args.minutes, args.seed)
+        keep("soak", run_soak(engine, args.minutes, args.seed))
 
 
-SUITES: dict[str, Callable[[argparse.Namespace], Any]] = {
+SUITES: dict[str, Callable[[argparse.Namespace, Keep], None]] = {
     "peers": peers,
     "host": host,
     "switch": switch,
@@ -166,15 +171,21 @@ SUITES: dict[str, Callable[[argparse.Namespace], Any]] = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    report: dict[str, Any] = {"model": args.model, "seed": args.seed}
+    report: dict[str, Any] = {"model": args.model, "seed": args.seed, "suites": {}}
+
+    def keep(suite: str, figures: Any) -> None:
+        """Written at once: what breaks off later, an interrupt too, takes nothing with it."""
+        report["suites"][suite] = figures
+        if args.json:
+            write_report(args.json, report, argv)
+
     works = [suite for suite in args.suite if suite in WORKS]
     try:
-        report["suites"] = side_by_side(args, works) if works else {}
+        if works:
+            side_by_side(args, works, keep)
         for suite in args.suite:
             if suite in SUITES:
                 print(f"{suite}:")
-                report["suites"][suite] = SUITES[suite](args)
+                SUITES[suite](args, keep)
     except (ConfigError, CheckpointError) as error:
         raise SystemExit(f"python -m engine.bench: error: {error}") from None
-    if args.json:
-        write_report(args.json, report, argv)

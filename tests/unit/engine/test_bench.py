@@ -111,6 +111,32 @@ def test_timed_runs_of_the_peers_begin_rested(monkeypatch: pytest.MonkeyPatch) -
     assert PeerSizes().rest > 0 == PeerSizes().divided(2).rest
 
 
+@pytest.mark.parametrize("ends", [KeyboardInterrupt, AssertionError, ConfigError])
+def test_what_was_measured_is_kept_when_a_later_suite_breaks_off(
+    ends: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise ends("in the middle")
+
+    monkeypatch.setattr("engine.bench.cli.run_soak", broken)
+    with pytest.raises((ends, SystemExit)):
+        run(tmp_path, "--suite", "single", "soak", "--repeats", "1")
+    report = json.loads((tmp_path / "figures.json").read_text())
+    assert list(report["suites"]) == ["single"] and report["machine"]["versions"]["torch"]
+
+
+def test_each_format_of_the_peers_is_kept_as_it_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured_once(config: EngineConfig, *_: object) -> dict[str, str]:
+        if config.weights == "int8":
+            raise KeyboardInterrupt
+        return {"weights": str(config.weights)}
+
+    monkeypatch.setattr("engine.bench.cli.run_peers", measured_once)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, "--suite", "peers", "--weights", "bf16", "int8")
+    assert json.loads((tmp_path / "figures.json").read_text())["suites"] == {"peers": [{"weights": "bf16"}]}
+
+
 def test_kvfit_counts_requests_that_run(tmp_path: Path) -> None:
     rows = run(tmp_path, "--suite", "kvfit", "--kv", "bf16", "int8", "--concurrent", "3")["kvfit"]
     assert [row["kv"] for row in rows] == ["bf16", "int8"]
