@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
 
-from engine.bench.host import run_host
-from engine.bench.kvfit import run_kvfit
+from engine.bench.host import MOST_RUNNING, run_host
+from engine.bench.kvfit import MOST_CONCURRENT, run_kvfit
 from engine.bench.measure import Candidate, engine_candidate, measure, print_suite
 from engine.bench.peers import PARTS, PeerSizes, run_peers
 from engine.bench.reference import ContinuousCandidate, generate_candidate, load_network
@@ -32,6 +33,12 @@ SUITE_HELP = (
     "configuration after another; kvfit: requests of 1,024 tokens in the same bytes per KV format; soak: mixed traffic "
     "with random aborts for --minutes"
 )
+
+DEFAULTS = {"peers": {"max_batch_size": 256, "max_batched_tokens": 8192}}
+ONE_OF = {"soak": ("weights", "kv"), "kvfit": ("weights",)}
+"""What a suite takes one format of."""
+LIMITS = 0.0011, 1_000_000
+"""Of --memory-limit, in GB: within those of EngineConfig."""
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -67,25 +74,41 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--json", type=writable, help="write everything with machine, versions, seed and command, after each suite"
     )
     args = parser.parse_args(argv)
-    for name in ("repeats", "divide", "concurrent"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name} is {value}; it must be at least 1")
-    if args.minutes <= 0:
-        parser.error(f"--minutes is {args.minutes:g}; it must be greater than 0")
-    try:  # before a model is loaded
-        for form in formats(args):
-            EngineConfig(**form, **options(args))
-        for count in args.counts:
-            EngineConfig(max_batch_size=count)
-    except ConfigError as error:
-        parser.error(str(error))
+    check(parser, args)
     return args
 
 
-def options(args: argparse.Namespace, **defaults: int) -> dict[str, Any]:
-    """Of every engine; `defaults` are the suite's own where the command line says nothing."""
-    sizes = {"max_batch_size": 64, "max_batched_tokens": EngineConfig.max_batched_tokens, **defaults}
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """What cannot be measured, or would be left out without a word, is refused before a model is loaded."""
+    for name, most in (("repeats", None), ("divide", None), ("concurrent", MOST_CONCURRENT), ("counts", MOST_RUNNING)):
+        for value in args.counts if name == "counts" else [getattr(args, name)]:
+            if value is not None and (value < 1 or (most is not None and value > most)):
+                limit = "at least 1" if most is None else f"from 1 to {most:,}"
+                parser.error(f"--{name} is {value}; it must be {limit}")
+    if not 0 < args.minutes < math.inf:
+        parser.error(f"--minutes is {args.minutes:g}; it must be greater than 0 and finite")
+    if args.memory_limit is not None and not LIMITS[0] <= args.memory_limit <= LIMITS[1]:
+        parser.error(f"--memory-limit is {args.memory_limit:g} GB; it must be from {LIMITS[0]:g} to {LIMITS[1]:,}")
+    timed = [suite for suite in args.suite if suite in (*WORKS, "peers", "switch")]
+    if args.runner == "simulated" and timed:
+        parser.error(f"--runner is 'simulated', which computes nothing that {timed[0]} could time; it must be 'torch'")
+    if args.compare and not set(args.suite) & set(WORKS):
+        parser.error(f"--compare is {args.compare!r}; it must come with a suite that compares: {', '.join(WORKS)}")
+    for suite in args.suite:
+        for name in ONE_OF.get(suite, ()):
+            if len(getattr(args, name)) > 1:
+                given = " ".join(getattr(args, name))
+                parser.error(f"--{name} is {given!r}; it must be one format with the suite {suite}")
+        try:
+            for form in formats(args):
+                EngineConfig(**form, **options(args, suite))
+        except ConfigError as error:
+            parser.error(str(error))
+
+
+def options(args: argparse.Namespace, suite: str) -> dict[str, Any]:
+    """Of every engine of a suite, which has defaults of its own where the command line says nothing."""
+    sizes = {"max_batch_size": 64, "max_batched_tokens": EngineConfig.max_batched_tokens, **DEFAULTS.get(suite, {})}
     return {
         "model": args.model,
         "seed": args.seed,
@@ -108,7 +131,7 @@ Keep = Callable[[str, Any], None]
 
 def side_by_side(args: argparse.Namespace, suites: Sequence[str], keep: Keep) -> None:
     """Engines of all formats and transformers, interleaved on each workload."""
-    common = options(args)
+    common = options(args, suites[0])
     with load_model(EngineConfig(**common)) as model, ExitStack() as stack:
         candidates: dict[str, Candidate] = {}
         bandwidth = measured_bandwidth(args.device)
@@ -129,7 +152,7 @@ def side_by_side(args: argparse.Namespace, suites: Sequence[str], keep: Keep) ->
 
 
 def peers(args: argparse.Namespace, keep: Keep) -> None:
-    common = options(args, max_batch_size=256, max_batched_tokens=8192)
+    common = options(args, "peers")
     sizes = PeerSizes().divided(args.divide) if args.divide > 1 else PeerSizes()
     runs: list[dict[str, Any]] = []
     with load_model(EngineConfig(**common)) as model:
@@ -144,18 +167,18 @@ def host(args: argparse.Namespace, keep: Keep) -> None:
 
 
 def switch(args: argparse.Namespace, keep: Keep) -> None:
-    config = EngineConfig(**options(args), weights=args.weights[0], kv=args.kv[0])
+    config = EngineConfig(**options(args, "switch"), weights=args.weights[0], kv=args.kv[0])
     keep("switch", run_switch(config, args.weights[1:], args.kv[1:]))
 
 
 def kvfit(args: argparse.Namespace, keep: Keep) -> None:
-    config = EngineConfig(**options(args), weights=args.weights[0])
+    config = EngineConfig(**options(args, "kvfit"), weights=args.weights[0])
     with load_model(config) as model:
         keep("kvfit", run_kvfit(config, model, args.kv, args.concurrent, args.seed))
 
 
 def soak(args: argparse.Namespace, keep: Keep) -> None:
-    with Engine(EngineConfig(**formats(args)[0], **options(args))) as engine:
+    with Engine(EngineConfig(**formats(args)[0], **options(args, "soak"))) as engine:
         print(f"  {engine.description}")
         keep("soak", run_soak(engine, args.minutes, args.seed))
 

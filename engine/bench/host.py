@@ -26,6 +26,7 @@ from engine.step_inputs import Staging
 SHAPE = "synthetic:7b"
 PROMPT = 512
 STEPS = 150
+MOST_RUNNING = 1024  # contexts of PROMPT and STEPS tokens; the pool of an H200 holds hardly more beside SHAPE in bf16
 KINDS = {"greedy": SamplingParams(max_tokens=4096, ignore_eos=True)}
 KINDS["drawn"] = SamplingParams(max_tokens=4096, ignore_eos=True, temperature=0.8, top_p=0.9)
 
@@ -83,6 +84,9 @@ def _row(kind: str, params: SamplingParams, count: int, seed: int) -> dict[str, 
             begun = time.perf_counter()
             engine.step()
             steps.append((time.perf_counter() - begun) * 1e3)
+        running = len(engine.scheduler.running)
+        if running != count:
+            raise RuntimeError(f"{running} requests run in the last step, not {count}")
     return {
         "running": count,
         "sampling": kind,

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from engine.bench.cli import main, parse
+from engine.bench.cli import LIMITS, main, parse
 from engine.bench.host import run_host
+from engine.bench.kvfit import MORE, MOST_CONCURRENT
 from engine.bench.measure import serve
 from engine.bench.peers import PeerSizes, run_peers
 from engine.bench.reference import generate_candidate, load_network
@@ -199,11 +200,11 @@ def test_soak_sees_a_lost_token() -> None:
             Soak(engine, seed=0).run(2.0)
 
 
-@pytest.mark.parametrize("argv", [["--repeats", "0"], ["--minutes", "0"], ["--divide", "0"]])
-def test_numbers_that_make_no_sense(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("option", ["--repeats", "--minutes", "--divide", "--concurrent", "--counts"])
+def test_numbers_that_make_no_sense(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        parse(argv)
-    assert f"{argv[0]} is 0; it must be" in capsys.readouterr().err
+        parse([option, "0"])
+    assert f"{option} is 0; it must be" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -212,8 +213,18 @@ def test_numbers_that_make_no_sense(argv: list[str], capsys: pytest.CaptureFixtu
         (["--weights", "int3"], "weights is 'int3'; it must be one of bf16, int8,"),
         (["--kv", "int8", "int5"], "kv is 'int5'; it must be one of bf16, int8,"),
         (["--max-batch-size", "0"], "max_batch_size is 0; it must be a whole number from 1 to 4,096"),
-        (["--suite", "host", "--counts", "0"], "is 0; it must be a whole number from 1 to 4,096"),
-        (["--memory-limit", "0"], "memory_limit is 0; it must be"),
+        (["--suite", "host", "--counts", "16", "1025"], "--counts is 1025; it must be from 1 to 1,024"),
+        (["--suite", "kvfit", "--concurrent", "513"], "--concurrent is 513; it must be from 1 to 512"),
+        (["--memory-limit", "0"], "--memory-limit is 0 GB; it must be from 0.0011 to 1,000,000"),
+        (["--memory-limit", "nan"], "--memory-limit is nan GB; it must be"),
+        (["--minutes", "nan"], "--minutes is nan; it must be greater than 0 and finite"),
+        (["--minutes", "inf"], "--minutes is inf; it must be greater than 0 and finite"),
+        (["--suite", "peers", "--max-batched-tokens", "128"], "it must be at least max_batch_size (256)"),
+        (["--runner", "simulated"], "--runner is 'simulated', which computes nothing that single could time"),
+        (["--runner", "simulated", "--suite", "soak", "peers"], "nothing that peers could time; it must be 'torch'"),
+        (["--suite", "peers", "--compare", "generate"], "--compare is 'generate'; it must come with a suite that"),
+        (["--suite", "soak", "--kv", "bf16", "int8"], "--kv is 'bf16 int8'; it must be one format with the suite soak"),
+        (["--suite", "kvfit", "--weights", "bf16", "int8"], "--weights is 'bf16 int8'; it must be one format with"),
         (["--json", "no/such/folder.json"], "cannot be written: there is no folder 'no/such'"),
     ],
 )
@@ -223,6 +234,23 @@ def test_what_cannot_be_measured_is_refused_before_a_model_is_loaded(
     with pytest.raises(SystemExit):
         parse(argv)
     assert words in capsys.readouterr().err
+
+
+def test_sizes_are_checked_with_the_defaults_of_their_suite() -> None:
+    """The peers' budget of tokens is larger than that of the other suites; the host's is its own."""
+    assert parse(["--suite", "peers", "--max-batch-size", "4000"]).max_batch_size == 4000
+    assert parse(["--suite", "host", "--counts", "1024"]).counts == [1024]
+    assert parse(["--runner", "simulated", "--suite", "soak", "kvfit", "host"]).runner == "simulated"
+    with pytest.raises(SystemExit):
+        parse(["--suite", "peers", "mixed", "--max-batch-size", "4000"])
+
+
+def test_limits_of_the_command_line_are_within_those_of_a_configuration() -> None:
+    for limit in LIMITS:
+        parse(["--memory-limit", str(limit)])
+    EngineConfig(max_batch_size=MORE * MOST_CONCURRENT, max_batched_tokens=1 << 14)
+    with pytest.raises(ConfigError):
+        EngineConfig(max_batch_size=MORE * MOST_CONCURRENT + 1, max_batched_tokens=1 << 14)
 
 
 def test_a_model_that_is_not_there() -> None:
