@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from engine.bench import host
 from engine.bench.cli import LIMITS, main, parse
-from engine.bench.host import run_host
 from engine.bench.kvfit import MORE, MOST_CONCURRENT
 from engine.bench.measure import serve
 from engine.bench.peers import PeerSizes, run_peers
@@ -155,9 +155,23 @@ def test_switch_reuses_what_does_not_change(tmp_path: Path) -> None:
 
 
 def test_host_cost_is_measured_on_the_real_loop() -> None:
-    rows = run_host([3], seed=0)
+    rows = host.run_host([3], seed=0)
     assert [row["sampling"] for row in rows] == ["greedy", "drawn"]
+    assert [(row["model"], row["running"]) for row in rows] == [("synthetic:7b", 3)] * 2
     assert all(0 < row["prepare_ms"] < row["host_ms"] for row in rows)
+
+
+def test_host_steps_are_of_as_many_requests_as_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A simulated GPU's own memory would hold 1,000 of the contexts to the last step, not 1,024."""
+    steps = host.MOST_RUNNING * host.PROMPT // host.BUDGET + host.STEPS + 2
+    with Engine(host.configuration(host.MOST_RUNNING, 0)) as engine:
+        assert engine.memory.tokens_that_fit >= host.MOST_RUNNING * (host.PROMPT + steps + engine.block_size)
+    with Engine(host.configuration(32, 0)) as engine:
+        plan, ratio = engine.memory, engine.config.cache_ratio
+        few = plan.weights_total + plan.workspace + int(32 * 640 / plan.block_size * plan.block_bytes / ratio)
+    monkeypatch.setattr(host, "POOL", few)
+    with pytest.raises(RuntimeError, match=r"a step computed \d+ requests, not 32"):
+        host.run_host([32], seed=0)
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -213,7 +227,7 @@ def test_numbers_that_make_no_sense(option: str, capsys: pytest.CaptureFixture[s
         (["--weights", "int3"], "weights is 'int3'; it must be one of bf16, int8,"),
         (["--kv", "int8", "int5"], "kv is 'int5'; it must be one of bf16, int8,"),
         (["--max-batch-size", "0"], "max_batch_size is 0; it must be a whole number from 1 to 4,096"),
-        (["--suite", "host", "--counts", "16", "1025"], "--counts is 1025; it must be from 1 to 1,024"),
+        (["--suite", "host", "--counts", "16", "4097"], "--counts is 4097; it must be from 1 to 4,096"),
         (["--suite", "kvfit", "--concurrent", "513"], "--concurrent is 513; it must be from 1 to 512"),
         (["--memory-limit", "0"], "--memory-limit is 0 GB; it must be from 0.0011 to 1,000,000"),
         (["--memory-limit", "nan"], "--memory-limit is nan GB; it must be"),
@@ -239,7 +253,7 @@ def test_what_cannot_be_measured_is_refused_before_a_model_is_loaded(
 def test_sizes_are_checked_with_the_defaults_of_their_suite() -> None:
     """The peers' budget of tokens is larger than that of the other suites; the host's is its own."""
     assert parse(["--suite", "peers", "--max-batch-size", "4000"]).max_batch_size == 4000
-    assert parse(["--suite", "host", "--counts", "1024"]).counts == [1024]
+    assert parse(["--suite", "host", "--counts", "4096"]).counts == [4096]
     assert parse(["--runner", "simulated", "--suite", "soak", "kvfit", "host"]).runner == "simulated"
     with pytest.raises(SystemExit):
         parse(["--suite", "peers", "mixed", "--max-batch-size", "4000"])
