@@ -134,11 +134,15 @@ def side_by_side(args: argparse.Namespace, suites: Sequence[str], keep: Keep) ->
     common = options(args, suites[0])
     with load_model(EngineConfig(**common)) as model, ExitStack() as stack:
         candidates: dict[str, Candidate] = {}
+        engines: dict[str, dict[str, Any]] = {}
         bandwidth = measured_bandwidth(args.device)
         for form in formats(args):
             engine = stack.enter_context(Engine(EngineConfig(**form, **common), model=model))
-            print(card(engine, Roofline.of(engine, bandwidth)))
-            candidates[f"weights {form['weights']}, kv {form['kv']}"] = engine_candidate(engine)
+            name, roofline = f"weights {form['weights']}, kv {form['kv']}", Roofline.of(engine, bandwidth)
+            print(card(engine, roofline))
+            candidates[name] = engine_candidate(engine)
+            about = {"description": engine.description, "roofline": roofline.as_dict()}
+            engines[name] = {"config": asdict(engine.config), **about}
         if args.compare:
             network = load_network(model, resolve_device(args.device))
             if args.compare == "transformers":
@@ -148,7 +152,7 @@ def side_by_side(args: argparse.Namespace, suites: Sequence[str], keep: Keep) ->
         for suite in suites:
             results = measure(candidates, WORKS[suite](model.spec.vocab_size, args.seed), args.repeats or 5)
             print_suite(suite, results)
-            keep(suite, [asdict(result) for result in results])
+            keep(suite, [asdict(result) | engines.get(result.name, {}) for result in results])
 
 
 def peers(args: argparse.Namespace, keep: Keep) -> None:

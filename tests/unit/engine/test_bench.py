@@ -112,6 +112,17 @@ def test_timed_runs_of_the_peers_begin_rested(monkeypatch: pytest.MonkeyPatch) -
     assert PeerSizes().rest > 0 == PeerSizes().divided(2).rest
 
 
+def test_figures_of_an_engine_say_how_it_ran(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = "--suite", "single", "--repeats", "1", "--weights", "bf16", "int8", "--compare", "generate"
+    *rows, other = run(tmp_path, *argv)["single"]
+    assert [row["config"]["weights"] for row in rows] == ["bf16", "int8"] and "config" not in other
+    printed = capsys.readouterr().out
+    for row in rows:
+        assert row["description"] in printed
+        assert f"at {row['roofline']['bandwidth'] / 1e9:,.0f} GB/s ({row['roofline']['measured_by']})" in printed
+        assert row["roofline"]["weight_bytes"] > 0 and row["config"]["max_batch_size"] == 64
+
+
 @pytest.mark.parametrize("ends", [KeyboardInterrupt, AssertionError, ConfigError])
 def test_what_was_measured_is_kept_when_a_later_suite_breaks_off(
     ends: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
