@@ -13,7 +13,7 @@ from engine.bench.host import MOST_RUNNING, run_host
 from engine.bench.kvfit import MOST_CONCURRENT, run_kvfit
 from engine.bench.measure import Candidate, engine_candidate, measure, print_suite
 from engine.bench.peers import PARTS, PeerSizes, run_peers
-from engine.bench.reference import ContinuousCandidate, generate_candidate, load_network
+from engine.bench.reference import PADDED, ContinuousCandidate, generate_candidate, load_network
 from engine.bench.roofline import Roofline, card, measured_bandwidth
 from engine.bench.soak import run_soak
 from engine.bench.switch import run_switch
@@ -68,7 +68,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=20.0, help="of the suite soak")
     parser.add_argument(
         "--compare", choices=["transformers", "generate"],
-        help="generate: transformers' generate, padded batches of 16; transformers: its continuous batching too",
+        help=f"generate: transformers' generate, padded batches of {PADDED}; transformers: its continuous batching too",
     )  # fmt: skip
     parser.add_argument(
         "--json", type=writable, help="write everything with machine, versions, seed and command, after each suite"
@@ -148,7 +148,7 @@ def side_by_side(args: argparse.Namespace, suites: Sequence[str], keep: Keep) ->
             if args.compare == "transformers":
                 continuous = candidates["transformers continuous, bf16"] = ContinuousCandidate(network)
                 stack.callback(continuous.close)
-            candidates["transformers generate, bf16"] = generate_candidate(model, network)
+            candidates[f"transformers generate, bf16, batches of {PADDED}"] = generate_candidate(model, network)
         for suite in suites:
             results = measure(candidates, WORKS[suite](model.spec.vocab_size, args.seed), args.repeats or 5)
             print_suite(suite, results)

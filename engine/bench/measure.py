@@ -34,7 +34,7 @@ class Measured:
 
     def line(self) -> str:
         rate = self.tokens_per_second
-        parts = [f"{self.name:<32} {statistics.median(rate):10,.1f} tokens/s ({min(rate):,.1f} .. {max(rate):,.1f})"]
+        parts = [f"{self.name:<42} {statistics.median(rate):10,.1f} tokens/s ({min(rate):,.1f} .. {max(rate):,.1f})"]
         if self.tpot:
             parts.append(f"TPOT {statistics.median(self.tpot) * 1e3:.2f} ms")
         if self.ttft:

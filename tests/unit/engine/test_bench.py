@@ -115,7 +115,8 @@ def test_timed_runs_of_the_peers_begin_rested(monkeypatch: pytest.MonkeyPatch) -
 def test_figures_of_an_engine_say_how_it_ran(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = "--suite", "single", "--repeats", "1", "--weights", "bf16", "int8", "--compare", "generate"
     *rows, other = run(tmp_path, *argv)["single"]
-    assert [row["config"]["weights"] for row in rows] == ["bf16", "int8"] and "config" not in other
+    assert [row["config"]["weights"] for row in rows] == ["bf16", "int8"]
+    assert other["name"] == "transformers generate, bf16, batches of 16" and "config" not in other
     printed = capsys.readouterr().out
     for row in rows:
         assert row["description"] in printed
