@@ -6,6 +6,7 @@ Only safetensors are read, and no code of the checkpoint is run. Every defect is
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,8 @@ def read_spec(folder: Path) -> ModelSpec:
     """The dimensions that config.json states, refused by name where this engine does not compute them."""
     raw = _read_json(folder / "config.json")
     name = folder.name
-    architecture = (raw.get("architectures") or ["(none named)"])[0]
+    named = raw.get("architectures")
+    architecture = named[0] if isinstance(named, list) and named else "(none named)"
     if architecture not in ARCHITECTURES:
         raise CheckpointError(
             f"{folder}: architecture {architecture} is not supported; these are: {', '.join(ARCHITECTURES)}"
@@ -56,7 +58,7 @@ def read_spec(folder: Path) -> ModelSpec:
     quantization = read_quantization(str(folder), raw.get("quantization_config"))
     config = _transformers_config(folder)
     heads = int(config.num_attention_heads)
-    window = _window(config)
+    window = _window(folder, config)
     max_positions = int(config.max_position_embeddings)
     spec = ModelSpec(
         name=name,
@@ -94,15 +96,19 @@ def _check_dimensions(folder: Path, spec: ModelSpec, activation: str) -> None:
         raise CheckpointError(f"{folder}: head_dim is {spec.head_dim}; it must be one of {HEAD_DIMS}")
     if activation != "silu":
         raise CheckpointError(f"{folder}: hidden_act is {activation!r}; only 'silu' is supported")
+    if not 0 <= spec.rms_norm_eps < math.inf:  # also refuses NaN
+        raise CheckpointError(f"{folder}: rms_norm_eps is {spec.rms_norm_eps}; it must be at least 0 and finite")
     check_rope(spec)
 
 
-def _window(config: Any) -> int | None:
+def _window(folder: Path, config: Any) -> int | None:
     """Sliding window in tokens where some layer really uses one."""
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
     if window is None or not getattr(config, "use_sliding_window", True):
         return None
+    if not isinstance(window, int):
+        raise CheckpointError(f"{folder}: sliding_window is {window!r} in config.json; it must be a number of tokens")
     return int(window) if kinds is None or "sliding_attention" in kinds else None
 
 
@@ -122,7 +128,10 @@ def _eos_token_ids(folder: Path, config: Any) -> tuple[int, ...]:
         stated.append(_read_json(folder / "generation_config.json").get("eos_token_id"))
     ids: set[int] = set()
     for value in stated:
-        ids.update(value if isinstance(value, list) else [] if value is None else [int(value)])
+        tokens = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(isinstance(token, int) for token in tokens):
+            raise CheckpointError(f"{folder}: eos_token_id is {value!r}; it must be a token id, or a list of them")
+        ids.update(tokens)
     return tuple(sorted(ids))
 
 
@@ -315,6 +324,9 @@ def _safetensors_files(folder: Path) -> list[Path]:
                 raise CheckpointError(f"{folder / INDEX} names {path.name}, which is not in the folder")
         return files
     files = sorted(folder.glob("*.safetensors"))
+    for path in files:
+        if not path.is_file():
+            raise CheckpointError(f"{path} is no file: a folder, or a link that leads nowhere")
     if files:
         return files
     pickled = sorted(path.name for pattern in _PICKLED for path in folder.glob(pattern))

@@ -96,17 +96,20 @@ def read_quantization(where: str, raw: object) -> Quantization | None:
     except UnreadableError as error:
         raise CheckpointError(f"{where} is quantized already ({method}): {error}") from error
     groups = raw.get("config_groups")
-    inputs = [group.get("input_activations") for group in groups.values()] if isinstance(groups, dict) else []
+    given = groups.values() if isinstance(groups, dict) else ()
+    inputs = [group.get("input_activations") if isinstance(group, dict) else None for group in given]
     notes = {_note(scheme, given) for scheme, given in zip(schemes, inputs, strict=False)} - {""}
     return Quantization(method, schemes, tuple(sorted(notes)))
 
 
-def _note(scheme: Scheme, inputs: Mapping[str, Any] | None) -> str:
+def _note(scheme: Scheme, inputs: object) -> str:
     """What the user should know of the activations of one config group; "" where they are computed as it says."""
     if not inputs:
         return ROUNDED_TOO if scheme.kind == "fp8" else ""
     if WEIGHT_FORMATS[KINDS[scheme.kind].weights].activations is None:
         return BF16_ACTIVATIONS
+    if not isinstance(inputs, dict):
+        return SCALED_PER_TOKEN
     return "" if inputs.get("dynamic") is True and inputs.get("strategy") == "token" else SCALED_PER_TOKEN
 
 

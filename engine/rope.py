@@ -6,6 +6,7 @@ means here what it means there; only the unscaled form (Su et al., RoFormer, 202
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -38,9 +39,11 @@ def check_rope(spec: ModelSpec) -> None:
     if partial != 1.0:
         raise CheckpointError(f"{spec.name}: partial_rotary_factor is {partial}; only 1.0 is supported")
     try:
-        _frequencies(spec, spec.max_positions)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        frequencies, factor = _frequencies(spec, spec.max_positions)
+    except (ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{spec.name}: rope parameters {dict(spec.rope)} are incomplete: {error!r}") from error
+    if not (bool(frequencies.isfinite().all()) and math.isfinite(factor)):
+        raise CheckpointError(f"{spec.name}: rope parameters {dict(spec.rope)} give angles that are no numbers")
 
 
 def _frequencies(spec: ModelSpec, length: int) -> tuple[Tensor, float]:

@@ -26,6 +26,9 @@ from engine.step_inputs import Staging
 SHAPE = "synthetic:7b"
 PROMPT = 512
 STEPS = 150
+BUDGET = 1 << 16  # tokens of one step
+MOST_RUNNING = 4096  # EngineConfig's largest batch
+POOL = 1 << 40  # bytes: all of them run to the end; an H200's own memory holds 1,000 of these contexts
 KINDS = {"greedy": SamplingParams(max_tokens=4096, ignore_eos=True)}
 KINDS["drawn"] = SamplingParams(max_tokens=4096, ignore_eos=True, temperature=0.8, top_p=0.9)
 
@@ -40,6 +43,7 @@ class IdleDevice(SimulatedRunner):
         self._prepare = Preparation(self.memory.block_size, self.spec.vocab_size, rows)
         self._staging = Staging(torch.device("cpu"))
         self.prepare_seconds: list[float] = []
+        self.decodes: list[int] = []
 
     def launch(self, batch: ScheduledBatch) -> Done:
         begun = time.perf_counter()
@@ -47,6 +51,7 @@ class IdleDevice(SimulatedRunner):
         self._staging.copy({**step.arrays, **step.plan.arrays})
         seconds = time.perf_counter() - begun
         self.prepare_seconds.append(seconds)
+        self.decodes.append(len(batch.decodes))
         samples = step.samples or [True] * len(step.sampled)
         return Done(StepResult([0 if yes else None for yes in samples], host_seconds=seconds))
 
@@ -66,10 +71,21 @@ def run_host(counts: Sequence[int], seed: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _row(kind: str, params: SamplingParams, count: int, seed: int) -> dict[str, Any]:
-    config = EngineConfig(
-        model=SHAPE, runner="simulated", max_batch_size=count, max_batched_tokens=1 << 16, block_size=64, seed=seed
+def configuration(count: int, seed: int) -> EngineConfig:
+    """Holds `count` requests to the last step."""
+    return EngineConfig(
+        model=SHAPE,
+        runner="simulated",
+        memory_limit=POOL,
+        max_batch_size=count,
+        max_batched_tokens=BUDGET,
+        block_size=64,
+        seed=seed,
     )
+
+
+def _row(kind: str, params: SamplingParams, count: int, seed: int) -> dict[str, Any]:
+    config = configuration(count, seed)
     with load_model(config) as model, Engine(config, model=model) as engine:
         device = IdleDevice(engine.runner, count)  # type: ignore[arg-type]
         engine.core.runner = device
@@ -78,12 +94,17 @@ def _row(kind: str, params: SamplingParams, count: int, seed: int) -> dict[str, 
         while any(not request.is_decoding for request in [*engine.scheduler.waiting, *engine.scheduler.running]):
             engine.step()
         device.prepare_seconds.clear()
+        device.decodes.clear()
         steps = []
         for _ in range(STEPS):
             begun = time.perf_counter()
             engine.step()
             steps.append((time.perf_counter() - begun) * 1e3)
+        running = min(device.decodes)
+        if running != count:
+            raise RuntimeError(f"a step computed {running} requests, not {count}")
     return {
+        "model": SHAPE,
         "running": count,
         "sampling": kind,
         "prompt": PROMPT,

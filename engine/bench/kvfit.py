@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from engine.batch import StepEvent
+from engine.bench.measure import serve
 from engine.bench.work import fixed_work
 from engine.config import EngineConfig
 from engine.engine import Engine
@@ -15,6 +16,8 @@ from engine.workspace import workspace_bytes
 
 LENGTH = 1024
 OUTPUT = 16
+MORE = 8  # times the requests of the first format that another may hold
+MOST_CONCURRENT = 512  # EngineConfig's largest batch, by MORE
 BUDGET = 16 * LENGTH  # tokens of one step: so many that the first requests still run when the last prompt is computed
 
 
@@ -22,7 +25,7 @@ def run_kvfit(
     config: EngineConfig, model: LoadedModel, formats: Sequence[str], concurrent: int, seed: int
 ) -> list[dict[str, Any]]:
     """`concurrent`: how many fit in the first format; the others get the same bytes. None may be preempted."""
-    config = replace(config, prefix_caching=False, max_batch_size=8 * concurrent, cache_ratio=0.9)
+    config = replace(config, prefix_caching=False, max_batch_size=MORE * concurrent, cache_ratio=0.9)
     config = replace(config, max_batched_tokens=max(BUDGET, config.max_batch_size))
     with Engine(replace(config, kv=formats[0], memory_limit=None), model=model) as engine:
         plan = engine.memory
@@ -51,11 +54,8 @@ def _row(config: EngineConfig, model: LoadedModel, concurrent: int, seed: int) -
         engine.observers.append(events.append)
         fits = engine.memory.tokens_that_fit // LENGTH
         work = fixed_work(engine.spec.vocab_size, fits + 2, LENGTH - OUTPUT, OUTPUT, seed)
-        outputs = engine.generate(work.prompts, work.params)
+        _, outputs = serve(engine, work)
         engine.check_integrity()
-        made = sum(len(output.token_ids) for output in outputs)
-        if made != work.output_tokens:
-            raise RuntimeError(f"KV {config.kv}: {made} tokens came out of {work.output_tokens}")
         return {
             "kv": config.kv,
             "pool_bytes": engine.memory.kv,

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from engine.batch import StepEvent
 from engine.bench.work import Work
 from engine.engine import Engine
+from engine.errors import ConfigError
 from engine.request import RequestOutput
 
 
@@ -33,7 +34,7 @@ class Measured:
 
     def line(self) -> str:
         rate = self.tokens_per_second
-        parts = [f"{self.name:<32} {statistics.median(rate):10,.1f} tokens/s ({min(rate):,.1f} .. {max(rate):,.1f})"]
+        parts = [f"{self.name:<42} {statistics.median(rate):10,.1f} tokens/s ({min(rate):,.1f} .. {max(rate):,.1f})"]
         if self.tpot:
             parts.append(f"TPOT {statistics.median(self.tpot) * 1e3:.2f} ms")
         if self.ttft:
@@ -44,12 +45,30 @@ class Measured:
 Candidate = Callable[[Work], tuple[float, list[RequestOutput] | None]]
 
 
+def serve(engine: Engine, work: Work) -> tuple[float, list[RequestOutput]]:
+    """Seconds that the whole work took, and what came out. ConfigError where a session holds too little for it,
+    RuntimeError where a request was answered with fewer tokens: no rate may count those that were not made."""
+    longest = max(len(prompt) + count for prompt, count in zip(work.prompts, work.num_outputs, strict=True))
+    if longest > engine.session_len:
+        raise ConfigError(
+            f"the longest request of this work takes {longest:,} tokens, and a session of {engine.config.model} holds "
+            f"{engine.session_len:,} (positions: {engine.spec.max_positions:,}, tokens that fit: "
+            f"{engine.memory.tokens_that_fit:,})"
+        )
+    start = time.perf_counter()
+    outputs = engine.generate(work.prompts, work.params)
+    seconds = time.perf_counter() - start
+    for output, count in zip(outputs, work.num_outputs, strict=True):
+        if len(output.token_ids) != count:
+            why = output.error or f"it ended as {output.finish_reason}"
+            raise RuntimeError(f"{output.request_id} made {len(output.token_ids)} tokens of {count}: {why}")
+    return seconds, outputs
+
+
 def engine_candidate(engine: Engine) -> Candidate:
     def run(work: Work) -> tuple[float, list[RequestOutput] | None]:
         engine.reset_prefix_cache()
-        start = time.perf_counter()
-        outputs = engine.generate(work.prompts, work.params)
-        return time.perf_counter() - start, outputs
+        return serve(engine, work)
 
     return run
 

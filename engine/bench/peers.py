@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from engine.bench.measure import StepTimes
+from engine.bench.measure import StepTimes, serve
 from engine.bench.roofline import Roofline, card, measured_bandwidth
 from engine.bench.work import Work, fixed_work, shared_work, uniform_work
 from engine.config import EngineConfig
@@ -82,9 +82,7 @@ def run_peers(
 
 def _seconds(engine: Engine, work: Work, rest: float = 0.0) -> float:
     time.sleep(rest)
-    start = time.perf_counter()
-    engine.generate(work.prompts, work.params)
-    return time.perf_counter() - start
+    return serve(engine, work)[0]
 
 
 def _watched(engine: Engine, work: Work, rest: float = 0.0) -> tuple[float, StepTimes]:

@@ -24,7 +24,8 @@ class Roofline:
     @classmethod
     def of(cls, engine: Engine, bandwidth: tuple[float, str]) -> Roofline:
         weights = engine.memory.weights
-        looked_up = 0 if engine.spec.tie_embeddings else weights["embeddings"]
+        # One table may serve both. On a CPU oneDNN has tied ones twice, in the layouts of a product and of a lookup.
+        looked_up = weights["embeddings"] if weights["lm_head"] else 0
         per_token = engine.memory.block_bytes / engine.memory.block_size
         return cls(engine.memory.weights_total - looked_up, per_token, *bandwidth)
 

@@ -244,6 +244,12 @@ def test_dtypes_that_are_not_read(folder: Path) -> None:
     assert "model.norm.weight is stored as I32" in refusal(folder)
 
 
+SHORT_LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 256,
+    "short_factor": [1.0] * 3, "long_factor": [1.0] * 3,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -257,12 +263,35 @@ def test_dtypes_that_are_not_read(folder: Path) -> None:
         ({"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4}}, ["proportional", "llama3"]),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, ["yarn"]),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}, ["0.5"]),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 0.0}}, ["angles that are no numbers"]),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": -5.0}}, ["angles that are no numbers"]),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 0.0}}, ["no numbers"]),
+        ({"rope_parameters": SHORT_LONGROPE}, ["rope parameters", "incomplete"]),
+        ({"architectures": {"a": 1}}, ["none named", *ARCHITECTURES]),
+        ({"architectures": 5}, ["none named"]),
+        ({"rms_norm_eps": float("nan")}, ["rms_norm_eps is nan", "at least 0"]),
+        ({"rms_norm_eps": -1.0}, ["rms_norm_eps is -1.0"]),
+        ({"sliding_window": "a"}, ["sliding_window is 'a'"]),
+        ({"quantization_config": {"quant_method": "awq", "config_groups": {"a": 5}}}, ["awq", "stored unquantized"]),
     ],
 )
 def test_configs_that_are_not_computed(folder: Path, change: dict[str, Any], words: list[str]) -> None:
     edit(folder, **change)
     sentence = refusal(folder)
     assert all(word in sentence for word in words), sentence
+
+
+@pytest.mark.parametrize("value", ["abc", [1, "a"], {"a": 1}, 1.5])
+def test_ends_that_are_no_tokens(folder: Path, value: object) -> None:
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    assert f"eos_token_id is {value!r}; it must be a token id" in refusal(folder)
+
+
+def test_a_link_that_leads_nowhere(folder: Path) -> None:
+    """As in a hub's cache whose blobs were cleaned away."""
+    (folder / WEIGHTS).unlink()
+    (folder / WEIGHTS).symlink_to(folder / "gone")
+    assert f"{WEIGHTS} is no file: a folder, or a link that leads nowhere" in refusal(folder)
 
 
 def test_remote_code_is_not_run(folder: Path) -> None:
