@@ -7,6 +7,7 @@ efficiency; its use is exact, repeatable experiments on hardware that is not at 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -120,7 +121,7 @@ class SimulatedRunner:
         tokens = [self._token(item.request.seed, item.stop) if item.samples else None for item in batch.items]
         return Done(StepResult(tokens, device_seconds=seconds))
 
-    def warm_up(self, num_tokens: int) -> None:
+    def warm_up(self, num_tokens: int, logits: Collection[bool]) -> None:
         """A cost model is always warm."""
 
     def measured_memory(self) -> dict[str, int]:

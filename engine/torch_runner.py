@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -170,7 +170,7 @@ class TorchRunner:
         return self.launch(batch).result()
 
     @torch.inference_mode()
-    def warm_up(self, num_tokens: int) -> None:
+    def warm_up(self, num_tokens: int, logits: Collection[bool]) -> None:
         """On a CPU nothing is compiled ahead."""
         assert self._cos_sin is not None
         most = min(num_tokens, len(self._cos_sin))  # a session holds no more
@@ -178,7 +178,7 @@ class TorchRunner:
             for count, length in self._prompt_shapes():
                 self._compute_inert(count, length)
         if self._graphs is not None:
-            self._graphs.warm_up(self.config.max_batch_size, -(-most // self._memory.block_size))
+            self._graphs.warm_up(self.config.max_batch_size, -(-most // self._memory.block_size), logits)
         if self._prompt_graphs is not None:
             self._prompt_graphs.warm_up(min(most, prompt_tokens(self._spec, self.config)))
 
