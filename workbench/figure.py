@@ -51,6 +51,7 @@ def blank(title: str, x: str, y: str, *, height: int = 380, **layout: Any) -> go
         font={"family": "system-ui, sans-serif", "size": 12, "color": GREY},
         hovermode="closest",
         dragmode=False,
+        showlegend=True,  # of one line too: an interrupt may have left no more
         modebar=MODEBAR,
         xaxis={**axis, "title": {"text": x}},
         yaxis={**axis, "title": {"text": y}},

@@ -145,6 +145,10 @@ def test_the_upload_button_is_gone_and_zoom_stays(charts):
     assert charts.figure.layout.uirevision == "keep"
 
 
+def test_a_line_that_stands_alone_is_named_too():
+    assert figure.blank("title", "x", "y").layout.showlegend is True, "plotly names lines from the second on"
+
+
 def test_the_numbers_of_runs_that_are_nearly_the_same_stand_apart():
     points = [RunPoint(number, 0.1, 900.0, MET, "") for number in range(1, 10)]
     places = updates(View(points=points))[0]["run-met"]["textposition"]
