@@ -205,6 +205,7 @@ def test_what_has_the_keyboard_shows_it(page: sync_api.Page) -> None:
         if inside:
             kinds.add(kind)
             unseen += [kind] if style != "solid" or width != "2px" else []
+    page.evaluate("document.activeElement.blur()")
     assert {"BUTTON", "SELECT", "INPUT", "DIV", "PRE"} <= kinds and not unseen
 
 
