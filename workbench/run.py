@@ -11,6 +11,7 @@ from engine.batch import StepEvent
 from engine.config import EngineConfig
 from engine.memory import MemoryPlan
 from engine.request import RequestOutput
+from workbench import neighbours
 from workbench.explain import limiting_sentence
 from workbench.metrics import SLO, Metrics, MetricsCollector
 from workbench.quality import Perplexity
@@ -24,7 +25,8 @@ class Run:
     """Handle of a run that a Session drives. `snapshot` may be read at any time from any thread.
 
     is_synthetic: the weights are random, or nothing is computed at all: speed and memory mean something, text and
-    quality do not.
+    quality do not. others: share of the processor that other programs took while the load ran, where a processor is
+    what computes, once it is known.
     """
 
     def __init__(self, id: int, config: EngineConfig, workload: Workload, slo: SLO, label: str | None = None) -> None:
@@ -42,6 +44,7 @@ class Run:
         self.is_synthetic = False
         self.memory: MemoryPlan | None = None
         self.measured_memory: Mapping[str, int] = {}
+        self.others: float | None = None
         self.perplexity: Perplexity | None = None
         self.decode: Callable[[Sequence[int]], str] | None = None
         self.stop_requested = threading.Event()
@@ -71,7 +74,8 @@ class Run:
         same = {name: getattr(self, name) for name in _SHARED}  # the status first: "done" promises the final figures
         metrics, samples = self._measured()
         finished = metrics.num_finished + metrics.num_failed + metrics.num_rejected if metrics else 0
-        sentence = self.error or (limiting_sentence(metrics, self.config, self.workload) if metrics else "")
+        limit = limiting_sentence(metrics, self.config, self.workload) if metrics else ""
+        sentence = self.error or " ".join(filter(None, (limit, neighbours.sentence(self.others))))
         return RunSnapshot(
             **same, finished=finished, total=self.workload.num_requests, metrics=metrics, samples=samples,
             sentence=sentence,
