@@ -37,8 +37,8 @@ class ProcessorTimes:
         return min(1.0, max(0.0, busy - (self.own - begin.own)) / total)
 
 
-def sentence(others: float | None) -> str:
+def words(others: float | None) -> str:
     """Nothing where there is nothing to say."""
     if others is None or others <= RARELY:
         return ""
-    return f"Other programs took {text.percent(others)} of the processor meanwhile: alone, the engine is faster."
+    return f"other programs took {text.percent(others)} of the processor"

@@ -11,7 +11,6 @@ from engine.batch import StepEvent
 from engine.config import EngineConfig
 from engine.memory import MemoryPlan
 from engine.request import RequestOutput
-from workbench import neighbours
 from workbench.explain import limiting_sentence
 from workbench.metrics import SLO, Metrics, MetricsCollector
 from workbench.quality import Perplexity
@@ -25,8 +24,7 @@ class Run:
     """Handle of a run that a Session drives. `snapshot` may be read at any time from any thread.
 
     is_synthetic: the weights are random, or nothing is computed at all: speed and memory mean something, text and
-    quality do not. others: share of the processor that other programs took while the load ran, where a processor is
-    what computes, once it is known.
+    quality do not.
     """
 
     def __init__(self, id: int, config: EngineConfig, workload: Workload, slo: SLO, label: str | None = None) -> None:
@@ -74,8 +72,7 @@ class Run:
         same = {name: getattr(self, name) for name in _SHARED}  # the status first: "done" promises the final figures
         metrics, samples = self._measured()
         finished = metrics.num_finished + metrics.num_failed + metrics.num_rejected if metrics else 0
-        limit = limiting_sentence(metrics, self.config, self.workload) if metrics else ""
-        sentence = self.error or " ".join(filter(None, (limit, neighbours.sentence(self.others))))
+        sentence = self.error or (limiting_sentence(metrics, self.config, self.workload) if metrics else "")
         return RunSnapshot(
             **same, finished=finished, total=self.workload.num_requests, metrics=metrics, samples=samples,
             sentence=sentence,

@@ -12,8 +12,8 @@ import pytest
 
 from engine.config import EngineConfig
 from tests.unit.workbench.support import TINY, tiny_load
-from workbench import Session
-from workbench.neighbours import ProcessorTimes, sentence
+from workbench import Session, Workbench
+from workbench.neighbours import ProcessorTimes, words
 
 BUSY = "import time\nend = time.perf_counter() + 30\nwhile time.perf_counter() < end: pass"
 
@@ -45,8 +45,8 @@ def test_a_busy_neighbour_is_seen() -> None:
 
 
 def test_words() -> None:
-    assert sentence(None) == sentence(0.04) == ""
-    assert sentence(0.31) == "Other programs took 31 % of the processor meanwhile: alone, the engine is faster."
+    assert words(None) == words(0.04) == ""
+    assert words(0.31) == "other programs took 31 % of the processor"
 
 
 def test_runs_on_a_processor_know_it_and_simulated_ones_do_not() -> None:
@@ -54,5 +54,13 @@ def test_runs_on_a_processor_know_it_and_simulated_ones_do_not() -> None:
         run = session.run(TINY, tiny_load(8), progress=False)
         assert run.others is not None and 0 <= run.others <= 1
         run.others = 0.5
-        assert run.snapshot().sentence.endswith(sentence(0.5)) and "Other programs took 50 %" in run.summary()
+        assert "note        other programs took 50 % of the processor: alone, the engine is faster" in run.summary()
         assert session.run(EngineConfig(model="synthetic:7b", runner="simulated"), tiny_load(8)).others is None
+
+
+def test_the_panel_says_it_where_it_says_how_long_a_run_took(live: Workbench) -> None:
+    run = live.run(blocking=True)
+    for others, said in ((0.5, True), (0.0, False), (None, False)):
+        run.others = others
+        live.screen.show(live._view(), live._tiles(), run.snapshot(), slow=False)
+        assert ("; other programs took 50 % of the processor" in live.screen.progress.value) is said
