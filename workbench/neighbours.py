@@ -38,7 +38,7 @@ class ProcessorTimes:
 
 
 def words(others: float | None) -> str:
-    """Nothing where there is nothing to say."""
+    """Nothing where there is nothing to say; short, for a line that is cut where it is full."""
     if others is None or others <= RARELY:
         return ""
-    return f"other programs took {text.percent(others)} of the processor"
+    return f"others took {text.percent(others)} of the CPU"

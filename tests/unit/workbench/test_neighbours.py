@@ -46,7 +46,7 @@ def test_a_busy_neighbour_is_seen() -> None:
 
 def test_words() -> None:
     assert words(None) == words(0.04) == ""
-    assert words(0.31) == "other programs took 31 % of the processor"
+    assert words(0.31) == "others took 31 % of the CPU"
 
 
 def test_runs_on_a_processor_know_it_and_simulated_ones_do_not() -> None:
@@ -54,7 +54,7 @@ def test_runs_on_a_processor_know_it_and_simulated_ones_do_not() -> None:
         run = session.run(TINY, tiny_load(8), progress=False)
         assert run.others is not None and 0 <= run.others <= 1
         run.others = 0.5
-        assert "note        other programs took 50 % of the processor: alone, the engine is faster" in run.summary()
+        assert "note        others took 50 % of the CPU, programs beside this one: alone, the engine is faster" in run.summary()
         assert session.run(EngineConfig(model="synthetic:7b", runner="simulated"), tiny_load(8)).others is None
 
 
@@ -63,4 +63,4 @@ def test_the_panel_says_it_where_it_says_how_long_a_run_took(live: Workbench) ->
     for others, said in ((0.5, True), (0.0, False), (None, False)):
         run.others = others
         live.screen.show(live._view(), live._tiles(), run.snapshot(), slow=False)
-        assert ("; other programs took 50 % of the processor" in live.screen.progress.value) is said
+        assert ("; others took 50 % of the CPU" in live.screen.progress.value) is said
