@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import nbformat
 from nbclient import NotebookClient
@@ -21,9 +22,17 @@ def save(path: Path) -> None:
     notebook.metadata["language_info"] = {"name": "python"}
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
+        if "outputs" in cell:
+            cell.outputs = [output for output in cell.outputs if not _is_bar(output)]
         for output in cell.get("outputs", []):
             output.get("data", {}).pop(WIDGET_VIEW, None)
     nbformat.write(notebook, path)
+
+
+def _is_bar(output: Any) -> bool:
+    """A progress bar: it is displayed, not the cell's result, and without its widget a line of text."""
+    data = output.get("data", {})
+    return output.output_type == "display_data" and WIDGET_VIEW in data and "text/html" not in data
 
 
 if __name__ == "__main__":

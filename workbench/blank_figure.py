@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from workbench.figure import MODEBAR
 from workbench.view import BLUE, GREEN, GREY, PARTS, PURPLE, VERMILLION
 
-HEIGHT = 630
-_MARGIN = {"l": 84, "r": 48, "t": 4, "b": 44, "autoexpand": False}
+HEIGHT = 652
+_MARGIN = {"l": 84, "r": 48, "t": 26, "b": 44, "autoexpand": False}  # at the top plotly's buttons, beside no title
 _LEFT, _RIGHT = (0.0, 0.43), (0.555, 1.0)
 
 
@@ -44,7 +45,7 @@ def blank_traces() -> list[dict[str, Any]]:
             "y": [],
             "text": [],
             "customdata": [],
-            "textposition": "top right",
+            "textposition": [],
             "cliponaxis": False,
             "marker": marker,
             "showlegend": False,
@@ -167,6 +168,7 @@ def _layout() -> dict[str, Any]:
         "uirevision": "keep",
         "hovermode": "closest",
         "dragmode": False,
+        "modebar": MODEBAR,
         "uniformtext": {"minsize": 10, "mode": "hide"},
         "annotations": [
             {

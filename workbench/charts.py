@@ -22,13 +22,13 @@ from workbench.view import (
     Trend,
     View,
     byte_unit,
+    corner,
 )
 
 MAX_POINTS = 300
 """Points of one line: the browser redraws each update whole, so this bounds what a tick costs."""
 
 _CONFIG = {
-    "modeBarButtonsToRemove": ["sendChartToCloud", "select2d", "lasso2d"],
     "displaylogo": False,
     "responsive": True,
 }
@@ -58,7 +58,7 @@ class LiveCharts:
 
     def __init__(self) -> None:
         self.figure = _Figure(blank_figure())  # ImportError where anywidget is missing
-        self.figure._config = {**self.figure._config, **_CONFIG}  # no public way to keep the upload button out
+        self.figure._config = {**self.figure._config, **_CONFIG}  # no public way to keep the logo out
         self._traces = dict(zip((trace["uid"] for trace in blank_traces()), self.figure.data, strict=True))
         with self.figure.batch_update():  # a new figure draws its uids at random; a saved one should not differ by them
             for uid, trace in self._traces.items():
@@ -187,12 +187,16 @@ def _bound(seconds: float | None) -> dict[str, Any]:
     return {"x": np.array([seconds, seconds] if there else []), "y": np.array([0.0, 100.0] if there else [])}
 
 
+_CORNERS = {(-1, 1): "top right", (1, -1): "bottom left", (-1, -1): "top left", (1, 1): "bottom right"}
+
+
 def _points(points: Sequence[RunPoint]) -> Changes:
     def chosen(which: list[RunPoint]) -> dict[str, Any]:
         return {
             "x": np.array([point.ttft_p99 for point in which]),
             "y": np.array([point.tokens_per_s for point in which]),
             "text": [str(point.number) for point in which],
+            "textposition": [_CORNERS[corner(point.number)] for point in which],
             "customdata": [point.text for point in which],
         }
 

@@ -143,7 +143,7 @@ def _field(knob: Knob) -> _Field:
             chosen = widgets.Dropdown(**common, options=options, layout=_FULL)
             text = widgets.Text(
                 description="Folder or id",
-                placeholder="/path/to/model or owner/name",
+                placeholder="folder or owner/name",
                 style=_LABEL,
                 layout=_FULL,
                 continuous_update=False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields
 from typing import Any
 
@@ -111,7 +112,12 @@ def change_sentence(run: RunSnapshot, baseline: RunSnapshot) -> str:
 
 
 _CALLED = {"name": "workload", "num_requests": "requests", "ttft": "SLO TTFT", "tpot": "SLO TPOT"}
-_WRITTEN = {"memory_limit": text.size, "ttft": text.seconds, "tpot": text.seconds}
+_WRITTEN = {
+    "memory_limit": text.size,
+    "rate": lambda rate: "all at once" if rate == math.inf else f"{rate:g}",
+    "ttft": text.seconds,
+    "tpot": text.seconds,
+}
 _EFFECTS = ("weights", "tokens that fit", "tokens/s", "TTFT p99", "TPOT p50", "latency p99", "perplexity")
 
 
@@ -130,7 +136,16 @@ def _effects(run: RunSnapshot) -> list[float | None]:
 
 def _differences(before: Any, after: Any) -> list[tuple[str, Any, Any]]:
     pairs = ((f.name, getattr(before, f.name), getattr(after, f.name)) for f in fields(before))
-    return [(name, a, b) for name, a, b in pairs if a != b]
+    differing = {name: (a, b) for name, a, b in pairs if a != b}
+    if isinstance(before, EngineConfig) and {before.runner, after.runner} != {"simulated"}:
+        differing.pop("gpu", None)  # a config of this machine names a GPU too, which nothing ran on
+        if "runner" in differing:
+            differing["runner"] = (_runner(before), _runner(after))
+    return [(name, a, b) for name, (a, b) in differing.items()]
+
+
+def _runner(config: EngineConfig) -> str:
+    return f"simulated {config.gpu}" if config.runner == "simulated" else config.runner
 
 
 def _knob(name: str, value: Any) -> str:

@@ -22,6 +22,15 @@ STYLES = tuple(
 """Colour, dash and marker of the first, second, ... line: no two share more than one of them within four lines."""
 
 
+MODEBAR = {
+    "bgcolor": "rgba(0,0,0,0)",
+    "color": GREY,
+    "activecolor": BLUE,
+    "remove": ["sendChartToCloud", "select2d", "lasso2d", "zoomIn2d", "zoomOut2d", "autoScale2d"],
+}
+"""plotly's buttons: on any page readable, and without the one that uploads the figure and what others do already."""
+
+
 def blank(title: str, x: str, y: str, *, height: int = 380, **layout: Any) -> go.Figure:
     """An empty figure with named axes; `title`, plain text, is also what a reader without the picture gets first."""
     axis = {
@@ -42,6 +51,8 @@ def blank(title: str, x: str, y: str, *, height: int = 380, **layout: Any) -> go
         font={"family": "system-ui, sans-serif", "size": 12, "color": GREY},
         hovermode="closest",
         dragmode=False,
+        showlegend=True,  # of one line too: an interrupt may have left no more
+        modebar=MODEBAR,
         xaxis={**axis, "title": {"text": x}},
         yaxis={**axis, "title": {"text": y}},
     )

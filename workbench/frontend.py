@@ -155,7 +155,7 @@ STYLE = """<style>
 .inferlab-tiles > div > * { display: block; white-space: nowrap; overflow: hidden; text-overflow: ellipsis;
   font-size: 11px;
   line-height: 1.3; color: var(--jp-ui-font-color2, #555); }
-.inferlab-tiles > div > strong { font-size: 16px; font-variant-numeric: tabular-nums;
+.inferlab-tiles > div > strong { font-size: clamp(13px, 1.9cqi, 16px); font-variant-numeric: tabular-nums;
   color: var(--jp-ui-font-color0, #000); }
 .inferlab-tiles > div > small { white-space: normal; text-overflow: clip; }
 .inferlab h4 small { font-weight: 400; letter-spacing: 0; text-transform: none; }
@@ -167,19 +167,22 @@ STYLE = """<style>
 .inferlab-said { display: grid; }
 .inferlab-said > * { grid-area: 1 / 1; margin: 0; }
 .inferlab-unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
-.inferlab-charts { overflow-x: auto; overflow-y: hidden; min-width: 0; min-height: 636px; }
+.inferlab-charts { overflow-x: auto; overflow-y: hidden; min-width: 0; min-height: 658px; }
 .inferlab-charts > * { flex: 1 1 100%; width: 100%; min-width: 600px; margin: 0; }
 .inferlab .js-plotly-plot text:not(.bartext) { fill: var(--jp-ui-font-color1, #333) !important; }
 .inferlab .js-plotly-plot .hoverlayer text { fill: inherit !important; }
 .inferlab-sample pre { margin: 0; padding: 6px 8px; height: 118px; overflow: auto; font-size: 12px; line-height: 1.4;
   white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid var(--jp-border-color2, #ddd); border-radius: 6px;
   background: var(--jp-layout-color1, #fff); color: var(--jp-ui-font-color2, #555); }
-.inferlab-sample pre b { color: var(--jp-ui-font-color0, #000); }
-.inferlab :focus-visible { outline: 2px solid #0072B2; outline-offset: 1px; }
+.inferlab-sample pre b { unicode-bidi: isolate; color: var(--jp-ui-font-color0, #000); }
+.inferlab .jupyter-widgets :focus-visible { outline: 2px solid #0072B2 !important; outline-offset: 1px; }
 @container (max-width: 930px) {
   .inferlab-body { grid-template-columns: minmax(0, 1fr); }
   .inferlab-knobs { display: block; columns: 2 300px; column-gap: 12px; }
   .inferlab-knobs > .inferlab-group { break-inside: avoid; margin-bottom: 10px; }
 }
-@container (max-width: 680px) { .inferlab-tiles { grid-template-columns: repeat(4, minmax(0, 1fr)); } }
+@container (max-width: 680px) {
+  .inferlab-tiles { grid-template-columns: repeat(4, minmax(0, 1fr)); }
+  .inferlab-tiles > div > strong { font-size: 16px; }
+}
 </style>"""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -99,12 +100,18 @@ def tiles(run: RunSnapshot | None, plan: MemoryPlan | None, baseline: RunSnapsho
     ]
 
 
+def _together(words: str) -> str:
+    """For HTML: a figure and its unit stay on one line of a narrow tile."""
+    return escape(re.sub(r"(?<=\d) (?=(?:[µm]?s|%|[kMGT]B)(?:\W|$))|(?<=≥) ", "\u00a0", words))
+
+
 def tiles_html(parts: Sequence[Tile]) -> str:
     """One block each: name, figure, what it is worth, what it was before."""
     cells = "".join(
-        f'<div class="{part.kind}"><span>{escape(part.name)}</span> <strong>{escape(part.value)}</strong> '
-        f'<small title="{escape(part.detail)}">{escape(part.detail) or "&nbsp;"}</small> '
-        f"<small>{escape(part.before) or '&nbsp;'}</small></div>"
+        f'<div class="{part.kind}"><span>{escape(part.name)}</span> '
+        f'<strong title="{escape(part.value)}">{escape(part.value)}</strong> '
+        f'<small title="{escape(part.detail)}">{_together(part.detail) or "&nbsp;"}</small> '
+        f"<small>{_together(part.before) or '&nbsp;'}</small></div>"
         for part in parts
     )
     return f'<div class="inferlab-tiles">{cells}</div>'
@@ -143,7 +150,7 @@ def sample_html(sample: tuple[str, str] | None, note: str) -> str:
         body = "The last prompt and its answer show here after a run."
     else:
         prompt, answer = sample
-        body = f"{escape(_end(prompt))}<b>{escape(answer[:1200])}</b>"
+        body = f"<bdi>{escape(_end(prompt))}</bdi><b>{escape(answer[:1200])}</b>"
     return f"<h4>Sample text <small>{escape(note)}</small></h4><pre tabindex='0' aria-label='sample text'>{body}</pre>"
 
 

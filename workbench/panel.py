@@ -302,6 +302,8 @@ class Workbench:
         if self._screen is None:
             return
         self._screen.show(self._view(), self._tiles(), self._shown, slow=slow)
+        if self._plan is not None and not self._is_running:  # a knob was turned after the run that is shown
+            self._screen.forecast(self._plan)
         if slow:
             self._drawn_slow = time.monotonic()
             if self._run is not None:

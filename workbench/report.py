@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from workbench import text
+from workbench import neighbours, text
 from workbench.distribution import ENOUGH_FOR_P99, Distribution
 from workbench.headline import verdict
 from workbench.run_snapshot import RunSnapshot
@@ -26,7 +26,9 @@ def summary(run: RunSnapshot) -> str:
         lines.append(_line("quality", str(run.perplexity)))
     if run.sentence and not run.error:
         lines.append(_line("limited by", run.sentence))
-    lines += [_line("note", note) for note in run.notes]
+    beside = neighbours.words(run.others)
+    notes = [*run.notes, f"{beside}, programs beside this one: alone, the engine is faster"] if beside else run.notes
+    lines += [_line("note", note) for note in notes]
     return "\n".join(lines)
 
 

@@ -51,8 +51,8 @@ def bars() -> str:
             f"`{PYTHON} -m workbench.sensitivity --methods rtn gptq`",
         ),
         (
-            "64 requests of 16 to 128 tokens in and out, against transformers' `generate` in padded batches of 16; "
-            "one request alone",
+            "64 requests of 16 to 128 tokens in and out, against transformers' `generate` in padded batches of 16, and "
+            "of all 64; one request alone",
             "3x; 1x",
             _against_transformers(),
             f"`{PYTHON} -m engine.bench --suite mixed single --compare generate`",
@@ -187,8 +187,12 @@ def _perplexity() -> str:
 
 def _against_transformers() -> str:
     suites = _read(ENGINE / "cpu-bundled.json")["suites"]
-    pairs = [(suites[name][-1]["seconds"], suites[name][0]["seconds"]) for name in ("mixed", "single")]
-    return "; ".join(f"{paired_ratio(theirs, ours):.2f}x" for theirs, ours in pairs)
+
+    def ratios(suite: str) -> str:
+        ours, *theirs = (row["seconds"] for row in suites[suite])
+        return ", ".join(f"{paired_ratio(seconds, ours):.2f}x" for seconds in theirs)
+
+    return f"{ratios('mixed')}; {ratios('single')}"
 
 
 def _decode_by_format() -> str:

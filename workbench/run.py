@@ -42,6 +42,7 @@ class Run:
         self.is_synthetic = False
         self.memory: MemoryPlan | None = None
         self.measured_memory: Mapping[str, int] = {}
+        self.others: float | None = None
         self.perplexity: Perplexity | None = None
         self.decode: Callable[[Sequence[int]], str] | None = None
         self.stop_requested = threading.Event()

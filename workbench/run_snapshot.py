@@ -21,7 +21,8 @@ class RunSnapshot:
     """A run at one moment, immutable: what a panel draws from. None = not known or not measured.
 
     phase: what is going on, in words. finished, total: requests. sentence: what limits the run so far.
-    memory: the plan; measured_memory: bytes by part after the run, empty where nothing could be measured.
+    memory: the plan; measured_memory: bytes by part after the run, empty where nothing could be measured. others: share
+    of the processor that other programs took while the load ran, after the run, where a processor is what computes.
     """
 
     id: int
@@ -39,6 +40,7 @@ class RunSnapshot:
     is_synthetic: bool
     memory: MemoryPlan | None
     measured_memory: Mapping[str, int]
+    others: float | None
     metrics: Metrics | None
     samples: tuple[Sample, ...]
     perplexity: Perplexity | None

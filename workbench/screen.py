@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import ipywidgets as widgets
 
-from workbench import headline, text
+from workbench import headline, neighbours, text
 from workbench.controls import Controls
 from workbench.frontend import ROOT_CLASS, STYLE, live_region
 from workbench.headline import Tile
@@ -115,7 +115,8 @@ class Screen:
                 run.status, f"run {run.id} {run.status}: {run.finished:,} of {text.count(run.total, 'request')}"
             )
             took = f", {text.seconds(run.metrics.duration)}" if run.metrics and run.status != "loading" else ""
-            self.step(run.finished / run.total, words + took)
+            beside = neighbours.words(run.others)
+            self.step(run.finished / run.total, words + took + (f"; {beside}" if beside else ""))
 
     def forecast(self, plan: MemoryPlan | None) -> None:
         """What the next run would have, in the line under the bar."""

@@ -17,6 +17,7 @@ from engine.config import EngineConfig
 from engine.errors import CheckpointError, ConfigError, RequestError
 from workbench.driver import LoadDriver
 from workbench.metrics import SLO
+from workbench.neighbours import ProcessorTimes
 from workbench.quality import Perplexity, perplexity
 from workbench.run import Run
 from workbench.run_snapshot import Status
@@ -188,14 +189,19 @@ class Session:
             run.end(status, error)
 
     def _measure(self, run: Run, *, quality: bool, progress: bool, polite: bool) -> None:
+        from engine.device import resolve_device  # here, because it imports torch
+
         engine = self._engine_for(run)
         items = work_items(engine, run.workload)
         if not isinstance(engine.clock, VirtualClock):
             self._warm_up(engine, run, items)
             if _others_run():
                 run.note("another run was going on in this kernel when this one began: both are slower for it")
+        begin = ProcessorTimes.now()
         with tqdm(total=len(items), disable=not progress, desc=run.label, unit="req") as bar:
             LoadDriver(engine, run, items, polite=polite).drive(bar.update)
+        if not isinstance(engine.clock, VirtualClock) and resolve_device(run.config.device).type == "cpu":
+            run.others = ProcessorTimes.now().others_since(begin)
         run.measured_memory = engine.measured_memory()
         if quality and not run.stop_requested.is_set():
             run.phase = "measuring perplexity"

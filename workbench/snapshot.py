@@ -12,7 +12,20 @@ from typing import Any
 import numpy as np
 
 from workbench.headline import LIKELY, MET, Tile, sentence
-from workbench.view import BLUE, GREEN, GREY, PARTS, PURPLE, VERMILLION, Array, Curve, MemoryBar, View, byte_unit
+from workbench.view import (
+    BLUE,
+    GREEN,
+    GREY,
+    PARTS,
+    PURPLE,
+    VERMILLION,
+    Array,
+    Curve,
+    MemoryBar,
+    View,
+    byte_unit,
+    corner,
+)
 
 WIDTH, HEIGHT = 960, 620
 _INK, _SOFT, _GRID = "#222222", "#555555", "#dddddd"
@@ -235,7 +248,7 @@ def _trend(view: View) -> list[str]:
         (_stroke(VERMILLION, "dot"), "waiting"),
     ]
     parts = [_heading("trend", "Throughput, and who waits"), *_key("trend", samples)]
-    parts += axes.frame("seconds since the run began", lambda v: f"{v:,.0f}", "tokens/s")
+    parts += axes.frame("seconds since the run began", _mark, "tokens/s")
     left, top, width, _ = axes.place
     parts += [_label(f"{value:g}", left + width + 6, counts.y(value) + 4) for value in ticks(*counts.y_range)]
     parts.append(_label("requests", left + width + 42, top - 8, "end", _SOFT))
@@ -292,14 +305,19 @@ def _runs(view: View) -> list[str]:
         (f'<g transform="translate(5 0) scale(.6)">{diamond}</g>', "baseline"),
     ]
     parts = [_heading("runs", "Throughput against latency"), *_key("runs", key)]
-    parts += axes.frame("TTFT p99 in seconds, log scale", lambda v: f"{v:,.0f}", "tokens/s")
+    parts += axes.frame("TTFT p99 in seconds, log scale", _mark, "tokens/s")
     for point in shown:
         x, y = float(axes.x(point.ttft_p99)), float(axes.y(point.tokens_per_s))
         mark = marks.get(point.state, missed) + (diamond if point.is_baseline else "")
-        parts.append(
-            f'<g transform="translate({x - 11:.1f} {y:.1f})">{mark}</g>' + _label(str(point.number), x + 11, y - 8)
-        )
+        down, to_right = corner(point.number)
+        anchor = "start" if to_right > 0 else "end"
+        number = _label(str(point.number), x + 11 * to_right, y + (18 if down > 0 else -8), anchor)
+        parts.append(f'<g transform="translate({x - 11:.1f} {y:.1f})">{mark}</g>' + number)
     return parts
+
+
+def _mark(value: float) -> str:
+    return f"{value:,.0f}" if abs(value - round(value)) < 1e-9 else f"{value:g}"
 
 
 def _top(*columns: Array) -> float:

@@ -142,6 +142,12 @@ def view_of(
     )
 
 
+def corner(number: int) -> tuple[int, int]:
+    """Where the number of a run stands beside its point, -1 or 1 down and to the right: the runs before and after it,
+    which are often nearly the same, have theirs elsewhere."""
+    return ((1, 1), (-1, 1), (1, -1), (-1, -1))[number % 4]
+
+
 def byte_unit(most: float) -> tuple[float, str]:
     """Divisor and name of the decimal unit in which `most` bytes read well."""
     return (1e9, "GB") if most >= 1e9 else (1e6, "MB")

@@ -68,7 +68,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=20.0, help="of the suite soak")
     parser.add_argument(
         "--compare", choices=["transformers", "generate"],
-        help=f"generate: transformers' generate, padded batches of {PADDED}; transformers: its continuous batching too",
+        help="generate: transformers' generate in padded batches; transformers: its continuous batching too",
     )  # fmt: skip
     parser.add_argument(
         "--json", type=writable, help="write everything with machine, versions, seed and command, after each suite"
@@ -143,16 +143,23 @@ def side_by_side(args: argparse.Namespace, suites: Sequence[str], keep: Keep) ->
             candidates[name] = engine_candidate(engine)
             about = {"description": engine.description, "roofline": roofline.as_dict()}
             engines[name] = {"config": asdict(engine.config), **about}
-        if args.compare:
-            network = load_network(model, resolve_device(args.device))
-            if args.compare == "transformers":
-                continuous = candidates["transformers continuous, bf16"] = ContinuousCandidate(network)
-                stack.callback(continuous.close)
-            candidates[f"transformers generate, bf16, batches of {PADDED}"] = generate_candidate(model, network)
+        network = load_network(model, resolve_device(args.device)) if args.compare else None
+        if args.compare == "transformers":
+            continuous = candidates["transformers continuous, bf16"] = ContinuousCandidate(network)
+            stack.callback(continuous.close)
         for suite in suites:
-            results = measure(candidates, WORKS[suite](model.spec.vocab_size, args.seed), args.repeats or 5)
+            work = WORKS[suite](model.spec.vocab_size, args.seed)
+            tried = dict(candidates)
+            for size in batches(len(work.prompts)) if args.compare else ():
+                tried[f"transformers generate, bf16, batches of {size}"] = generate_candidate(model, network, size)
+            results = measure(tried, work, args.repeats or 5)
             print_suite(suite, results)
             keep(suite, [asdict(result) | engines.get(result.name, {}) for result in results])
+
+
+def batches(count: int) -> list[int]:
+    """Sizes of padded batches that differ for `count` prompts."""
+    return [size for smaller, size in zip((0, *PADDED), PADDED, strict=False) if smaller < count]
 
 
 def peers(args: argparse.Namespace, keep: Keep) -> None:

@@ -13,9 +13,9 @@ from engine.bench.work import Work
 from engine.errors import ConfigError
 from engine.loader import LoadedModel
 
-PADDED = 16
-"""Prompts of a padded batch. Larger ones help transformers in the suite mixed on a CPU: with all 64 at once it took two
-thirds of the time (bundled model, one thread), and this engine was 2.0 times as fast instead of 3.0."""
+PADDED = (16, 64)
+"""Prompts of a padded batch, each size measured: what a small batch loses in speed, a large one pays for in padding and
+in requests that wait for its longest output."""
 
 
 def load_network(model: LoadedModel, device: torch.device) -> Any:
@@ -55,7 +55,7 @@ def _folder(source: str) -> Path:
     return Path(source)
 
 
-def generate_candidate(model: LoadedModel, network: Any, batch_size: int = PADDED) -> Candidate:
+def generate_candidate(model: LoadedModel, network: Any, batch_size: int) -> Candidate:
     """transformers' own `generate`, greedy, in left-padded batches that each run to their longest output."""
     pad = model.spec.eos_token_ids[0] if model.spec.eos_token_ids else 0
 

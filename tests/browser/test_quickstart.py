@@ -192,6 +192,23 @@ def test_the_keyboard_turns_knobs_and_leaves_the_cells_alone(page: sync_api.Page
     sync_api.expect(ratio).to_have_value("0.8")
 
 
+def test_what_has_the_keyboard_shows_it(page: sync_api.Page) -> None:
+    panel = page.locator(".inferlab").first
+    panel.get_by_role("button", name="Run").focus()
+    unseen, kinds = [], set()
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        kind, style, width, inside = page.evaluate(
+            """() => { const at = document.activeElement, look = getComputedStyle(at);
+                return [at.tagName, look.outlineStyle, look.outlineWidth, at.closest(".inferlab") !== null]; }"""
+        )
+        if inside:
+            kinds.add(kind)
+            unseen += [kind] if style != "solid" or width != "2px" else []
+    page.evaluate("document.activeElement.blur()")
+    assert {"BUTTON", "SELECT", "INPUT", "DIV", "PRE"} <= kinds and not unseen
+
+
 def test_inputs_have_names(page: sync_api.Page) -> None:
     tree = page.locator(".inferlab").first.aria_snapshot()
     for role in ("slider", "spinbutton", "combobox", "textbox", "checkbox", "button", "group", "figure"):
@@ -213,6 +230,17 @@ def test_fits_in_both_themes_and_at_two_widths(page: sync_api.Page, theme: str, 
             .filter(part => part.scrollWidth > part.clientWidth + 1).map(part => part.className + part.textContent)"""
     )
     assert not overflow, f"wider than its place: {overflow}"
+    names = [page.locator(".inferlab .annotation-text").nth(i).bounding_box() for i in range(4)]
+    buttons = page.locator(".inferlab .modebar").first.bounding_box()
+    assert all(buttons["y"] + buttons["height"] <= name["y"] for name in names), "the buttons cover no title"
+    cut = page.evaluate(
+        """() => { const figure = document.querySelectorAll(".inferlab-tiles strong")[5], words = figure.textContent;
+            figure.textContent = "3,034,880";
+            const cut = figure.scrollWidth > figure.clientWidth;
+            figure.textContent = words;
+            return cut; }"""
+    )
+    assert not cut, "a figure without its last digits is another figure"
     figure, place = (
         page.locator(f".inferlab {part}").first.bounding_box() for part in (".main-svg", ".inferlab-charts")
     )

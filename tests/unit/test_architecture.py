@@ -298,9 +298,17 @@ def test_repository_stays_small() -> None:
     assert sum(sizes.values()) < MAX_TOTAL_BYTES
 
 
+PLOTLY = "application/vnd.plotly.v1+json"
+
+
 def test_notebooks_are_small_and_hold_no_widget_state() -> None:
     for path in sorted((ROOT / "notebooks").rglob("*.ipynb")):
         if ".ipynb_checkpoints" in path.parts:
             continue
         assert path.stat().st_size < MAX_NOTEBOOK_BYTES, describe(path)
-        assert "widgets" not in json.loads(path.read_text("utf-8"))["metadata"], f"{describe(path)} holds widget state"
+        notebook = json.loads(path.read_text("utf-8"))
+        assert "widgets" not in notebook["metadata"], f"{describe(path)} holds widget state"
+        outputs = [output.get("data", {}) for cell in notebook["cells"] for output in cell.get("outputs", [])]
+        assert not any("%|" in "".join(data.get("text/plain", "")) for data in outputs), "a progress bar stands still"
+        figures = [data[PLOTLY] for data in outputs if PLOTLY in data]
+        assert all("sendChartToCloud" in figure["layout"]["modebar"]["remove"] for figure in figures), describe(path)

@@ -10,6 +10,7 @@ import plotly.graph_objects as go
 from engine.weight_plan import MODULES
 from workbench import figure as figures
 from workbench.sensitivity.assignment import frontier
+from workbench.snapshot import log_ticks
 from workbench.view import GREY
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ def heat_map(found: Sensitivity, format: str | None = None) -> go.Figure:
     losses = {(row.layer, row.module): row.loss.value for row in found.rows if row.format == format}
     layers = range(found.spec.num_layers)
     table = [[losses.get((layer, module)) for module in MODULES] for layer in layers]
+    known = [max(loss, 1e-9) for loss in losses.values()] or [1e-9]
+    marks = log_ticks(min(known), max(known)) or [min(known), max(known)]
     drawn = figures.blank(
         f"KL divergence from bf16 when one matrix is {format}",
         "matrix",
@@ -39,7 +42,11 @@ def heat_map(found: Sensitivity, format: str | None = None) -> go.Figure:
         text=[["" if loss is None else f"{loss:.2g}" for loss in row] for row in table],
         texttemplate="%{text}",
         colorscale="Cividis_r",
-        colorbar={"title": {"text": "log10 of nats per token"}},
+        colorbar={
+            "title": {"text": "nats per token"},
+            "tickvals": [math.log10(mark) for mark in marks],
+            "ticktext": [f"{mark:g}" for mark in marks],
+        },
         hovertemplate=f"layer %{{y}}, %{{x}} as {format}: %{{text}} nats per token<extra></extra>",
         xgap=2,
         ygap=2,

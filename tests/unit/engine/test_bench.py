@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from engine.bench import host
-from engine.bench.cli import LIMITS, main, parse
+from engine.bench.cli import LIMITS, batches, main, parse
 from engine.bench.kvfit import MORE, MOST_CONCURRENT
 from engine.bench.measure import serve
 from engine.bench.peers import PeerSizes, run_peers
@@ -284,10 +284,14 @@ def test_a_model_that_is_not_there() -> None:
         main(["--model", "nosuch"])
 
 
+def test_padded_batches_that_hold_the_same_are_measured_once() -> None:
+    assert batches(64) == batches(17) == [16, 64] and batches(16) == batches(1) == [16]
+
+
 @pytest.mark.parametrize("model", ["synthetic:tiny", "bundled"])
 def test_transformers_computes_the_same_dimensions(model: str) -> None:
     with load_model(EngineConfig(model=model)) as loaded:
         network = load_network(loaded, torch.device("cpu"))
         assert sum(p.numel() for p in network.parameters()) == loaded.spec.num_parameters
-        seconds, outputs = generate_candidate(loaded, network)(uniform_work(loaded.spec.vocab_size, 3, 2, 5, 0))
+        seconds, outputs = generate_candidate(loaded, network, 2)(uniform_work(loaded.spec.vocab_size, 3, 2, 5, 0))
         assert seconds > 0 and outputs is None

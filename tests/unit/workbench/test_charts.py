@@ -6,6 +6,7 @@ import warnings
 import numpy as np
 import pytest
 
+from workbench import figure
 from workbench.blank_figure import blank_figure
 from workbench.charts import MAX_POINTS, LiveCharts, thin, updates
 from workbench.headline import LIKELY, MET, MISSED
@@ -137,9 +138,21 @@ def test_series_differ_by_more_than_colour():
 
 
 def test_the_upload_button_is_gone_and_zoom_stays(charts):
-    assert "sendChartToCloud" in charts.figure._config["modeBarButtonsToRemove"]
+    for layout in (charts.figure.layout, figure.blank("title", "x", "y").layout):
+        assert "sendChartToCloud" in layout.modebar.remove and "zoom2d" not in layout.modebar.remove
+        assert layout.modebar.bgcolor == "rgba(0,0,0,0)"  # plotly's own is half black on a clear page
     assert charts.figure._config["displaylogo"] is False
     assert charts.figure.layout.uirevision == "keep"
+
+
+def test_a_line_that_stands_alone_is_named_too():
+    assert figure.blank("title", "x", "y").layout.showlegend is True, "plotly names lines from the second on"
+
+
+def test_the_numbers_of_runs_that_are_nearly_the_same_stand_apart():
+    points = [RunPoint(number, 0.1, 900.0, MET, "") for number in range(1, 10)]
+    places = updates(View(points=points))[0]["run-met"]["textposition"]
+    assert all(one != other for one, other in zip(places, places[1:], strict=False))
 
 
 def test_uids_are_fixed(charts):

@@ -1,5 +1,6 @@
 """The sentences: the right cause for what the engine did, with the numbers that were measured."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -117,6 +118,16 @@ def test_changes_carry_units_and_the_names_of_the_knobs(session):
     after = session.run(limit, replace(BURST, num_requests=10), SLO(ttft=0.25), progress=False)
     text = change_sentence(after.snapshot(), before.snapshot())
     assert ": memory_limit unset -> 12 GB, requests 40 -> 10, SLO TTFT 1 s -> 250 ms; " in text
+
+
+def test_the_machine_changes_only_where_something_ran_on_it(session):
+    before = session.run(CONFIG, BURST, progress=False).snapshot()
+    all_at_once = replace(before, workload=replace(BURST, rate=math.inf))
+    after = session.run(replace(CONFIG, gpu="h200"), replace(BURST, rate=8.0), progress=False).snapshot()
+    real = replace(all_at_once, config=replace(CONFIG, runner="torch"))
+    assert ": gpu l4 -> h200, rate all at once -> 8; " in change_sentence(after, all_at_once)
+    assert ": runner torch -> simulated h200, rate all at once -> 8; " in change_sentence(after, real)
+    assert ": runner torch -> simulated l4; " in change_sentence(all_at_once, real)
 
 
 def test_a_failed_run_has_nothing_to_compare(session):

@@ -97,6 +97,17 @@ def test_run_button_only_asks_and_the_tick_starts(live):
     assert live.screen.status.text == live._run.snapshot().sentence
 
 
+def test_what_would_fit_stays_in_sight_when_a_baseline_is_kept_or_the_page_drawn_again(live):
+    live.run(blocking=True)
+    live.controls.widget("kv").value = "int8"
+    for act in (live.tick, live.screen.keep.click, lambda: live._ask(live._redraw)):
+        act()
+        live.tick()
+        assert "Next run: about" in live.screen.progress.value
+    live.run(blocking=True)
+    assert "run 2 done" in live.screen.progress.value
+
+
 def test_the_sentence_follows_a_run_from_loading_to_serving_at_once(live, monkeypatch):
     monkeypatch.setattr(panel_module, "SPOKEN", 1e9)
     values = start_values(SIMULATED)

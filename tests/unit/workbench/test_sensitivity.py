@@ -136,6 +136,8 @@ def test_it_is_shown_as_heat_map_and_table(found):
     loss = table[(table.matrix == FRAGILE) & (table.format == "int4")].loss.item()
     assert cells.z[1][MODULES.index("down")] == pytest.approx(np.log10(loss))
     assert cells.text[1][MODULES.index("down")] == f"{loss:.2g}"
+    marks = zip(cells.colorbar.tickvals, cells.colorbar.ticktext, strict=True)
+    assert all(np.log10(float(nats)) == pytest.approx(at) for at, nats in marks) and len(cells.colorbar.ticktext) > 1
     assert list(cells.x) == list(MODULES) and table.matrix[0] == FRAGILE
 
 

@@ -9,7 +9,20 @@ import pytest
 
 from workbench import Workbench
 from workbench.distribution import Distribution
-from workbench.headline import LIKELY, MET, MISSED, UNKNOWN, Tile, progress_html, sentence, tiles, tiles_html, verdict
+from workbench.frontend import STYLE
+from workbench.headline import (
+    LIKELY,
+    MET,
+    MISSED,
+    UNKNOWN,
+    Tile,
+    progress_html,
+    sample_html,
+    sentence,
+    tiles,
+    tiles_html,
+    verdict,
+)
 from workbench.metrics import SLO, Metrics, MetricsCollector
 from workbench.snapshot import draw, image, log_ticks, snapshot, ticks
 from workbench.view import MemoryBar, Trend, View
@@ -32,6 +45,12 @@ def still():
 
 def test_an_empty_view_is_a_picture_too():
     assert "Where the memory goes" in words(draw(View()))
+
+
+def test_no_two_marks_of_an_axis_have_the_same_name():
+    labels = re.findall(r'<text x="([\d.]+)" y="([\d.]+)" text-anchor="end"[^>]*>([\d.,]+)<', draw(View()))
+    by_axis = [(x, float(y) > 300, name) for x, y, name in labels]
+    assert len(by_axis) > 8 and len(set(by_axis)) == len(by_axis)
 
 
 def test_a_run_is_drawn_whole(still):
@@ -68,6 +87,17 @@ def test_hostile_words_are_escaped():
                      [Tile(evil, evil, evil, evil)], evil, evil, evil)  # fmt: skip
     assert "<script" not in still.html + still.svg + tiles_html([Tile(evil, evil, evil, evil)]) + image("<svg/>", evil)
     ET.fromstring(still.svg)
+
+
+def test_a_unit_stays_with_its_figure():
+    html = tiles_html([Tile("TTFT p99", "389 ms", "95 %: ≥ 75.1 ms", "baseline 1.2 GB"), Tile("SLO", "", "5 of 300")])
+    assert ">95\u00a0%: ≥\u00a075.1\u00a0ms<" in html and ">baseline 1.2\u00a0GB<" in html and ">5 of 300<" in html
+
+
+def test_a_prompt_that_turns_the_direction_does_not_turn_the_answer():
+    html = sample_html(("<script>\u202e\x1b[31m", "answer"), "")
+    assert "<bdi>&lt;script&gt;\u202e\x1b[31m</bdi><b>answer</b>" in html
+    assert "unicode-bidi: isolate" in STYLE
 
 
 def test_gaps_do_not_break_lines():
