@@ -27,7 +27,7 @@ def summary(run: RunSnapshot) -> str:
     if run.sentence and not run.error:
         lines.append(_line("limited by", run.sentence))
     beside = neighbours.words(run.others)
-    notes = [*run.notes, f"{beside}, programs beside this one: alone, the engine is faster"] if beside else run.notes
+    notes = [*run.notes, f"{beside} meanwhile; alone, the engine is faster"] if beside else run.notes
     lines += [_line("note", note) for note in notes]
     return "\n".join(lines)
 

@@ -13,7 +13,7 @@ from engine.bench.host import MOST_RUNNING, run_host
 from engine.bench.kvfit import MOST_CONCURRENT, run_kvfit
 from engine.bench.measure import Candidate, engine_candidate, measure, print_suite
 from engine.bench.peers import PARTS, PeerSizes, run_peers
-from engine.bench.reference import PADDED, ContinuousCandidate, generate_candidate, load_network
+from engine.bench.reference import ContinuousCandidate, batches, generate_candidate, load_network
 from engine.bench.roofline import Roofline, card, measured_bandwidth
 from engine.bench.soak import run_soak
 from engine.bench.switch import run_switch
@@ -155,11 +155,6 @@ def side_by_side(args: argparse.Namespace, suites: Sequence[str], keep: Keep) ->
             results = measure(tried, work, args.repeats or 5)
             print_suite(suite, results)
             keep(suite, [asdict(result) | engines.get(result.name, {}) for result in results])
-
-
-def batches(count: int) -> list[int]:
-    """Sizes of padded batches that differ for `count` prompts."""
-    return [size for smaller, size in zip((0, *PADDED), PADDED, strict=False) if smaller < count]
 
 
 def peers(args: argparse.Namespace, keep: Keep) -> None:

@@ -18,6 +18,11 @@ PADDED = (16, 64)
 in requests that wait for its longest output."""
 
 
+def batches(count: int) -> list[int]:
+    """Sizes of padded batches that differ for `count` prompts."""
+    return [size for smaller, size in zip((0, *PADDED), PADDED, strict=False) if smaller < count]
+
+
 def load_network(model: LoadedModel, device: torch.device) -> Any:
     """The model as transformers computes it, in bf16; of a synthetic one the dimensions, with random weights."""
     from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config

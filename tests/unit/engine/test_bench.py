@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from engine.bench import host
-from engine.bench.cli import LIMITS, batches, main, parse
+from engine.bench.cli import LIMITS, main, parse
 from engine.bench.kvfit import MORE, MOST_CONCURRENT
 from engine.bench.measure import serve
 from engine.bench.peers import PeerSizes, run_peers
-from engine.bench.reference import generate_candidate, load_network
+from engine.bench.reference import batches, generate_candidate, load_network
 from engine.bench.roofline import Roofline
 from engine.bench.soak import Soak, run_soak
 from engine.bench.work import Work, fixed_work, shared_work, uniform_work

@@ -54,7 +54,7 @@ def test_runs_on_a_processor_know_it_and_simulated_ones_do_not() -> None:
         run = session.run(TINY, tiny_load(8), progress=False)
         assert run.others is not None and 0 <= run.others <= 1
         run.others = 0.5
-        assert "others took 50 % of the CPU, programs beside this one: alone, the engine is faster" in run.summary()
+        assert "others took 50 % of the CPU meanwhile; alone, the engine is faster" in run.summary()
         assert session.run(EngineConfig(model="synthetic:7b", runner="simulated"), tiny_load(8)).others is None
 
 
