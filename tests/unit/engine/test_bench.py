@@ -245,7 +245,7 @@ def test_numbers_that_make_no_sense(option: str, capsys: pytest.CaptureFixture[s
         (["--memory-limit", "nan"], "--memory-limit is nan GB; it must be"),
         (["--minutes", "nan"], "--minutes is nan; it must be greater than 0 and finite"),
         (["--minutes", "inf"], "--minutes is inf; it must be greater than 0 and finite"),
-        (["--suite", "peers", "--max-batched-tokens", "8"], "max_batched_tokens is 8; it must be a whole number from 16"),
+        (["--suite", "peers", "--max-batched-tokens", "8"], "is 8; it must be a whole number from 16"),
         (["--runner", "simulated"], "--runner is 'simulated', which computes nothing that single could time"),
         (["--runner", "simulated", "--suite", "soak", "peers"], "nothing that peers could time; it must be 'torch'"),
         (["--suite", "peers", "--compare", "generate"], "--compare is 'generate'; it must come with a suite that"),
