@@ -59,9 +59,9 @@ def row_bytes(kind: str) -> int:
     return 256 if kind.endswith("bf16") else 128 if "pairs" in kind else 68
 
 
-def deepest_ring(kind: str, block_m: int, block_n: int, programs: int, block_k: int = 128) -> int:
+def deepest_ring(kind: str, block_m: int, block_n: int, programs: int) -> int:
     """Stages of a kernel for Hopper that fit into a multiprocessor's shared memory beside those of other programs."""
-    return ((228 << 10) // programs - 2560) // ((block_m * 256 + block_n * row_bytes(kind)) * block_k // 128)
+    return ((228 << 10) // programs - 2560) // (block_m * 256 + block_n * row_bytes(kind))
 
 
 def registers(warps: int, producer: bool, programs: int) -> int:
@@ -92,10 +92,8 @@ def few_rows_candidates(kind: str, m: int, n: int) -> list[Any]:
     it; a ring as deep as fits, or half of that."""
     bm = 8 if m <= 8 else 16 if m <= 16 else 32 if m <= 32 else 64
     found = []
-    widths = (128, 64) if kind == "bf16" and m > 32 else (128,)
-    splits_of_k = (1, 2, 3, 4, 6, 8, 12, 16)
-    for (bn, warps, programs), splits, width in product(FEW_ROWS_SHAPES[kind], splits_of_k, widths):
-        deepest, turns = deepest_ring(kind, bm, bn, programs, width), -(-n // bn) * splits / (132 * programs)
+    for (bn, warps, programs), splits in product(FEW_ROWS_SHAPES[kind], (1, 2, 3, 4, 6, 8, 12, 16)):
+        deepest, turns = deepest_ring(kind, bm, bn, programs), -(-n // bn) * splits / (132 * programs)
         if deepest < 3 or turns < 0.4 or (turns > 1.7 and splits > 1):
             continue
         for producer, stages, ahead in product((False, True), {deepest, max(2, deepest // 2)}, (0, 1, 16)):
@@ -104,9 +102,7 @@ def few_rows_candidates(kind: str, m: int, n: int) -> list[Any]:
                 registers = (registers * (warps + 4) - 24 * 4) // warps
             needed = {8: 0, 16: 106, 32: 150}[bm] if kind == "planes" and bn // warps >= 32 else 0
             if registers >= needed:  # or it spills
-                found.append(
-                    HopperConfig(bm, bn, splits, warps, stages, producer, programs, min(ahead, stages), block_k=width)
-                )
+                found.append(HopperConfig(bm, bn, splits, warps, stages, producer, programs, min(ahead, stages)))
     return found
 
 
@@ -114,41 +110,16 @@ def gated_hopper_candidates(kind: str, m: int) -> list[HopperConfig]:
     """Of the same with SiLU-mul at the end, up to 64 rows; kind: "gated planes", "gated pairs" or "gated bf16"."""
     bm = 8 if m <= 8 else 16 if m <= 16 else 32 if m <= 32 else 64
     return [
-        HopperConfig(bm, bn, 1, warps, stages, producer, programs, ahead, block_k=width)
-        for (bn, warps, programs), producer, ahead, width in product(
-            ((128, 4, 1), (128, 4, 2), (128, 4, 3), (256, 8, 1), (256, 8, 2)), (False, True), (0, 1),
-            (128, 64) if kind == "gated bf16" and m > 32 else (128,),
+        HopperConfig(bm, bn, 1, warps, stages, producer, programs, ahead)
+        for (bn, warps, programs), producer, ahead in product(
+            ((128, 4, 1), (128, 4, 2), (128, 4, 3), (256, 8, 1), (256, 8, 2)), (False, True), (0, 1)
         )
-        if (stages := deepest_ring(kind, bm, bn, programs, width)) >= 2 and (bm <= 16 or programs < 3)
+        if (stages := deepest_ring(kind, bm, bn, programs)) >= 2 and (bm <= 16 or programs < 3)
     ]
-
-
-MOST_PARTIAL_BYTES = 36 << 20
-"""Of the partial sums of one product: what the engine's memory plan counts."""
-
-
-def bf16_many_candidates(m: int, n: int) -> list[Any]:
-    """Tiles of `bf16_hopper` above 64 rows: one or two programs a multiprocessor, a ring as deep as fits."""
-    shapes = ((128, 64, 4, 2), (128, 128, 4, 1), (128, 128, 4, 2), (128, 128, 8, 1), (128, 256, 8, 1), (256, 64, 4, 1),
-              (256, 128, 8, 1))  # fmt: skip
-    found = []
-    for (bm, bn, warps, programs), width, splits in product(shapes, (64, 128), (1, 2, 3, 4)):
-        tiles, stages = -(-n // bn) * -(-m // bm), deepest_ring("bf16", bm, bn, programs, width)
-        if stages < 3 or bm > max(m, 128) or not 90 <= tiles * splits:
-            continue
-        if splits > 1 and (tiles * splits > 400 or splits * m * n * 4 > MOST_PARTIAL_BYTES):
-            continue
-        found += [
-            HopperConfig(bm, bn, splits, warps, stages, producer, programs, ahead, block_k=width)
-            for producer, ahead in product((False, True), (0, 1))
-        ]
-    return found
 
 
 def matmul_candidates(kind: str, m: int, n: int, hopper: bool = False) -> list[Any]:
     """Of a product that reads x in 16 bits, by the kind of tuned entry."""
-    if kind == "bf16_hopper":
-        return bf16_many_candidates(m, n)
     if kind in ("hopper", "pairs_hopper"):
         return hopper_candidates(kind, m, n)
     if kind == "wide":

@@ -19,7 +19,6 @@ from random import Random
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 from torch import Tensor
 
@@ -47,7 +46,6 @@ from .tuning import TUNED
 Task = tuple[str, dict[str, Any], list[Any]]  # operation, arguments of its problem, candidates
 FORMATS = {
     "planes": "int4", "wide": "int4", "hopper": "int4", "pairs": "int8", "pairs_hopper": "int8", "int8": "w8a8",
-    "bf16_hopper": "bf16", "cublas": "bf16",
 }  # fmt: skip
 """The weights that a kind of entry is tuned with, where they are not called the same: plain int8 is that of w8a8."""
 
@@ -75,13 +73,7 @@ def _runner(op: str, arguments: dict[str, Any], alone: bool = False) -> Callable
         return lambda config: [partial(_both, a8w4_partials, rows, weight, config, consume) for weight in four.weights]
     problem = problems.matmul(**arguments)
     x, consume = problem.x, (lambda y: y) if alone else _consumer(problem)
-    if op == "cublas":
-        return lambda _: [partial(_both, _cublas, x, weight.data, None, consume) for weight in problem.weights]
     return lambda config: [partial(_both, linear_partials, x, weight, config, consume) for weight in problem.weights]
-
-
-def _cublas(x: Tensor, weight: Tensor, config: None) -> Tensor:
-    return F.linear(x, weight)[None]
 
 
 def _both(
@@ -146,10 +138,7 @@ def run(tasks: Iterable[Task], workers: int, alone: bool = False) -> list[dict[s
         timed.sort(key=lambda pair: pair[0])
         for us, config in timed[:3]:
             print(f"{op} {arguments} {us:8.2f} us {config}", flush=True)
-        records += [
-            {"op": op, **arguments, "us": us, "config": {} if config is None else asdict(config)}
-            for us, config in timed
-        ]
+        records += [{"op": op, **arguments, "us": us, "config": asdict(config)} for us, config in timed]
         del calls
     print(f"timed in {time.time() - begin:.0f} s", flush=True)
     return records
@@ -163,7 +152,7 @@ def tasks(kinds: list[str], most: int, hopper: bool = False, alone: bool = False
     rows = {
         "planes": (1, 8, 16, 32, 64), "wide": (128, 256), "hopper": (64, 128, 256, 512, 2048),
         "bf16": (1, 16, 32, 64), "int8": (1, 16), "pairs": (1, 16, 32, 64, 128, 256),
-        "pairs_hopper": (64, 128, 256, 512, 2048), "bf16_hopper": (128, 192, 256, 512),
+        "pairs_hopper": (64, 128, 256, 512, 2048),
         "a8w8": (64, 128, 256, 2048), "a8w4": (128, 192, 256, 512),
     }  # fmt: skip
     for kind in kinds:
@@ -190,16 +179,13 @@ def tasks(kinds: list[str], most: int, hopper: bool = False, alone: bool = False
             found.append((kind, {"m": 8192, "n": 8192, "k": 8192}, a8w8_candidates(8192)))
         else:
             format = FORMATS.get(kind, kind)
-            with_head = format in ("bf16", "int8") and kind != "bf16_hopper"  # of so many rows nobody needs logits
-            shapes = [*problems.SHAPES.values(), *([problems.HEAD] if with_head else [])]
+            shapes = [*problems.SHAPES.values(), *([problems.HEAD] if format in ("bf16", "int8") else [])]
             sizes = list(product(rows[kind], shapes))
             if alone and kind == "planes":
                 sizes += [(1, size) for size in problems.SLOPE]
             for m, (n, k) in sizes:
                 candidates = matmul_candidates(kind, m, n, hopper)
                 found.append((kind, {"format": format, "m": m, "n": n, "k": k}, candidates))
-                if kind == "bf16_hopper":  # what it must beat
-                    found.append(("cublas", {"format": format, "m": m, "n": n, "k": k}, [None]))
     return [
         (op, arguments, configs if len(configs) <= most else Random(0).sample(configs, most))
         for op, arguments, configs in found
@@ -207,16 +193,14 @@ def tasks(kinds: list[str], most: int, hopper: bool = False, alone: bool = False
 
 
 def entries(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The records of each problem that `tuning` looks up, as its file holds the fastest of them: for bf16 of many rows
-    cuBLAS is one, without tiles."""
+    """The records of each problem that `tuning` looks up, as its file holds the fastest of them."""
     found = []
     for record in records:
         if record["op"] == "decode" or record.get("m") == 8192:
             continue  # decided by a rule
-        kind = "bf16_hopper" if record["op"] == "cublas" else record["op"]
         problem = (record["format"], 128) if record["op"] == "prefill" else (record["m"], record["n"], record["k"])
         found.append(
-            {"kind": kind, "problem": list(problem), "config": record["config"], "us": round(record["us"], 2)}
+            {"kind": record["op"], "problem": list(problem), "config": record["config"], "us": round(record["us"], 2)}
         )
     return found
 
@@ -254,7 +238,7 @@ def write_entries(found: list[dict[str, Any]], command: str, part: str = "entrie
 
 def kinds(hopper: bool) -> list[str]:
     """What is tuned on a GPU: of the kernels for many rows of 4-bit weights and of int8 those that run there."""
-    many = ["hopper", "pairs_hopper", "bf16_hopper"] if hopper else ["wide"]
+    many = ["hopper", "pairs_hopper"] if hopper else ["wide"]
     return ["planes", *many, "bf16", "int8", "pairs", "a8w8", "a8w4", "decode", "prefill"]
 
 

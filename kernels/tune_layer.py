@@ -39,8 +39,6 @@ NAMES = ("gated", "gate_up", "down", "qkv", "o")
 own it follows gate_up's, and nobody could say which of the two runs."""
 APART = {"block_m": 16, "block_n": 64, "splits": 2, "warps": 4, "stages": 2}
 """The entry of a gated product that is better computed by two kernels: one that splits K, which it cannot."""
-CUBLAS: Config = {}
-"""The entry of a product in bf16 of many rows for which cuBLAS is better."""
 
 
 def kind_of(format: str, m: int) -> str:
@@ -51,9 +49,7 @@ def kind_of(format: str, m: int) -> str:
         return "hopper" if m > HOPPER_SKINNY_ROWS and warp_group_products() else "planes"
     if format == "int8":
         return "pairs_hopper" if m > HOPPER_SKINNY_ROWS and warp_group_products() else "pairs"
-    if format == "bf16":
-        return "bf16_hopper" if m > SKINNY_ROWS and warp_group_products() else "bf16"
-    return "int8"
+    return "bf16" if format == "bf16" else "int8"
 
 
 def problem_of(name: str, format: str, m: int) -> Problem | None:
@@ -87,13 +83,11 @@ def neighbours(config: Config, kind: str) -> list[Config]:
     hopper = "producer" in config
     if hopper:
         changes.append({"producer": not config["producer"]})
-        changes += [{"block_k": 192 - config["block_k"]}] if kind.endswith("bf16") and "block_k" in config else []
     aheads = (0, 1, config["stages"]) if hopper else aheads_of(kind)
     changes += [{"ahead": ahead} for ahead in aheads if ahead != config.get("ahead", 0)]
-    unread = {"splits"} if kind.startswith("gated ") else {"block_k"} if kind in ("planes", "hopper") else set()
-    unread |= {"block_k"} if hopper else set()
+    unread = "splits" if kind.startswith("gated ") else "block_k" if kind in ("planes", "hopper") else ""
     for name, (least, most) in RANGES.items():
-        if name in unread or name not in config:
+        if name == unread or name not in config:
             continue
         held = config[name]
         near = (held + 1, held - 1) if name == "stages" else (held * 2, held // 2)
@@ -121,10 +115,10 @@ def candidates(records: list[dict[str, Any]], problem: Problem, most: int = 9) -
     many = [c for c in ranked if -(-n // c["block_n"]) * c["splits"] * c["warps"] >= 900]
     used = table().get(problem) or (table().get((kind.removeprefix("gated "), m, n, k)) if gated else None)
     start = [] if used is None else [used | {"splits": 1} if gated else used]
-    found: list[Config] = [APART] if gated else [CUBLAS] if kind == "bf16_hopper" else []
+    found: list[Config] = [APART] if gated else []
     if kind in ("gated planes", "gated pairs", "gated bf16") and warp_group_products():
         found += [asdict(config) for config in gated_hopper_candidates(kind, m)]
-    near = [c for one in start if one != CUBLAS for c in neighbours(one, kind)]
+    near = [c for one in start for c in neighbours(one, kind)]
     for config in start + elsewhere(problem) + near + ranked[:most] + many[: most // 2]:
         if config not in found:
             found.append(config)
@@ -217,7 +211,7 @@ def ask_ahead(built: Chain, format: str, m: int) -> float:
     each alone gains less than can be told from noise. Returns the microseconds of a layer."""
     held, aheads = in_use(format, m), aheads_of(kind_of(format, m))
     return fastest_set(
-        built, [held, *({p: c and c | {"ahead": ahead} for p, c in held.items()} for ahead in aheads)]
+        built, [held, *({p: c | {"ahead": ahead} for p, c in held.items()} for ahead in aheads)]
     )
 
 

@@ -51,8 +51,8 @@ class WideConfig:
 class HopperConfig:
     """Tiles of `a16w4_hopper`, `a16w8_hopper` and `bf16_hopper`. warps: those that multiply; producer: four more issue
     the copies. programs: that are to share a multiprocessor. ahead: groups whose weights are copied before the kernel
-    before has ended. late: as in SkinnyConfig. block_k: columns of a slot, 64 or 128 in bf16, 128 elsewhere. band: how
-    many tiles of x meet one tile of weights before the next does, 0 for all."""
+    before has ended. late: as in SkinnyConfig. band: how many tiles of x meet one tile of weights before the
+    next does, 0 for all."""
 
     block_m: int
     block_n: int
@@ -63,21 +63,18 @@ class HopperConfig:
     programs: int = 1
     ahead: int = 0
     late: bool = False
-    block_k: int = 128
     band: int = 0
 
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """Decode attention: tokens per tile, splits of the context, and the fewest tokens a split is worth. ahead: tiles
-    that are asked for, into the L2, before the kernel before has ended, in a step whose tables are `Settled`."""
+    """Decode attention: tokens per tile, splits of the context, and the fewest tokens a split is worth."""
 
     tile: int
     splits: int
     min_split: int
     warps: int
     stages: int
-    ahead: int = 0
 
 
 @dataclass(frozen=True)
@@ -202,14 +199,6 @@ def plain_config(m: int, n: int, k: int, element_bytes: int) -> SkinnyConfig | H
     if element_bytes == 2:
         return SkinnyConfig(block_m, 32, _splits(n, k, 32, 128, 640, 4), 2, 3, 128)
     return SkinnyConfig(block_m, 64, _splits(n, k, 64, 128, 512, 4), 4, 3, 128)
-
-
-def bf16_hopper_config(m: int, n: int, k: int) -> HopperConfig | None:
-    """bf16, 64 < M <= 512, on a Hopper GPU: the configuration for x [m, k] and a plain weight [n, k], where tuning
-    found that it beats cuBLAS; None elsewhere, also where the entry has no tiles, since cuBLAS was the faster."""
-    rows = next((rows for rows in TUNED_ROWS if m <= rows), 0)
-    found = table().get(("bf16_hopper", rows, n, k))
-    return HopperConfig(**found) if found else None
 
 
 def gated_config(

@@ -27,7 +27,7 @@ from .row import Ceilings, Row, line
 OPS: dict[str, Callable[[], Iterable[Row]]] = {
     "int4": lambda: matmul_rows("int4", (1, 16, 64, 256, 2048)),
     "slope": slope_rows,
-    "bf16": lambda: matmul_rows("bf16", (1, 16, 64, 128, 256)),
+    "bf16": lambda: matmul_rows("bf16", (1, 16, 64)),
     "int8": lambda: matmul_rows("int8", (1, 16, 64)),
     "layer": layer_rows,
     "a8w8": a8w8_rows,

@@ -50,7 +50,7 @@ def matmul_rows(format: str, rows: tuple[int, ...]) -> Iterator[Row]:
 def tiles_alone(format: str, m: int, n: int, k: int) -> SkinnyConfig | HopperConfig | None:
     """The fastest where nothing reads the product: those in use are chosen by the time of whole layers, or by rule."""
     found = table("alone").get((kind_of(format, m), m, n, k))
-    return skinny_or_hopper(found) if found else None
+    return None if found is None else skinny_or_hopper(found)
 
 
 def with_sums(problem: problems.Matmul) -> problems.Calls:

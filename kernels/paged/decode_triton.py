@@ -23,17 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_common import (
-    INTERP,
-    admission,
-    admit_next,
-    await_previous,
-    dot,
-    fetch,
-    fetch_l2,
-    next_power_of_2,
-    to_bf16,
-)
+from ..triton_common import INTERP, admission, admit_next, await_previous, dot, fetch, next_power_of_2, to_bf16
 from ..tuning import DecodeConfig, decode_config
 from .codec_triton import bits_of, has_low, operand_bias, operand_fp16, reading
 from .kv_cache import KVLayer
@@ -88,21 +78,6 @@ def load_side(
         scale = (word & -0x10000).to(tl.float32, bitcast=True)
         low = (word << 16).to(tl.float32, bitcast=True)
     return x, scale, low
-
-
-@triton.jit
-def ask_side(
-    words, scales, block, token, head, block_stride, token_stride, head_stride, scale_block, scale_token, scale_head,
-    CODE: tl.constexpr, D: tl.constexpr, INTERP: tl.constexpr,
-):
-    """Ask the L2 for what `load_side` will read. The kernel before may be writing the newest token of it: that is where
-    its write goes as well."""
-    W: tl.constexpr = D * bits_of(CODE) // 16
-    LINES: tl.constexpr = (W + 63) // 64
-    at = words + block * block_stride + head * head_stride + token * token_stride
-    fetch_l2(at[:, None] + (tl.arange(0, LINES) * 64)[None, :], INTERP)
-    if CODE != "bf16":
-        fetch_l2(scales + block * scale_block + head * scale_head + token * scale_token, INTERP)
 
 
 @triton.jit
@@ -180,7 +155,7 @@ def decode_kernel(
     key_block, key_token, key_head, value_block, value_token, value_head, scale_block, scale_token, scale_head, H,
     GROUP: tl.constexpr, D: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, BLOCK: tl.constexpr,
     TILE: tl.constexpr, SPLIT: tl.constexpr, MIN_SPLIT: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
-    AHEAD: tl.constexpr, SETTLED: tl.constexpr, EARLY: tl.constexpr, INTERP: tl.constexpr,
+    SETTLED: tl.constexpr, EARLY: tl.constexpr, INTERP: tl.constexpr,
 ):
     if not SETTLED:
         await_previous(EARLY)
@@ -195,19 +170,6 @@ def decode_kernel(
     tables += b.to(tl.int64) * table_row
     if SETTLED:
         fetch(tables + tl.maximum(tl.minimum(first, length - 1), 0) // BLOCK, INTERP)
-        for ahead in tl.static_range(AHEAD):
-            start = first + ahead * TILE
-            if start < last:
-                n = tl.arange(0, TILE)
-                block, token = tile_blocks(tables, start, n, start + n < last, BLOCK, TILE, True)
-                ask_side(
-                    key, key_scale, block, token, kv_head, key_block, key_token, key_head, scale_block, scale_token,
-                    scale_head, KEY, D, INTERP,
-                )
-                ask_side(
-                    value, value_scale, block, token, kv_head, value_block, value_token, value_head, scale_block,
-                    scale_token, scale_head, VALUE, D, INTERP,
-                )
         await_previous(EARLY)
     if first < last or (not SPLIT):
         g = (tl.program_id(1) % HEAD_TILES) * ROWS + tl.arange(0, ROWS)
@@ -316,8 +278,7 @@ def decode_triton(
         scale * LOG2_E, q.stride(0), q.stride(1), block_tables.stride(0), *layer.key.stride()[:3],
         *layer.value.stride()[:3], *scale_strides(layer), heads, group, d, reading(layer.format.key.name),
         reading(layer.format.value.name), layer.block_size, config.tile, splits > 1, config.min_split, ROWS,
-        config.stages, config.ahead if settled and early else 0, settled, early, INTERP, num_warps=config.warps,
-        num_stages=config.stages, launch_pdl=early > 0,
+        config.stages, settled, early, INTERP, num_warps=config.warps, num_stages=config.stages, launch_pdl=early > 0,
     )
     if splits > 1:
         combine_kernel[(batch * heads,)](

@@ -4,9 +4,7 @@ kernel that makes x has ended (`hopper_ring`).
 What `skinny` does, in Gluon. Both operands of a warp-group product come from shared memory, so that the warps that
 multiply do nothing else, and a copy is one instruction of one thread: what counts is bytes in flight.
 
-    x tile [BM, BK]      weights [halves, BN/halves, BK]      acc [BN, BM] float32
-
-BK is 128, or 64 where tiles are so large that only two slots of 128 would fit.
+    x tile [BM, 128]      weights [halves, BN/halves, 128]      acc [BN, BM] float32
 """
 
 # ruff: noqa: N803
@@ -34,6 +32,7 @@ from .hopper_ring import (
     stream,
 )
 
+STEP = 128  # columns of a slot
 WEIGHT_LAYOUT = gl.NVMMASharedLayout(128, 16, 3)
 
 
@@ -74,7 +73,7 @@ def bf16_hopper_kernel(
 def boxes(config: HopperConfig, gated: bool) -> tuple[list[int], list[int]]:
     """What one copy of x and of weights moves."""
     halves = 2 if gated else 1
-    return [config.block_m, config.block_k], [halves, config.block_n // halves, config.block_k]
+    return [config.block_m, STEP], [halves, config.block_n // halves, STEP]
 
 
 def bf16_hopper_partials(x: Tensor, weight: PackedWeight, config: HopperConfig, gated: bool = False) -> Tensor:
@@ -82,24 +81,21 @@ def bf16_hopper_partials(x: Tensor, weight: PackedWeight, config: HopperConfig, 
     split), on a GPU of compute capability 9.0. gated: as in `a16w4_partials`.
 
     x is copied where it does not begin at a multiple of 16 bytes, which TMA needs. ValueError: K no multiple of 8, for
-    the same reason; a config whose block_n is no multiple of 16 rows a warp, that has less than two stages, or a
-    block_k other than 64 and 128.
+    the same reason; a config whose block_n is no multiple of 16 rows a warp, or that has less than two stages.
     """
     (m, k), n, halves = x.shape, weight.shape[0], 2 if gated else 1
     block_m, block_n, stages = config.block_m, config.block_n, config.stages
     if k % 8 or weight.data.data_ptr() % 16:
         raise ValueError(f"bf16_hopper_partials: rows of the weight must be multiples of 16 bytes, not {2 * k}")
-    if config.block_k not in (64, 128):
-        raise ValueError(f"bf16_hopper_partials: block_k must be 64 or 128, not {config.block_k}")
     check_tiles("bf16_hopper_partials", config, n, gated)
     x, width = aligned(x), n // halves
-    out, per_split = new_partials(triton.cdiv(k, config.block_k), config.splits, m, width, x.device)
+    out, per_split = new_partials(triton.cdiv(k, STEP), config.splits, m, width, x.device)
     x_box, w_box = boxes(config, gated)
     early = admission(config.late)
     grid = (triton.cdiv(m, block_m), triton.cdiv(n, block_n), out.shape[0])
     bf16_hopper_kernel[grid](
         descriptor(x, x_box, X_LAYOUT), descriptor(weight.data.view(halves, width, k), w_box, WEIGHT_LAYOUT),
-        out_descriptor(out, config, block_n // halves, config.block_k), out, m, width, k, per_split, stages, early,
+        out_descriptor(out, config, block_n // halves, STEP), out, m, width, k, per_split, stages, early,
         config.producer, min(config.ahead, stages), config.band, gated, launch_pdl=early > 0, **launch_options(config),
     )
     return out

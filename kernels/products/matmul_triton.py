@@ -15,7 +15,6 @@ from ..tuning import (
     SkinnyConfig,
     WideConfig,
     a8w8_config,
-    bf16_hopper_config,
     gated_config,
     hopper_config,
     pairs_config,
@@ -33,8 +32,7 @@ from .wide import wide_partials
 Config = SkinnyConfig | WideConfig | HopperConfig
 
 # Up to these rows a kernel of ours streams the weight; above, it is dequantized once (in slices) and multiplied by
-# cuBLAS. bf16 goes to cuBLAS directly, or to `bf16_hopper` where tuning found that to be faster; where a format has
-# 8-bit activations, they have 8 bits there.
+# cuBLAS. bf16 goes to cuBLAS directly; where a format has 8-bit activations, they have 8 bits there.
 FUSED_ROWS = {"bf16": 64, "int8": 256, "int4": 256}
 FUSED_ROWS |= {name: form.sixteen_bit_rows for name, form in WEIGHT_FORMATS.items() if form.activations}
 HOPPER_ROWS = 2048  # int4 by `a16w4_hopper`, int8 by `a16w8_hopper`
@@ -60,12 +58,7 @@ def linear_triton(x: Operand, weight: PackedWeight, bias: Tensor | None, partial
         return _summed(linear_partials(x, weight), bias, partial)
     x = x.contiguous()
     if x.shape[0] > fused_rows(weight):
-        if weight.format != "bf16":
-            return _dequantize_once(x, weight, bias)
-        tiles = bf16_hopper_config(x.shape[0], *weight.shape)
-        if tiles is None:
-            return F.linear(x, weight.data, bias)
-        return _summed(streamed(x, weight, tiles), bias, partial)
+        return F.linear(x, weight.data, bias) if weight.format == "bf16" else _dequantize_once(x, weight, bias)
     return _summed(linear_partials(x, weight), bias, partial)
 
 

@@ -64,14 +64,6 @@ INT8_FEW = with_producer_and_ahead(
 BF16 = with_producer_and_ahead(
     (8, 64, 4, 6, 2), (8, 128, 8, 5, 1), (16, 128, 4, 2, 2), (64, 64, 4, 3, 2), (64, 256, 8, 2, 1)
 )
-BF16 += [replace(config, stages=5, block_k=64) for config in BF16[-6:]]
-BF16_MANY = BF16[-18:] + [
-    HopperConfig(block_m, block_n, 1, warps, stages, producer, block_k=block_k)
-    for block_m, block_n, warps, stages, block_k in (
-        (128, 64, 4, 4, 128), (128, 128, 4, 7, 64), (128, 256, 8, 4, 64), (256, 128, 8, 4, 64), (256, 64, 4, 2, 128),
-    )
-    for producer in (False, True)
-]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -105,7 +97,7 @@ class Kernel:
         return x, kernels.pack_weight(plain, "int4", device="cuda")
 
 
-INT4, PLAIN = Kernel("int4", a16w4_hopper_partials, FEW, MANY), Kernel("bf16", bf16_hopper_partials, BF16, BF16_MANY)
+INT4, PLAIN = Kernel("int4", a16w4_hopper_partials, FEW, MANY), Kernel("bf16", bf16_hopper_partials, BF16, BF16[-12:])
 INT8 = Kernel("int8", a16w8_hopper_partials, INT8_FEW, INT8_MANY)
 every = pytest.mark.parametrize("kernel", [INT4, INT8, PLAIN], ids=lambda kernel: kernel.format)
 
@@ -137,8 +129,8 @@ def oracle(x: Tensor, weight: kernels.PackedWeight) -> Tensor:
 @pytest.mark.parametrize("m", [1, 3, 8, 13, 16, 32, 33, 64, 65, 200, 256, 1000, 2048])
 @pytest.mark.parametrize("n, k", [(4608, 4096), (320, 512), (200, 14336), (4612, 512)])  # 4612: out not by TMA
 def test_products(kernel: Kernel, m: int, n: int, k: int) -> None:
-    if kernel is PLAIN and m > 512:
-        pytest.skip("bf16 goes to cuBLAS")
+    if kernel is PLAIN and m > 200:
+        pytest.skip("bf16 goes to cuBLAS long before")
     x, weight = poisoned_behind(normal((m, k), m, "cuda")), kernel.weight(n, k)
     whole_x, whole_weight = kernel.whole(m, n, k)
     want, exact = oracle(x, weight), oracle(whole_x, whole_weight)
