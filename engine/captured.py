@@ -15,9 +15,8 @@ from torch import Tensor
 
 from engine.decoder import Decoder
 from engine.readback import Readback
-from engine.sampler import highest_logits
 from engine.step_inputs import Arrays, StepInputs, lay_out, view_as, write
-from kernels import KVLayer
+from kernels import KVLayer, highest
 
 PLAN_BYTES = 64
 """Per row, for the arrays of a sampling plan, which travel with the inputs: six of eight bytes and their alignment."""
@@ -106,5 +105,5 @@ class CapturedSteps:
     def _compute(self, step: StepInputs) -> Tensor:
         """The logits of a step whose most likely tokens are then in the readback."""
         logits = self._decoder.logits(self._decoder(step, self._kv, self._cos_sin))
-        highest_logits(logits, self._readback.rows(len(logits)))
+        highest(logits, self._readback.rows(len(logits)), impl=self._decoder.impl)
         return logits

@@ -32,11 +32,13 @@ class EngineConfig:
     cache_ratio: share of the memory left after weights and workspace that the KV pool takes, in (0, 1).
     memory_limit: bytes the engine may use; None takes the whole GPU, or a modest share of the RAM on a CPU.
     block_size: tokens per KV block (16, 32, 64, 128); None picks 64 on a GPU and 16 on a CPU.
-    max_batch_size: most requests in one step. max_batched_tokens: token budget of one step.
+    max_batch_size: most requests in one step. max_batched_tokens: most prompt tokens of one step; requests that decode
+        ride along with one token each.
     session_len: most tokens (prompt + output) of one request; None is what the model and the pool allow.
     batching: "static" (a batch runs until its last member ends), "dynamic" (a batch forms within `batch_window`
         seconds out of requests of similar length), "continuous" (requests join and leave at every step).
-    prefix_caching: reuse the blocks of equal prefixes. chunked_prefill: split prompts over steps to fit the budget.
+    prefix_caching: reuse the blocks of equal prefixes. chunked_prefill: split prompts over steps, each of which holds
+        max_batched_tokens.
     runner: "torch" computes; "simulated" runs a cost model of `gpu` on a virtual clock.
     graphs: replay decode steps as CUDA graphs on a GPU; off runs them eagerly, with the same results.
     overlap: prepare the next step while a GPU computes one; off takes one step at a time, with the same results. Steps
@@ -84,11 +86,6 @@ class EngineConfig:
             raise ConfigError(f"batch_window is {self.batch_window} s; it must be between 0 and 60 seconds")
         _at_least("max_batch_size", self.max_batch_size, 1, 4096)
         _at_least("max_batched_tokens", self.max_batched_tokens, 16, 1 << 20)
-        if self.max_batched_tokens < self.max_batch_size:
-            raise ConfigError(
-                f"max_batched_tokens is {self.max_batched_tokens}; it must be at least max_batch_size "
-                f"({self.max_batch_size}), one token for every running request"
-            )
         if self.session_len is not None:
             _at_least("session_len", self.session_len, 2, 1 << 24)
         if self.memory_limit is not None:

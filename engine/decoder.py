@@ -27,6 +27,7 @@ from kernels import (
     add_normed,
     add_rms_norm,
     decode_attention,
+    embed_normed,
     gated,
     linear,
     normed,
@@ -111,7 +112,7 @@ class DecoderLayer(nn.Module):
     def forward(self, x: Operand, step: StepInputs, kv: KVLayer, turn: Tensor, plan: AttentionPlan | None) -> Tensor:
         """Normed hidden states [T, hidden] -> what attention adds to the residual, maybe as partials."""
         qkv = linear(x, self.qkv, self.qkv_bias, partial=True, impl=self.impl)
-        q = rope_write(qkv, kv, step.slots, turn, self.head_norms, impl=self.impl)
+        q = rope_write(qkv, kv, step.slots, turn, self.head_norms, settled=True, impl=self.impl)
         return linear(self.attend(q, step, kv, plan).flatten(1), self.o, self.o_bias, partial=True, impl=self.impl)
 
     def attend(self, q: Tensor, step: StepInputs, kv: KVLayer, plan: AttentionPlan | None) -> Tensor:
@@ -122,9 +123,10 @@ class DecoderLayer(nn.Module):
             return decode_attention(q, kv, tables, lengths, scale, plan, impl=impl)
         if n == 0:
             return prefill_attention(q, kv, tables, starts, lengths, scale, plan, impl=impl)
-        decoded = decode_attention(q[:n], kv, tables[:n], lengths[:n], scale, plan, impl=impl)
-        prefilled = prefill_attention(q[n:], kv, tables[n:], starts, lengths[n:], scale, plan, impl=impl)
-        return torch.cat((decoded, prefilled))
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        decode_attention(q[:n], kv, tables[:n], lengths[:n], scale, plan, out=out[:n], impl=impl)
+        prefill_attention(q[n:], kv, tables[n:], starts, lengths[n:], scale, plan, out=out[n:], impl=impl)
+        return out
 
     def mlp(self, x: Operand) -> Tensor:
         """Normed hidden states [T, hidden] -> what the MLP adds to the residual, maybe as partials."""
@@ -175,11 +177,10 @@ class Decoder(nn.Module):
     def forward(self, step: StepInputs, kv: Sequence[KVLayer], cos_sin: Tensor) -> Tensor:
         """Write keys and values of every token; return the final hidden states [S, hidden] of `step.rows`."""
         impl, eps = self.impl, self.spec.rms_norm_eps
-        turn = rotation(step.positions, cos_sin)
+        turn = rotation(step.positions, cos_sin, impl=impl)
         tables, lengths, starts = step.block_tables, step.lengths, step.query_starts
         plan = plan_attention(kv[0], self.spec.num_heads, tables, starts, lengths, step.num_decodes, impl=impl)
-        residual = self.embed(step.tokens)
-        x = normed(residual, self._layers[0].input_norm, eps, self._layers[0].qkv, impl=impl)
+        x, residual = self.embed(step.tokens)
         for i, layer in enumerate(self._layers):
             following = self._layers[i + 1] if i + 1 < len(self._layers) else None
             y = layer(x, step, kv[i], turn, plan)
@@ -191,11 +192,13 @@ class Decoder(nn.Module):
                 x, residual = add_normed(y, residual, following.input_norm, eps, following.qkv, impl=impl)
         return add_rms_norm(y, residual, self.final_norm, eps, impl=impl)[0]
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """int64 [T] -> [T, hidden]."""
-        if self.embeddings is None:
-            return self.lm_head.rows(tokens, self.dtype)
-        return F.embedding(tokens, self.embeddings).to(self.dtype)
+    def embed(self, tokens: Tensor) -> tuple[Operand, Tensor]:
+        """int64 [T] -> [T, hidden], normed for the first layer and as they are."""
+        first, table, eps = self._layers[0], self.embeddings, self.spec.rms_norm_eps
+        if table is not None and table.dtype == self.dtype:
+            return embed_normed(tokens, table, first.input_norm, eps, first.qkv, impl=self.impl)
+        rows = self.lm_head.rows(tokens, self.dtype) if table is None else F.embedding(tokens, table).to(self.dtype)
+        return normed(rows, first.input_norm, eps, first.qkv, impl=self.impl), rows
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[S, hidden] -> [S, vocab] in the activations' dtype."""

@@ -196,14 +196,15 @@ class Engine:
         finally:
             self.core.abandon(names)
 
-    def warm_up(self, num_tokens: int = 1024) -> None:
-        """Compile kernels and capture CUDA graphs for every batch size and sequences of up to `num_tokens` tokens.
+    def warm_up(self, num_tokens: int = 1024, params: Sequence[SamplingParams] = (SamplingParams(),)) -> None:
+        """Compile kernels and capture CUDA graphs for every batch size, sequences of up to `num_tokens` tokens, and
+        requests like those of `params`: whether they are greedy counts, or need more than the most likely token.
 
         Without it each is made when it is first needed, and the requests of that step wait: seconds where a kernel is
         compiled for the first time on a machine, tens of milliseconds after that.
         """
         self._check_open()
-        self.runner.warm_up(num_tokens)
+        self.runner.warm_up(num_tokens, {not p.greedy or p.needs_values for p in params})
 
     def reset_prefix_cache(self) -> None:
         """Forget every cached prefix that no running request holds."""

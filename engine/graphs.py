@@ -11,7 +11,7 @@ themselves are wanted, to draw from or to return probabilities of: it copies the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -62,11 +62,12 @@ class DecodeGraphs(CapturedSteps):
     def captured(self) -> list[GraphKey]:
         return sorted(self._graphs)
 
-    def warm_up(self, max_batch: int, max_blocks: int) -> None:
-        """Capture every padded batch size up to `max_batch`, largest first, for tables of up to `max_blocks`."""
+    def warm_up(self, max_batch: int, max_blocks: int, logits: Collection[bool]) -> None:
+        """Capture every padded batch size up to `max_batch`, largest first, for tables of up to `max_blocks`; logits:
+        whether they are kept."""
         sizes = sorted({padded_size(batch) for batch in range(1, max_batch + 1)}, reverse=True)
         widths = sorted({padded_width(blocks) for blocks in range(1, max_blocks + 1)})
-        for key in (GraphKey(size, width, False) for width in widths for size in sizes):
+        for key in (GraphKey(size, width, keep) for keep in sorted(logits) for width in widths for size in sizes):
             if key not in self._graphs:
                 self.capture(key)
 

@@ -185,7 +185,7 @@ class ModelSpec:
         matmul = sum(n * k for n, k in self.linears().values()) * self.num_layers + self.vocab_size * self.hidden_size
         return 2.0 * matmul + 4.0 * self.num_layers * self.num_heads * self.head_dim * context
 
-    def workspace_bytes(self, max_batched_tokens: int, max_batch_size: int) -> int:
+    def workspace_bytes(self, step_tokens: int, max_batch_size: int) -> int:
         """Activations of one step at their widest (bf16 in and out of the MLP, residual, norm) and fp32 logits."""
         widest = 3 * self.intermediate_size + 4 * self.hidden_size + 2 * self.qkv_size
-        return 2 * max_batched_tokens * widest + 2 * 4 * max_batch_size * self.vocab_size
+        return 2 * step_tokens * widest + 2 * 4 * max_batch_size * self.vocab_size

@@ -7,6 +7,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kernels import feed_tokens
+
 EXPONENTS = {torch.float32: (torch.int32, 0x7F800000), torch.bfloat16: (torch.int16, 0x7F80)}
 """Bits that are all set in a number that is not finite. NumPy knows no bfloat16, and calling torch for a few numbers
 right after the host has waited costs more than everything else that is done with them."""
@@ -63,8 +65,9 @@ class Readback:
     most one step is on its way while the next is launched.
     """
 
-    def __init__(self, rows: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._rows, self._dtype = rows, dtype
+    def __init__(self, rows: int, dtype: torch.dtype, device: torch.device, impl: str = "auto") -> None:
+        """impl: as in `kernels`, of what feeds tokens."""
+        self._rows, self._dtype, self._impl = rows, dtype, impl
         self.buffer = torch.zeros(rows * (8 + dtype.itemsize), dtype=torch.uint8, device=device)
         self.ids, self.highest = self.split(self.buffer)
         self._slots = [Slot(self), Slot(self)]
@@ -88,4 +91,4 @@ class Readback:
 
     def feed(self, tokens: Tensor, feed: Tensor) -> Tensor:
         """tokens int64 [T] with the pending ones filled in; feed: see `engine.step_inputs.feed_rows`."""
-        return torch.cat((self.ids, tokens)).take(feed)
+        return feed_tokens(self.ids, tokens, feed, impl=self._impl)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -63,8 +64,9 @@ class Runner(Protocol):
 
     def launch(self, batch: ScheduledBatch) -> Pending: ...
 
-    def warm_up(self, num_tokens: int) -> None:
-        """Make ready what decode steps of any batch size and sequences of so many tokens will need."""
+    def warm_up(self, num_tokens: int, logits: Collection[bool]) -> None:
+        """Make ready what decode steps of any batch size and sequences of so many tokens will need: with their logits,
+        without, or both."""
         ...
 
     def measured_memory(self) -> dict[str, int]:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from engine.request import Request, TokenLogprobs
 from engine.step_inputs import Arrays
+from kernels import highest
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 SORTED_ELEMENTS = 1 << 21
@@ -111,47 +112,22 @@ class SamplingPlan:
         return cls(arrays, max(ks, default=0), top_p, min_p, list(requests), streams, logprobs)
 
 
-def sample(logits: Tensor, plan: SamplingPlan, staged: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """logits [S, vocab], any float -> tokens int64 [S] and the largest logit of each row [S] in their dtype.
+def sample(
+    logits: Tensor, plan: SamplingPlan, staged: Mapping[str, Tensor], *, impl: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """logits [S, vocab], bf16 or float32 -> tokens int64 [S] and the largest logit of each row [S] in their dtype.
 
-    staged: `plan.arrays` on the logits' device. Where the largest logit is not finite (a row with NaN has NaN), the
-    token means nothing, but is one of the vocabulary.
+    staged: `plan.arrays` on the logits' device. impl: as in `kernels`, of what finds the largest. Where the largest
+    logit is not finite (a row with NaN has NaN), the token means nothing, but is one of the vocabulary.
     """
-    highest, tokens = highest_logits(logits)
+    largest, tokens = highest(logits, impl=impl)
     if "penalized" in staged:
         rows, logits = staged["penalized"], logits.float()
         logits = logits.index_copy(0, rows, _penalize(logits[rows], staged))
         tokens = logits.argmax(-1)
     if "drawn" in staged:
         tokens = tokens.index_copy(0, staged["drawn"], _draw(logits[staged["drawn"]].float(), plan, staged))
-    return tokens, highest
-
-
-def highest_logits(logits: Tensor, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-    """`logits.max(-1)` of [S, vocab], written to `out` if given: values [S] in the logits' dtype and indices int64 [S].
-
-    On a GPU in two stages, since a row reduced at once occupies one multiprocessor: 27 us for 92,544 logits on an H200,
-    more than a small layer.
-    """
-    if out is None:
-        out = logits.new_empty(len(logits)), logits.new_empty(len(logits), dtype=torch.int64)
-    vocab = logits.shape[-1]
-    parts = next((p for p in (64, 32, 16, 8) if vocab % p == 0), 1) if logits.device.type == "cuda" else 1
-    if parts > 1:
-        return highest_of_parts(logits, parts, out)
-    torch.max(logits, -1, out=out)
-    return out
-
-
-def highest_of_parts(logits: Tensor, parts: int, out: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """As `highest_logits`, by the largest of each of `parts` equal parts of a row."""
-    size = logits.shape[-1] // parts
-    highest, tokens = out
-    values, index = logits.view(-1, parts, size).max(-1)
-    part = torch.empty_like(tokens)
-    torch.max(values, -1, out=(highest, part))
-    torch.add(index.gather(1, part[:, None])[:, 0], part, alpha=size, out=tokens)
-    return out
+    return tokens, largest
 
 
 def _penalize(logits: Tensor, staged: Mapping[str, Tensor]) -> Tensor:

@@ -144,7 +144,8 @@ class Scheduler:
         self.cache.check_integrity(everyone)
 
     def _schedule_running(self, batch: ScheduledBatch) -> int:
-        """Give every running request its tokens, oldest first; returns what is left of the budget."""
+        """Give every running request its tokens, oldest first; returns what is left of the budget, which prompts share:
+        who decodes rides along, whatever they take."""
         budget, size = self.config.max_batched_tokens, self.cache.block_size
         running, decodes = self.running, batch.decodes
         index = 0
@@ -153,18 +154,19 @@ class Scheduler:
             index += 1
             start = request.num_computed
             uncomputed = num_new = request.num_tokens - start
-            if uncomputed > budget:
+            decoding = uncomputed == 1 and start >= len(request.prompt_token_ids)  # is_decoding, without its price
+            if uncomputed > budget and not decoding:
                 num_new = self._chunk(uncomputed, budget, alone=not batch)
             if num_new == 0 or (request.num_pending and request.awaits_last):
                 continue
             if start + num_new > len(request.block_ids) * size and not self._extend(request, start + num_new, batch):
                 break
-            if uncomputed == 1 and start >= len(request.prompt_token_ids):  # is_decoding, without its price
+            if decoding:
                 decodes.append(ScheduledRequest(request, start, 1))
             else:
                 self._place(request, num_new, batch)
-            budget -= num_new
-        return max(budget, 0)
+                budget = max(0, budget - num_new)
+        return budget
 
     def _extend(self, request: Request, num_tokens: int, batch: ScheduledBatch) -> bool:
         """Take the blocks that a running request needs, from the youngest if need be; False if it lost its own."""

@@ -7,6 +7,7 @@ efficiency; its use is exact, repeatable experiments on hardware that is not at 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -76,7 +77,7 @@ class SimulatedRunner:
         self.memory: MemoryPlan = plan_memory(
             limit=config.memory_limit or self.gpu.memory,
             weights=spec.weight_bytes(config.weights, config.group_size),
-            workspace=spec.workspace_bytes(config.max_batched_tokens, config.max_batch_size),
+            workspace=spec.workspace_bytes(config.max_batched_tokens + config.max_batch_size, config.max_batch_size),
             cache_ratio=config.cache_ratio,
             block_bytes=block_size * spec.kv_bytes_per_token(config.kv, config.kv_repair),
             block_size=block_size,
@@ -120,7 +121,7 @@ class SimulatedRunner:
         tokens = [self._token(item.request.seed, item.stop) if item.samples else None for item in batch.items]
         return Done(StepResult(tokens, device_seconds=seconds))
 
-    def warm_up(self, num_tokens: int) -> None:
+    def warm_up(self, num_tokens: int, logits: Collection[bool]) -> None:
         """A cost model is always warm."""
 
     def measured_memory(self) -> dict[str, int]:

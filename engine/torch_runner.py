@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from engine.workspace import (
     CUDA_BLOCK_SIZE,
     PROMPT_ROWS,
     default_limit,
-    step_tokens,
+    prompt_tokens,
     workspace_bytes,
 )
 from kernels import KVLayer, allocate_kv
@@ -64,7 +64,7 @@ class TorchRunner:
         self._decoder: Decoder | None = decoder
         self.asynchronous = self.device.type == "cuda"
         self._staging = Staging(self.device)
-        self._readback = Readback(padded_size(config.max_batch_size), decoder.dtype, self.device)
+        self._readback = Readback(padded_size(config.max_batch_size), decoder.dtype, self.device, config.impl)
         self._prepare = self._preparation()
         self._graphs: DecodeGraphs | None = None
         self._prompt_graphs: PromptGraphs | None = None
@@ -170,7 +170,7 @@ class TorchRunner:
         return self.launch(batch).result()
 
     @torch.inference_mode()
-    def warm_up(self, num_tokens: int) -> None:
+    def warm_up(self, num_tokens: int, logits: Collection[bool]) -> None:
         """On a CPU nothing is compiled ahead."""
         assert self._cos_sin is not None
         most = min(num_tokens, len(self._cos_sin))  # a session holds no more
@@ -178,9 +178,9 @@ class TorchRunner:
             for count, length in self._prompt_shapes():
                 self._compute_inert(count, length)
         if self._graphs is not None:
-            self._graphs.warm_up(self.config.max_batch_size, -(-most // self._memory.block_size))
+            self._graphs.warm_up(self.config.max_batch_size, -(-most // self._memory.block_size), logits)
         if self._prompt_graphs is not None:
-            self._prompt_graphs.warm_up(min(most, step_tokens(self._spec, self.config)))
+            self._prompt_graphs.warm_up(min(most, prompt_tokens(self._spec, self.config)))
 
     def _prompt_shapes(self) -> list[tuple[int, int]]:
         """(prompts, tokens of each) of steps whose kernels differ: by the number of prompts, and of tokens in all."""
@@ -188,7 +188,7 @@ class TorchRunner:
         longest, budget, batch = len(self._cos_sin), self.config.max_batched_tokens, self.config.max_batch_size
         most = min(batch, max(1, budget // 256))  # in one step, mostly
         counts = [(1 << i, 1) for i in range(most.bit_length())]
-        limit = min(budget, batch * longest)  # short sessions fill a step together
+        limit = min(budget + batch, batch * longest)  # short sessions fill a step together
         sizes = {1 << i for i in range(4, limit.bit_length())} | {n for n in TUNED_ROWS if 16 < n < limit} | {limit}
         return counts + [(count, size // count) for size in sorted(sizes) for count in [-(-size // longest)]]
 
@@ -213,7 +213,8 @@ class TorchRunner:
         extra = {} if penalized else plan.arrays
         logits, staged = graphs(arrays, extra, logits=bool(plan.arrays) or plan.logprobs)
         if plan.arrays and logits is not None:
-            self._readback.store(*sample(logits, plan, self._staging(plan.arrays) if penalized else staged))
+            staged = self._staging(plan.arrays) if penalized else staged
+            self._readback.store(*sample(logits, plan, staged, impl=self.config.impl))
         return logits
 
     def _eager(self, prepared: PreparedStep, scored: Sequence[Scored]) -> tuple[Tensor, list[float]]:
@@ -230,7 +231,7 @@ class TorchRunner:
         known = self._score(hidden[count:], staged["targets"]) if scored else []
         logits = self._decoder.logits(hidden[:count])
         if count:
-            self._readback.store(*sample(logits, plan, staged))
+            self._readback.store(*sample(logits, plan, staged, impl=self.config.impl))
         return logits, known
 
     def _score(self, hidden: Tensor, targets: Tensor) -> list[float]:

@@ -65,9 +65,15 @@ def workspace_parts(spec: ModelSpec, config: EngineConfig, itemsize: int, device
     }
 
 
-def step_tokens(spec: ModelSpec, config: EngineConfig) -> int:
-    """Most tokens of one step: the budget, but without chunked prefill a prompt is computed whole, however long."""
+def prompt_tokens(spec: ModelSpec, config: EngineConfig) -> int:
+    """Most prompt tokens of one step: the budget, but without chunked prefill a prompt is computed whole, however
+    long."""
     return max(config.max_batched_tokens, 0 if config.chunked_prefill else _session(spec, config))
+
+
+def step_tokens(spec: ModelSpec, config: EngineConfig) -> int:
+    """Most tokens of one step: requests that decode ride along with the prompts."""
+    return prompt_tokens(spec, config) + config.max_batch_size
 
 
 def _session(spec: ModelSpec, config: EngineConfig) -> int:

@@ -12,9 +12,10 @@ from .paged.kv_cache import KV_FORMATS, KVFormat, KVLayer, allocate_kv
 from .paged.qkv import rope_write
 from .products.gated import gated_linear
 from .products.matmul import linear
-from .products.operands import add_normed, gated, normed
+from .products.operands import add_normed, embed_normed, gated, normed
 from .rows.activations import Operand
-from .rows.elementwise import add_rms_norm, rms_norm, rope, rotation, silu_mul
+from .rows.elementwise import add_rms_norm, embed_rms_norm, rms_norm, rope, rotation, silu_mul
+from .rows.tokens import feed_tokens, highest
 
 __all__ = [
     "AttentionPlan",
@@ -30,8 +31,12 @@ __all__ = [
     "add_rms_norm",
     "allocate_kv",
     "decode_attention",
+    "embed_normed",
+    "embed_rms_norm",
+    "feed_tokens",
     "gated",
     "gated_linear",
+    "highest",
     "linear",
     "most_expanded_bytes",
     "normed",

@@ -45,8 +45,10 @@ def hopper_candidates(kind: str, m: int, n: int) -> list[Any]:
         and 140 << 10 <= (bm * 256 + bn * row_bytes(kind)) * stages * programs <= 224 << 10
     ]  # fmt: skip
     return [
-        HopperConfig(bm, bn, splits, warps, stages, producer, programs)
-        for (bm, bn, warps, stages, programs), splits, producer in product(shapes, (1, 2, 3, 4, 6, 8), (False, True))
+        HopperConfig(bm, bn, splits, warps, stages, producer, programs, band=band)
+        for (bm, bn, warps, stages, programs), splits, producer, band in product(
+            shapes, (1, 2, 3, 4, 6, 8), (False, True), (0, 4) if m > 512 else (0,)
+        )
         if 90 <= -(-n // bn) * -(-m // bm) * splits and (splits == 1 or m <= 512)
         and -(-n // bn) * -(-m // bm) * splits <= max(600, -(-n // bn) * -(-m // bm))
     ]  # fmt: skip
@@ -60,6 +62,16 @@ def row_bytes(kind: str) -> int:
 def deepest_ring(kind: str, block_m: int, block_n: int, programs: int) -> int:
     """Stages of a kernel for Hopper that fit into a multiprocessor's shared memory beside those of other programs."""
     return ((228 << 10) // programs - 2560) // (block_m * 256 + block_n * row_bytes(kind))
+
+
+def registers(warps: int, producer: bool, programs: int) -> int:
+    """Of a thread of a kernel for Hopper, where so many programs share a multiprocessor."""
+    return min(255, 65536 // (32 * (warps + 4 * producer) * programs) // 8 * 8)
+
+
+def fewest_registers(block_m: int) -> int:
+    """What ptxas wants of a thread for a product of a warp group (its sums, and 26 more), or it refuses (C7602)."""
+    return block_m // 2 + 26
 
 
 FEW_ROWS_SHAPES = {

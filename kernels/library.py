@@ -111,6 +111,9 @@ class Operators:
     def rope(self, q: Tensor, k: Tensor, turn: Tensor, *, impl: str = "auto") -> tuple[Tensor, Tensor]:
         return _ops().rope(q, k, turn, impl)
 
+    def rotation(self, positions: Tensor, cos_sin: Tensor, *, impl: str = "auto") -> Tensor:
+        return _ops().rotation(positions, cos_sin, impl)
+
     def write_kv(self, layer: KVLayer, k: Tensor, v: Tensor, slots: Tensor, *, impl: str = "auto") -> None:
         _ops().write_kv(*_parts(layer), k, v, slots, impl)
 
@@ -288,6 +291,11 @@ OPERATORS: dict[str, Operator] = {
         "(Tensor q, Tensor k, Tensor turn, str impl) -> (Tensor, Tensor)",
         lambda q, k, turn, impl: _own(*elementwise.rope(q, k, turn, impl=impl)),
         lambda q, k, turn, impl: (_like(q), _like(k)),
+    ),
+    "rotation": Operator(
+        "(Tensor positions, Tensor cos_sin, str impl) -> Tensor",
+        lambda positions, cos_sin, impl: _own(elementwise.rotation(positions, cos_sin, impl=impl))[0],
+        lambda positions, cos_sin, impl: _like(cos_sin, positions.shape[0], 2, cos_sin.shape[1]),
     ),
     "write_kv": Operator(
         f"({_KV_WRITTEN}, Tensor k, Tensor v, Tensor slots, str impl) -> ()", _write_kv, lambda *args: None, _WRITTEN

@@ -108,6 +108,16 @@ def dot(a, b, acc, INTERP: tl.constexpr):
 
 
 @triton.jit
+def banded(program, rows, columns, BAND: tl.constexpr):
+    """Tile (row, column) of the program-th of rows * columns: they go down bands of BAND rows, so that those that run
+    at once share tiles of both operands in the L2."""
+    band = program // (BAND * columns)
+    height = tl.minimum(rows - band * BAND, BAND)
+    inside = program % (BAND * columns)
+    return band * BAND + inside % height, inside // height
+
+
+@triton.jit
 def feature_rows(tile, N, BN: tl.constexpr, GATED: tl.constexpr):
     """Weight rows [BN] of one tile. GATED: half of them from the first N/2 rows, the gates, and the same ones of the
     second half, so that one program holds what SiLU-mul takes together."""

@@ -100,11 +100,15 @@ def _compile(job: tuple[str, dict[str, Any], list[Any], bool]) -> None:
     for config in configs:
         try:
             calls(config)[0]()
-        except (
-            Exception
-        ) as error:  # a candidate that needs more shared memory than there is; the timing pass reports it
+        except Exception as error:  # mostly a candidate that is `too_large`; of others the timing pass says more
             print(f"skipped {op} {arguments} {config}: {str(error)[:80]}", flush=True)
     torch.cuda.synchronize()
+
+
+def too_large(error: Exception) -> bool:
+    """Whether all that is wrong with a candidate is that it needs more shared memory, or, by ptxas, more registers than
+    there are."""
+    return any(words in str(error) for words in ("shared memory", "out of resource", "PTXAS error"))
 
 
 def run(tasks: Iterable[Task], workers: int, alone: bool = False) -> list[dict[str, Any]]:
@@ -114,7 +118,9 @@ def run(tasks: Iterable[Task], workers: int, alone: bool = False) -> list[dict[s
     begin = time.time()
     if workers > 1:
         jobs = [
-            (op, arguments, configs[i::workers], alone) for op, arguments, configs in tasks for i in range(workers)
+            (op, arguments, configs[i::workers], alone)
+            for op, arguments, configs in tasks
+            for i in range(min(workers, len(configs)))
         ]
         with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
             list(pool.map(_compile, jobs))
@@ -127,7 +133,7 @@ def run(tasks: Iterable[Task], workers: int, alone: bool = False) -> list[dict[s
             try:
                 timed.append((microseconds(calls(config), replays=3, at_least_us=600.0), config))
             except Exception as error:
-                if "shared memory" not in str(error) and "out of resource" not in str(error):
+                if not too_large(error):
                     raise
         timed.sort(key=lambda pair: pair[0])
         for us, config in timed[:3]:
@@ -187,7 +193,7 @@ def tasks(kinds: list[str], most: int, hopper: bool = False, alone: bool = False
 
 
 def entries(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The fastest record of each problem that `tuning` looks up, as its file holds them."""
+    """The records of each problem that `tuning` looks up, as its file holds the fastest of them."""
     found = []
     for record in records:
         if record["op"] == "decode" or record.get("m") == 8192:

@@ -13,23 +13,24 @@ import argparse
 import json
 import multiprocessing
 import time
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
 import torch
 
-from .candidates import gated_hopper_candidates
+from .candidates import fewest_registers, gated_hopper_candidates, registers
 from .measuring import problems
 from .measuring.chain import Chain, chain
 from .products.gated import gated_linear
 from .products.matmul import linear
-from .products.matmul_triton import HOPPER_SKINNY_ROWS
+from .products.matmul_triton import HOPPER_SKINNY_ROWS, SKINNY_ROWS
 from .rows.activations import activation_codes
 from .rows.rounding import quantize_rows
 from .triton_common import warp_group_products
-from .tune import write_entries
-from .tuning import table
+from .tune import too_large, write_entries
+from .tuning import TUNED_ROWS, table
 
 Problem = tuple[Any, ...]  # (kind, m, n, k), the key of a tuned entry
 Config = dict[str, Any]
@@ -57,7 +58,8 @@ def problem_of(name: str, format: str, m: int) -> Problem | None:
     if name != "gated":
         return (kind, m, *problems.SHAPES[name])
     own = {"hopper": "planes", "pairs_hopper": "pairs"}.get(kind, kind)  # the kernels that SiLU-mul can be part of
-    return (f"gated {own}", m, *problems.SHAPES["gate_up"]) if activation_codes(format, m) is None else None
+    takes = m <= SKINNY_ROWS and activation_codes(format, m) is None
+    return (f"gated {own}", m, *problems.SHAPES["gate_up"]) if takes else None
 
 
 def runs_gated(format: str, m: int) -> bool:
@@ -92,8 +94,14 @@ def neighbours(config: Config, kind: str) -> list[Config]:
         least = 128 if name == "block_k" and kind.endswith("pairs") else least
         changes += [{name: value} for value in near if least <= value <= most]
     found = [config | change for change in changes]
-    rows = 32 if hopper and kind.startswith("gated ") else 16  # of block_n a warp
-    return [c for c in found if c["block_n"] >= rows * c["warps"] and not (hopper and c["warps"] % 4)]
+    if not hopper:
+        return [c for c in found if c["block_n"] >= 16 * c["warps"]]
+    rows = 32 if kind.startswith("gated ") else 16  # of block_n a warp
+    return [
+        c for c in found
+        if c["block_n"] >= rows * c["warps"] and c["warps"] % 4 == 0
+        and registers(c["warps"], c["producer"], c.get("programs", 1)) >= fewest_registers(c["block_m"])
+    ]  # fmt: skip
 
 
 def candidates(records: list[dict[str, Any]], problem: Problem, most: int = 9) -> list[Config]:
@@ -110,10 +118,29 @@ def candidates(records: list[dict[str, Any]], problem: Problem, most: int = 9) -
     found: list[Config] = [APART] if gated else []
     if kind in ("gated planes", "gated pairs", "gated bf16") and warp_group_products():
         found += [asdict(config) for config in gated_hopper_candidates(kind, m)]
-    for config in start + [c for one in start for c in neighbours(one, kind)] + ranked[:most] + many[: most // 2]:
+    near = [c for one in start for c in neighbours(one, kind)]
+    for config in start + elsewhere(problem) + near + ranked[:most] + many[: most // 2]:
         if config not in found:
             found.append(config)
     return found
+
+
+class Compilers:
+    """Processes that compile what a search is about to time, each a share of it and nothing twice: one after the other,
+    the tiles beside those that a search has moved to would take it minutes."""
+
+    def __init__(self, pool: Executor, workers: int) -> None:
+        self._pool, self._workers = pool, workers
+        self._known: set[str] = set()
+
+    def __call__(self, format: str, wanted: list[tuple[Problem, Config]]) -> None:
+        new = {key: pair for pair in wanted if (key := f"{format} {pair}") not in self._known}
+        self._known |= new.keys()
+        pairs = list(new.values())
+        jobs = [(format, pairs[i :: self._workers]) for i in range(min(self._workers, len(pairs)))]
+        begin = time.time()
+        list(self._pool.map(_compile, jobs))
+        print(f"{format}: {len(pairs)} tiles compiled in {time.time() - begin:.0f} s", flush=True)
 
 
 def _compile(job: tuple[str, list[tuple[Problem, Config]]]) -> None:
@@ -132,15 +159,38 @@ def _compile(job: tuple[str, list[tuple[Problem, Config]]]) -> None:
         except Exception as error:  # more shared memory than there is; the timing pass leaves it out
             print(f"skipped {problem} {config}: {str(error)[:80]}", flush=True)
     torch.cuda.synchronize()
+    torch.cuda.empty_cache()
 
 
-def ask_ahead(built: Chain, format: str, m: int) -> float:
-    """Let all tuned products that run ask for their weights ahead at once, as many steps as is fastest, or as they did:
-    each alone gains less than can be told from noise. Returns the microseconds of a layer."""
+def elsewhere(problem: Problem) -> list[Config]:
+    """What the same product runs at the next smaller and the next larger M that was tuned, and alone."""
+    kind, m, *size = problem
+    other = [rows for rows in TUNED_ROWS if table().get((kind, rows, *size)) is not None]
+    near = [max((rows for rows in other if rows < m), default=m), min((rows for rows in other if rows > m), default=m)]
+    found = [table()[(kind, rows, *size)] for rows in near if rows != m]
+    return found + [held for held in [table("alone").get(problem)] if held is not None]
+
+
+def in_use(format: str, m: int) -> dict[Problem, Config]:
+    """The entries of the products that run."""
     running = [problem_of(name, format, m) for name in NAMES if name != "gate_up" or not runs_gated(format, m)]
-    held = {problem: table()[problem] for problem in running if problem in table()}
-    aheads = aheads_of(kind_of(format, m))
-    sets = [held, *({p: config | {"ahead": ahead} for p, config in held.items()} for ahead in aheads)]
+    return {problem: table()[problem] for problem in running if problem in table()}
+
+
+def jump(built: Chain, format: str, m: int, records: list[dict[str, Any]]) -> float:
+    """Begin from the fastest of whole sets of tiles: those in use, those of the M beside, and the fastest alone. On the
+    way from one set to another each step alone may be slower. Returns the microseconds of a layer."""
+    held = in_use(format, m)
+    others = {problem: elsewhere(problem) for problem in held}
+    sets = [held] + [
+        {problem: others[problem][i] if i < len(others[problem]) else config for problem, config in held.items()}
+        for i in range(max(map(len, others.values()), default=0))
+    ]
+    return fastest_set(built, [*sets, {p: fastest(records, p) or config for p, config in held.items()}])
+
+
+def fastest_set(built: Chain, sets: list[dict[Problem, Config]]) -> float:
+    """Leave in the table that set of tiles by which a layer takes least. Returns its microseconds."""
     times = []
     for tiles in sets:
         table().update(tiles)
@@ -150,11 +200,41 @@ def ask_ahead(built: Chain, format: str, m: int) -> float:
     return times[best]
 
 
-def descend(built: Chain, format: str, m: int, records: list[dict[str, Any]], rounds: int = 2) -> list[dict[str, Any]]:
-    """Change one product's configuration at a time, `rounds` times around, keeping what makes the layer faster."""
+def fastest(records: list[dict[str, Any]], problem: Problem) -> Config | None:
+    """By the records of `kernels.tune`."""
+    own = [r for r in records if (r["op"], r.get("m"), r.get("n"), r.get("k")) == problem]
+    return min(own, key=lambda r: r["us"])["config"] if own else None
+
+
+def ask_ahead(built: Chain, format: str, m: int) -> float:
+    """Let all tuned products that run ask for their weights ahead at once, as many steps as is fastest, or as they did:
+    each alone gains less than can be told from noise. Returns the microseconds of a layer."""
+    held, aheads = in_use(format, m), aheads_of(kind_of(format, m))
+    return fastest_set(
+        built, [held, *({p: c | {"ahead": ahead} for p, c in held.items()} for ahead in aheads)]
+    )
+
+
+def descend(
+    built: Chain, format: str, m: int, records: list[dict[str, Any]], rounds: int = 2,
+    compile_ahead: Callable[[str, list[tuple[Problem, Config]]], object] | None = None,
+) -> list[dict[str, Any]]:
+    """Change one product's configuration at a time, `rounds` times around, keeping what makes the layer faster.
+    compile_ahead: is told what will be tried."""
+
+    def get_ready() -> None:
+        if compile_ahead is None:
+            return
+        problems = [problem for name in NAMES if (problem := problem_of(name, format, m)) is not None]
+        compile_ahead(format, [(problem, config) for problem in problems for config in candidates(records, problem)])
+
+    get_ready()
     first, entries = built.microseconds(), {}
+    jump(built, format, m, records)
+    get_ready()
     best = ask_ahead(built, format, m)
     for _ in range(rounds):
+        get_ready()
         for name in NAMES:
             problem = problem_of(name, format, m)
             if problem is None or (name == "gate_up" and runs_gated(format, m)):
@@ -169,7 +249,7 @@ def descend(built: Chain, format: str, m: int, records: list[dict[str, Any]], ro
                 try:
                     us = built.microseconds()
                 except Exception as error:
-                    if "shared memory" not in str(error) and "out of resource" not in str(error):
+                    if not too_large(error):
                         raise
                     continue
                 if us < best * 0.998 and (again := built.microseconds(15)) < best:
@@ -197,18 +277,12 @@ def main() -> None:
             records += json.load(file)["records"]
     runs = [(format, int(m)) for format, _, m in (run.partition(":") for run in chosen.runs)]
     begin = time.time()
-    jobs = [
-        (format, [(problem, config) for config in candidates(records, problem)])
-        for format, m in runs
-        for name in NAMES
-        if (problem := problem_of(name, format, m)) is not None
-    ]
-    with ProcessPoolExecutor(chosen.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(_compile, jobs))
-    print(f"compiled in {time.time() - begin:.0f} s", flush=True)
-    with torch.inference_mode():
+    processes = ProcessPoolExecutor(chosen.workers, mp_context=multiprocessing.get_context("spawn"))
+    with processes as pool, torch.inference_mode():
+        compilers = Compilers(pool, chosen.workers)
         for format, m in runs:
-            found = descend(chain(format, m, 2 if format == "bf16" else 4), format, m, records, chosen.rounds)
+            layers = chain(format, m, 2 if format == "bf16" else 4)
+            found = descend(layers, format, m, records, chosen.rounds, compilers)
             if chosen.write:
                 write_entries(found, "python -m kernels.tune_layer --write; us: of a whole decoder layer")
     print(f"done in {time.time() - begin:.0f} s", flush=True)

@@ -51,7 +51,8 @@ class WideConfig:
 class HopperConfig:
     """Tiles of `a16w4_hopper`, `a16w8_hopper` and `bf16_hopper`. warps: those that multiply; producer: four more issue
     the copies. programs: that are to share a multiprocessor. ahead: groups whose weights are copied before the kernel
-    before has ended. late: as in SkinnyConfig."""
+    before has ended. late: as in SkinnyConfig. band: how many tiles of x meet one tile of weights before the
+    next does, 0 for all."""
 
     block_m: int
     block_n: int
@@ -62,6 +63,7 @@ class HopperConfig:
     programs: int = 1
     ahead: int = 0
     late: bool = False
+    band: int = 0
 
 
 @dataclass(frozen=True)

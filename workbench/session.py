@@ -6,6 +6,7 @@ import logging
 import threading
 import traceback
 from collections.abc import Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from engine.engine import Engine
     from engine.loader import LoadedModel
+    from engine.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
 UNDERSTOOD = (ConfigError, CheckpointError, RequestError, OSError)
@@ -53,6 +55,7 @@ class Session:
         self._quality_tokens = quality_tokens
         self._engine: Engine | None = None
         self._warm_for = 0  # tokens of the longest request that the engine was warmed up for
+        self._warm_with: set[SamplingParams] = set()  # how they were sampled
         self._model: LoadedModel | None = None
         self._model_key: tuple[object, ...] = ()
         self._qualities: dict[tuple[object, ...], Perplexity] = {}
@@ -225,7 +228,7 @@ class Session:
             if run.stop_requested.is_set():
                 raise InterruptedError("stopped while the model was loaded")
             run.phase = "building the engine"
-            self._engine, self._warm_for = Engine(config, model=self._model), 0
+            self._engine, self._warm_for, self._warm_with = Engine(config, model=self._model), 0, set()
         engine = self._engine
         assert engine is not None
         run.description, run.memory, run.decode = engine.description, engine.memory, engine.tokenizer.decode
@@ -236,18 +239,17 @@ class Session:
 
     def _warm_up(self, engine: Engine, run: Run, items: Sequence[WorkItem]) -> None:
         """First steps allocate, compile and tune; they are not part of what is measured. An engine that has served
-        requests as long is warm."""
-        from engine.sampling_params import SamplingParams
-
+        requests as long, and sampled alike, is warm."""
         longest = max(len(item.prompt_token_ids) + item.params.max_tokens for item in items)
-        if longest <= self._warm_for or run.stop_requested.is_set():
+        ways = {_sampled_like(item.params) for item in items}
+        if (longest <= self._warm_for and ways <= self._warm_with) or run.stop_requested.is_set():
             return
         run.phase = "warming up"
-        engine.warm_up(longest)
-        chosen = [item.prompt_token_ids for item in items[:WARM_UP_REQUESTS]]
-        engine.generate(chosen, SamplingParams(max_tokens=WARM_UP_TOKENS, ignore_eos=True))
+        engine.warm_up(longest, list(ways))
+        chosen = items[:WARM_UP_REQUESTS]
+        engine.generate([item.prompt_token_ids for item in chosen], [_sampled_like(item.params) for item in chosen])
         engine.reset_prefix_cache()
-        self._warm_for = longest
+        self._warm_for, self._warm_with = max(longest, self._warm_for), self._warm_with | ways
         run.note(f"warmed up with {len(chosen)} unmeasured requests of {WARM_UP_TOKENS} tokens")
 
     def _measure_quality(self, engine: Engine, run: Run, progress: bool) -> None:
@@ -291,6 +293,11 @@ def work_items(engine: Engine, workload: Workload) -> list[WorkItem]:
         text=text,
         avoid=engine.spec.eos_token_ids,
     )
+
+
+def _sampled_like(params: SamplingParams) -> SamplingParams:
+    """A short request that takes the same ways through the engine."""
+    return replace(params, seed=0, max_tokens=WARM_UP_TOKENS, ignore_eos=True, stop=(), stop_token_ids=())
 
 
 def _others_run() -> bool:

@@ -102,7 +102,7 @@ class FloatLayer:
         if spec.qk_norm:
             q, k = self._norm(q, "q_norm"), self._norm(k, "k_norm")
         positions = torch.arange(length, device=qkv.device).repeat(count)
-        q, k = rope(q, k, rotation(positions, self.cos_sin), impl="torch")
+        q, k = rope(q, k, rotation(positions, self.cos_sin, impl="torch"), impl="torch")
         q, k, v = (x.unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads != kv_heads)
         return out.transpose(1, 2).flatten(2)

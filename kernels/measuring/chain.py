@@ -39,7 +39,7 @@ class Chain:
         y = residual
         plan = AttentionPlan(Settled(), None)
         for i, (weights, kv) in enumerate(self.layers):
-            q = rope_write(linear(x, weights["qkv"], partial=True), kv, self.slots, self.turn)
+            q = rope_write(linear(x, weights["qkv"], partial=True), kv, self.slots, self.turn, settled=True)
             attended = decode_attention(q, kv, self.tables, self.lengths, HEAD_DIM**-0.5, plan)
             y = linear(attended.flatten(1), weights["o"], partial=True)
             x, residual = add_normed(y, residual, self.norm, 1e-5, weights["gate_up"])

@@ -36,43 +36,44 @@ class AttentionPlan:
 
 def decode_attention(
     q: Tensor, layer: KVLayer, block_tables: Tensor, lengths: Tensor, scale: float,
-    plan: AttentionPlan | None = None, *, impl: str = "auto",
+    plan: AttentionPlan | None = None, *, out: Tensor | None = None, impl: str = "auto",
 ) -> Tensor:
     """q [B, H, D] against the first lengths[b] cached tokens of each sequence -> [B, H, D] in q's dtype.
 
     block_tables [B, max_blocks] int32 (entries past a sequence's last block are never followed), lengths [B] int32; a
     row of length 0 gives zeros. scale multiplies q.k, normally D ** -0.5. plan: what `plan_attention` prepared for
-    exactly these tables and lengths, and not right before: on a GPU another kernel was started in between.
+    exactly these tables and lengths, and not right before: on a GPU another kernel was started in between. out:
+    contiguous, of q's shape and dtype, what is written and returned instead of a new tensor.
     """
-    _check("decode_attention", q, layer, block_tables, lengths)
+    _check("decode_attention", q, layer, block_tables, lengths, out)
     if q.shape[0] != lengths.shape[0]:
         raise ValueError(f"decode_attention: {q.shape[0]} queries for {lengths.shape[0]} sequences")
-    out: Tensor = choose("decode_attention", DECODE_ATTENTION, impl, q.device)(
-        q, layer, block_tables, lengths, scale, plan and plan.decode
+    attended: Tensor = choose("decode_attention", DECODE_ATTENTION, impl, q.device)(
+        q, layer, block_tables, lengths, scale, plan and plan.decode, out
     )
-    return out
+    return attended
 
 
 def prefill_attention(
     q: Tensor, layer: KVLayer, block_tables: Tensor, query_starts: Tensor, lengths: Tensor, scale: float,
-    plan: AttentionPlan | None = None, *, impl: str = "auto",
+    plan: AttentionPlan | None = None, *, out: Tensor | None = None, impl: str = "auto",
 ) -> Tensor:
     """Causal attention of ragged chunks q [T, H, D] -> [T, H, D] in q's dtype.
 
     Sequence b owns rows query_starts[b] : query_starts[b+1] (query_starts [B+1] int32), which are its last tokens;
     lengths [B] int32 counts all its tokens, the chunk included, and all their keys and values are already written. Rows
-    past query_starts[B] are padding and give zeros. plan: as in `decode_attention`.
+    past query_starts[B] are padding and give zeros. plan, out: as in `decode_attention`.
     """
-    _check("prefill_attention", q, layer, block_tables, lengths)
+    _check("prefill_attention", q, layer, block_tables, lengths, out)
     if query_starts.shape[0] != lengths.shape[0] + 1:
         raise ValueError(
             f"prefill_attention: {query_starts.shape[0]} query_starts for {lengths.shape[0]} sequences, "
             "one more is needed"
         )
-    out: Tensor = choose("prefill_attention", PREFILL_ATTENTION, impl, q.device)(
-        q, layer, block_tables, query_starts, lengths, scale, plan and plan.prefill
+    attended: Tensor = choose("prefill_attention", PREFILL_ATTENTION, impl, q.device)(
+        q, layer, block_tables, query_starts, lengths, scale, plan and plan.prefill, out
     )
-    return out
+    return attended
 
 
 def plan_attention(
@@ -91,7 +92,7 @@ def plan_attention(
     return out
 
 
-def _check(op: str, q: Tensor, layer: KVLayer, block_tables: Tensor, lengths: Tensor) -> None:
+def _check(op: str, q: Tensor, layer: KVLayer, block_tables: Tensor, lengths: Tensor, out: Tensor | None) -> None:
     if q.dim() != 3 or q.shape[2] != layer.head_dim or q.shape[1] % layer.kv_heads:
         raise ValueError(
             f"{op}: q {tuple(q.shape)} must be [rows, a multiple of {layer.kv_heads} heads, {layer.head_dim}]"
@@ -100,6 +101,11 @@ def _check(op: str, q: Tensor, layer: KVLayer, block_tables: Tensor, lengths: Te
         raise ValueError(
             f"{op}: block tables {tuple(block_tables.shape)} and lengths {tuple(lengths.shape)} must be [B, blocks] "
             "and [B]"
+        )
+    if out is not None and (out.shape != q.shape or out.dtype != q.dtype or not out.is_contiguous()):
+        raise ValueError(
+            f"{op}: out must be contiguous {q.dtype} {tuple(q.shape)}, not {out.dtype} {tuple(out.shape)} of strides "
+            f"{out.stride()}"
         )
 
 
@@ -116,9 +122,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def _decode_torch(
-    q: Tensor, layer: KVLayer, block_tables: Tensor, lengths: Tensor, scale: float, plan: None = None
+    q: Tensor, layer: KVLayer, block_tables: Tensor, lengths: Tensor, scale: float, plan: None, out: Tensor | None
 ) -> Tensor:
-    out = torch.zeros_like(q)
+    out = torch.zeros_like(q) if out is None else out.zero_()
     for b, length in enumerate(lengths.tolist()):
         if length:
             out[b] = attend(q[b : b + 1], *read_kv(layer, block_tables[b], length), scale)[0]
@@ -127,9 +133,9 @@ def _decode_torch(
 
 def _prefill_torch(
     q: Tensor, layer: KVLayer, block_tables: Tensor, query_starts: Tensor, lengths: Tensor, scale: float,
-    plan: None = None,
+    plan: None, out: Tensor | None,
 ) -> Tensor:
-    out = torch.zeros_like(q)
+    out = torch.zeros_like(q) if out is None else out.zero_()
     starts, counts = query_starts.tolist(), lengths.tolist()
     for b, (length, chunk) in enumerate(zip(counts, chunk_sizes(starts, counts), strict=True)):
         rows = slice(starts[b], starts[b + 1])
@@ -139,20 +145,21 @@ def _prefill_torch(
 
 
 def _decode_triton(
-    q: Tensor, layer: KVLayer, block_tables: Tensor, lengths: Tensor, scale: float, plan: Settled | None = None
+    q: Tensor, layer: KVLayer, block_tables: Tensor, lengths: Tensor, scale: float, plan: Settled | None,
+    out: Tensor | None,
 ) -> Tensor:
     from .decode_triton import decode_triton
 
-    return decode_triton(q, layer, block_tables, lengths, scale, settled=plan is not None)
+    return decode_triton(q, layer, block_tables, lengths, scale, settled=plan is not None, out=out)
 
 
 def _prefill_triton(
     q: Tensor, layer: KVLayer, block_tables: Tensor, query_starts: Tensor, lengths: Tensor, scale: float,
-    plan: None = None,
+    plan: None, out: Tensor | None,
 ) -> Tensor:
     from .prefill_triton import prefill_triton
 
-    return prefill_triton(q, layer, block_tables, query_starts, lengths, scale)
+    return prefill_triton(q, layer, block_tables, query_starts, lengths, scale, out=out)
 
 
 DECODE_ATTENTION: Implementations = {"torch": _decode_torch, "aten": decode_cpu, "triton": _decode_triton}

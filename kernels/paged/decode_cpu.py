@@ -81,13 +81,15 @@ def _rows(at: Tensor | None, block_tables: Tensor, lengths: Tensor, counts: list
 
 
 def decode_cpu(
-    q: Tensor, layer: KVLayer, block_tables: Tensor, lengths: Tensor, scale: float, plan: DecodePlan | None = None
+    q: Tensor, layer: KVLayer, block_tables: Tensor, lengths: Tensor, scale: float,
+    plan: DecodePlan | None = None, out: Tensor | None = None,
 ) -> Tensor:
     """See `attention.decode_attention`."""
     plan = plan_decode(layer, block_tables, lengths) if plan is None else plan
     if len(plan) == 1 and plan[0].at is None:
-        return _decode_rows(q, layer, plan[0], scale)
-    out = torch.zeros_like(q)
+        whole = _decode_rows(q, layer, plan[0], scale)
+        return whole if out is None else out.copy_(whole)
+    out = torch.zeros_like(q) if out is None else out.zero_()
     for rows in plan:
         out[rows.at] = _decode_rows(q[rows.at], layer, rows, scale)
     return out

@@ -233,12 +233,15 @@ def decode_kernel(
 @triton.jit(do_not_specialize=["splits"])
 def combine_kernel(
     partial, partial_ml, lengths, out, H, splits, D: tl.constexpr, TILE: tl.constexpr, PADDED: tl.constexpr,
-    MIN_SPLIT: tl.constexpr, EARLY: tl.constexpr, INTERP: tl.constexpr,
+    MIN_SPLIT: tl.constexpr, SETTLED: tl.constexpr, EARLY: tl.constexpr, INTERP: tl.constexpr,
 ):
     """Merge the splits of one query head; splits past the length were never written and are not read."""
-    await_previous(EARLY)
+    if not SETTLED:
+        await_previous(EARLY)
     row = tl.program_id(0).to(tl.int64)
     length = tl.load(lengths + row // H)
+    if SETTLED:
+        await_previous(EARLY)
     per_split = tl.maximum(MIN_SPLIT, tl.cdiv(tl.cdiv(length, splits), TILE) * TILE)
     s, i = tl.arange(0, PADDED), tl.arange(0, D)
     live = (s * per_split < length) & (s < splits)
@@ -253,7 +256,7 @@ def combine_kernel(
 
 def decode_triton(
     q: Tensor, layer: KVLayer, block_tables: Tensor, lengths: Tensor, scale: float, config: DecodeConfig | None = None,
-    settled: bool = False,
+    settled: bool = False, out: Tensor | None = None,
 ) -> Tensor:
     """q [B, H, D] bf16; lengths are read on the device only, so the launch is the same for every step (CUDA graphs).
     settled: see `Settled`."""
@@ -265,7 +268,7 @@ def decode_triton(
     batch, heads, d = q.shape
     group = heads // layer.kv_heads
     config = config or decode_config(layer.format.name, batch, layer.kv_heads, block_tables.shape[1] * layer.block_size)
-    out = torch.empty(batch, heads, d, dtype=q.dtype, device=q.device)
+    out = torch.empty(batch, heads, d, dtype=q.dtype, device=q.device) if out is None else out
     splits, early = config.splits, admission(late=True)
     partial = torch.empty(batch, heads, splits, d, dtype=torch.float32, device=q.device) if splits > 1 else out
     partial_ml = torch.empty(batch, heads, splits, 2, dtype=torch.float32, device=q.device) if splits > 1 else out
@@ -280,6 +283,6 @@ def decode_triton(
     if splits > 1:
         combine_kernel[(batch * heads,)](
             partial, partial_ml, lengths, out, heads, splits, d, config.tile, next_power_of_2(splits), config.min_split,
-            early, INTERP, num_warps=2 if splits <= 16 else 4, launch_pdl=early > 0,
+            settled, early, INTERP, num_warps=2 if splits <= 16 else 4, launch_pdl=early > 0,
         )
     return out

@@ -79,11 +79,11 @@ def _chunks(
 
 def prefill_cpu(
     q: Tensor, layer: KVLayer, block_tables: Tensor, query_starts: Tensor, lengths: Tensor, scale: float,
-    plan: PrefillPlan | None = None,
+    plan: PrefillPlan | None = None, out: Tensor | None = None,
 ) -> Tensor:
     """See `attention.prefill_attention`."""
     plan = plan_prefill(layer, q.shape[1], block_tables, query_starts, lengths) if plan is None else plan
-    out = torch.zeros_like(q)
+    out = torch.zeros_like(q) if out is None else out.zero_()
     for chunks in plan:
         _prefill_chunks(out, q, layer, chunks, scale)
     return out

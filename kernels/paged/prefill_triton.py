@@ -108,7 +108,7 @@ LEAST_PADDED = 64  # sequences looked through at once: fewer cost the same, and 
 
 def prefill_triton(
     q: Tensor, layer: KVLayer, block_tables: Tensor, query_starts: Tensor, lengths: Tensor, scale: float,
-    config: PrefillConfig | None = None,
+    config: PrefillConfig | None = None, out: Tensor | None = None,
 ) -> Tensor:
     """q [T, H, D] bf16; see `attention.prefill_attention`."""
     if q.dtype != torch.bfloat16 or q.stride(2) != 1:
@@ -121,7 +121,7 @@ def prefill_triton(
     if config is None and worth_expanding(t, batch, block_tables.shape[1], layer):
         layer, block_tables = expand_blocks(layer, block_tables, lengths)
     config = config or prefill_config(layer.format.name, d)
-    out = torch.empty(t, heads, d, dtype=q.dtype, device=q.device)
+    out = torch.empty(t, heads, d, dtype=q.dtype, device=q.device) if out is None else out
     grid = (heads, triton.cdiv(t, config.block_q) + batch)
     prefill_kernel[grid](
         q, layer.key, layer.value, layer.key_scale, layer.value_scale, block_tables, query_starts, lengths, out,

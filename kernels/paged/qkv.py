@@ -15,12 +15,14 @@ HeadNorms = tuple[Tensor, Tensor, float]
 
 
 def rope_write(
-    qkv: Tensor, layer: KVLayer, slots: Tensor, turn: Tensor, norms: HeadNorms | None = None, *, impl: str = "auto"
+    qkv: Tensor, layer: KVLayer, slots: Tensor, turn: Tensor, norms: HeadNorms | None = None, *,
+    settled: bool = False, impl: str = "auto",
 ) -> Tensor:
     """Norm and turn the queries and keys of qkv, store keys and values -> the queries [T, H, D].
 
     qkv [T, (H + 2 Hkv) * D] holds the heads of q, then k, then v; or `linear`'s partials of that shape. slots [T]
-    int64 as in `write_kv`, turn [T, 2, D] as `rotation` gives it. ValueError where they do not fit.
+    int64 as in `write_kv`, turn [T, 2, D] as `rotation` gives it. settled: slots and turn are older than the kernel
+    right before, so that on a GPU they are read while that one ends. ValueError where shapes do not fit.
     """
     rows, width = qkv.shape[-2:]
     heads = width // layer.head_dim - 2 * layer.kv_heads
@@ -29,11 +31,13 @@ def rope_write(
             f"rope_write: qkv {tuple(qkv.shape)}, slots {tuple(slots.shape)} and turn {tuple(turn.shape)} do not fit "
             f"{layer.kv_heads} KV heads of {layer.head_dim}"
         )
-    out: Tensor = choose("rope_write", ROPE_WRITE, impl, qkv.device)(qkv, layer, slots, turn, norms)
+    out: Tensor = choose("rope_write", ROPE_WRITE, impl, qkv.device)(qkv, layer, slots, turn, norms, settled)
     return out
 
 
-def _rope_write_torch(qkv: Tensor, layer: KVLayer, slots: Tensor, turn: Tensor, norms: HeadNorms | None) -> Tensor:
+def _rope_write_torch(
+    qkv: Tensor, layer: KVLayer, slots: Tensor, turn: Tensor, norms: HeadNorms | None, settled: bool
+) -> Tensor:
     q, k, v = _heads(qkv if qkv.dim() == 2 else qkv.sum(0), layer)
     if norms is not None:
         q, k = rms_norm(q, norms[0], norms[2], impl="torch"), rms_norm(k, norms[1], norms[2], impl="torch")
@@ -42,7 +46,9 @@ def _rope_write_torch(qkv: Tensor, layer: KVLayer, slots: Tensor, turn: Tensor, 
     return q
 
 
-def _rope_write_aten(qkv: Tensor, layer: KVLayer, slots: Tensor, turn: Tensor, norms: HeadNorms | None) -> Tensor:
+def _rope_write_aten(
+    qkv: Tensor, layer: KVLayer, slots: Tensor, turn: Tensor, norms: HeadNorms | None, settled: bool
+) -> Tensor:
     """As the reference, queries and keys turned together."""
     qkv = qkv if qkv.dim() == 2 else qkv.sum(0)
     heads = qkv.view(qkv.shape[0], -1, layer.head_dim)
@@ -57,10 +63,12 @@ def _rope_write_aten(qkv: Tensor, layer: KVLayer, slots: Tensor, turn: Tensor, n
     return both[:, : turned - layer.kv_heads]
 
 
-def _rope_write_triton(qkv: Tensor, layer: KVLayer, slots: Tensor, turn: Tensor, norms: HeadNorms | None) -> Tensor:
+def _rope_write_triton(
+    qkv: Tensor, layer: KVLayer, slots: Tensor, turn: Tensor, norms: HeadNorms | None, settled: bool
+) -> Tensor:
     from .qkv_triton import rope_write_triton
 
-    return rope_write_triton(qkv, layer, slots, turn, norms)
+    return rope_write_triton(qkv, layer, slots, turn, norms, settled)
 
 
 def _heads(qkv: Tensor, layer: KVLayer) -> tuple[Tensor, Tensor, Tensor]:

@@ -28,9 +28,9 @@ def load_heads(qkv, at, size, SPLITS: tl.constexpr):
 
 @triton.jit
 def turned_heads(
-    qkv, at, size, turn, weight, eps, SPLITS: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr,
+    qkv, at, size, cos, sin, weight, eps, SPLITS: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr,
 ):
-    """Heads [BH, D] whose rows begin at `at` [BH], normed and turned by turn [2, D]: element i with i + D/2."""
+    """Heads [BH, D] whose rows begin at `at` [BH], normed and turned by cos and sin [D]: element i with i + D/2."""
     i = tl.arange(0, D)
     other = (i + D // 2) % D
     x = load_heads(qkv, at[:, None] + i[None, :], size, SPLITS)
@@ -39,7 +39,7 @@ def turned_heads(
         inverse = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
         x *= inverse * tl.load(weight + i).to(tl.float32)[None, :]
         y *= inverse * tl.load(weight + other).to(tl.float32)[None, :]
-    return x * tl.load(turn + i)[None, :] + y * tl.load(turn + D + i)[None, :]
+    return x * cos[None, :] + y * sin[None, :]
 
 
 @triton.jit
@@ -61,31 +61,35 @@ def rope_write_kernel(
     qkv, q_out, turn, slots, q_norm, k_norm, key, value, key_scale, value_scale, size, H, HKV, eps, key_block,
     key_token, key_head, value_block, value_token, value_head, scale_block, scale_token, scale_head,
     SPLITS: tl.constexpr, D: tl.constexpr, BH: tl.constexpr, BLOCK: tl.constexpr, KEY: tl.constexpr,
-    VALUE: tl.constexpr, NORM: tl.constexpr, EARLY: tl.constexpr, INTERP: tl.constexpr,
+    VALUE: tl.constexpr, NORM: tl.constexpr, SETTLED: tl.constexpr, EARLY: tl.constexpr, INTERP: tl.constexpr,
 ):
-    await_previous(EARLY)
+    """SETTLED: slots and turn are read while the kernel before ends. The weights of the layers have driven them out of
+    the caches, and for keys and values one read stands behind the other."""
+    if not SETTLED:
+        await_previous(EARLY)
     row, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * BH
     head = first + tl.arange(0, BH)
     at = (row * (H + 2 * HKV) + head) * D
     turn += row * 2 * D
+    slot, cos, sin = tl.load(slots + row), tl.load(turn + tl.arange(0, D)), tl.load(turn + D + tl.arange(0, D))
+    if SETTLED:
+        await_previous(EARLY)
     if first < H:
-        x = turned_heads(qkv, at, size, turn, q_norm, eps, SPLITS, D, NORM)
+        x = turned_heads(qkv, at, size, cos, sin, q_norm, eps, SPLITS, D, NORM)
         tl.store(q_out + ((row * H + head) * D)[:, None] + tl.arange(0, D)[None, :], to_bf16(x, INTERP))
-    else:
-        slot = tl.load(slots + row)
-        if slot >= 0:
-            if first < H + HKV:
-                x = turned_heads(qkv, at, size, turn, k_norm, eps, SPLITS, D, NORM)
-                store_heads(
-                    x, key, key_scale, slot, head - H, key_block, key_token, key_head, scale_block, scale_token,
-                    scale_head, BLOCK, BH, D, KEY, INTERP,
-                )
-            else:
-                x = load_heads(qkv, at[:, None] + tl.arange(0, D)[None, :], size, SPLITS)
-                store_heads(
-                    x, value, value_scale, slot, head - H - HKV, value_block, value_token, value_head, scale_block,
-                    scale_token, scale_head, BLOCK, BH, D, VALUE, INTERP,
-                )
+    elif slot >= 0:
+        if first < H + HKV:
+            x = turned_heads(qkv, at, size, cos, sin, k_norm, eps, SPLITS, D, NORM)
+            store_heads(
+                x, key, key_scale, slot, head - H, key_block, key_token, key_head, scale_block, scale_token,
+                scale_head, BLOCK, BH, D, KEY, INTERP,
+            )
+        else:
+            x = load_heads(qkv, at[:, None] + tl.arange(0, D)[None, :], size, SPLITS)
+            store_heads(
+                x, value, value_scale, slot, head - H - HKV, value_block, value_token, value_head, scale_block,
+                scale_token, scale_head, BLOCK, BH, D, VALUE, INTERP,
+            )
 
 
 def heads_together(rows: int, heads: int, kv_heads: int) -> tuple[int, int]:
@@ -99,7 +103,8 @@ def heads_together(rows: int, heads: int, kv_heads: int) -> tuple[int, int]:
 
 
 def rope_write_triton(
-    qkv: Tensor, layer: KVLayer, slots: Tensor, turn: Tensor, norms: tuple[Tensor, Tensor, float] | None
+    qkv: Tensor, layer: KVLayer, slots: Tensor, turn: Tensor, norms: tuple[Tensor, Tensor, float] | None,
+    settled: bool = False,
 ) -> Tensor:
     """qkv [T, (H + 2 Hkv) * D] bf16, or partials [S, T, ...] float32; turn float32. The arithmetic is float32 from the
     partials to the codes."""
@@ -120,7 +125,7 @@ def rope_write_triton(
     rope_write_kernel[(rows, width // d // together)](
         qkv, q, turn, slots, q_norm, k_norm, key, value, layer.key_scale, layer.value_scale, size, heads, hkv, eps,
         *key.stride()[:3], *value.stride()[:3], *scale_strides(layer), splits, d, together, layer.block_size,
-        layer.format.key.name, layer.format.value.name, norms is not None, early, INTERP, num_warps=warps,
-        launch_pdl=early,
+        layer.format.key.name, layer.format.value.name, norms is not None, settled, early, INTERP,
+        num_warps=warps, launch_pdl=early,
     )
     return q

@@ -129,13 +129,13 @@ def scaled_sum(operands, ring, tile, first, count, PRODUCER: gl.constexpr):
 @gluon.jit(do_not_specialize=["M", "N", "groups_per_split"])
 def a16w4_hopper_kernel(
     x_desc, w_desc, s_desc, y_desc, out, M, N, K, groups_per_split, STAGES: gl.constexpr, EARLY: gl.constexpr,
-    PRODUCER: gl.constexpr, AHEAD: gl.constexpr, GATED: gl.constexpr,
+    PRODUCER: gl.constexpr, AHEAD: gl.constexpr, BAND: gl.constexpr, GATED: gl.constexpr,
 ):
     """N: columns of out."""
     multiply: gl.constexpr = scaled_sum if x_desc.block_type.shape[0] <= 32 else scaled_operand
     stream(
         multiply, (x_desc, w_desc, s_desc), y_desc, out, M, N, K, groups_per_split, STAGES, EARLY, PRODUCER, AHEAD,
-        GATED,
+        BAND, GATED,
     )
 
 
@@ -171,7 +171,7 @@ def a16w4_hopper_partials(x: Tensor, weight: PackedWeight, config: HopperConfig,
     a16w4_hopper_kernel[grid](
         descriptor(x, x_box, X_LAYOUT), descriptor(words, w_box, WORDS_LAYOUT),
         descriptor(scales, s_box, SCALES_LAYOUT), out_descriptor(out, config, block_n // halves, g), out, m, width, k,
-        per_split, stages, early, config.producer, min(config.ahead, stages), gated, launch_pdl=early > 0,
+        per_split, stages, early, config.producer, min(config.ahead, stages), config.band, gated, launch_pdl=early > 0,
         **launch_options(config),
     )
     return out

@@ -84,12 +84,12 @@ def multiply(operands, ring, tile, first, count, PRODUCER: gl.constexpr):
 @gluon.jit(do_not_specialize=["M", "N", "groups_per_split"])
 def a16w8_hopper_kernel(
     x_desc, w_desc, y_desc, scale, out, M, N, K, groups_per_split, STAGES: gl.constexpr, EARLY: gl.constexpr,
-    PRODUCER: gl.constexpr, AHEAD: gl.constexpr, GATED: gl.constexpr,
+    PRODUCER: gl.constexpr, AHEAD: gl.constexpr, BAND: gl.constexpr, GATED: gl.constexpr,
 ):
     """N: columns of out."""
     stream(
         multiply, (x_desc, w_desc, None, scale, N), y_desc, out, M, N, K, groups_per_split, STAGES, EARLY, PRODUCER,
-        AHEAD, GATED,
+        AHEAD, BAND, GATED,
     )
 
 
@@ -120,6 +120,7 @@ def a16w8_hopper_partials(x: Tensor, weight: PackedWeight, config: HopperConfig,
     a16w8_hopper_kernel[grid](
         descriptor(x, x_box, X_LAYOUT), descriptor(weight.data.view(halves, width, -1), w_box, WORDS_LAYOUT),
         out_descriptor(out, config, block_n // halves, PAIR_GROUP), weight.scale, out, m, width, k, per_split, stages,
-        early, config.producer, min(config.ahead, stages), gated, launch_pdl=early > 0, **launch_options(config),
+        early, config.producer, min(config.ahead, stages), config.band, gated, launch_pdl=early > 0,
+        **launch_options(config),
     )
     return out

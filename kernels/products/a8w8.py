@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..formats.packing import PackedWeight
 from ..rows.activations import Activations
-from ..triton_common import INTERP, admission, admit_next, await_previous, new_partials, to_bf16
+from ..triton_common import INTERP, admission, admit_next, await_previous, banded, new_partials, to_bf16
 from ..tuning import WideConfig, a8w8_config
 
 
@@ -27,12 +27,8 @@ def a8w8_kernel(
     x, w, x_scale, w_scale, out, out_row, M, N, K, k_per_split, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     BAND: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr, INTERP: tl.constexpr,
 ):
-    # Programs go down bands of BAND row tiles, so that a wave of them shares its x and w tiles in L2.
-    rows, columns, program, split = tl.cdiv(M, BM), tl.cdiv(N, BN), tl.program_id(0), tl.program_id(1)
-    band = program // (BAND * columns)
-    height = tl.minimum(rows - band * BAND, BAND)
-    tile_m = band * BAND + program % (BAND * columns) % height
-    tile_n = program % (BAND * columns) // height
+    rows, columns, split = tl.cdiv(M, BM), tl.cdiv(N, BN), tl.program_id(1)
+    tile_m, tile_n = banded(tl.program_id(0), rows, columns, BAND)
     m, n, i = tile_m * BM + tl.arange(0, BM), tile_n * BN + tl.arange(0, BN), tl.arange(0, BK)
     BEFORE: tl.constexpr = BM <= 64  # few rows leave registers for what the end needs, and no time to fetch it there
     if BEFORE:

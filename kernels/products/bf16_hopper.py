@@ -61,11 +61,12 @@ def multiply(operands, ring, tile, first, count, PRODUCER: gl.constexpr):
 @gluon.jit(do_not_specialize=["M", "N", "groups_per_split"])
 def bf16_hopper_kernel(
     x_desc, w_desc, y_desc, out, M, N, K, groups_per_split, STAGES: gl.constexpr, EARLY: gl.constexpr,
-    PRODUCER: gl.constexpr, AHEAD: gl.constexpr, GATED: gl.constexpr,
+    PRODUCER: gl.constexpr, AHEAD: gl.constexpr, BAND: gl.constexpr, GATED: gl.constexpr,
 ):
     """N: columns of out."""
     stream(
-        multiply, (x_desc, w_desc, None), y_desc, out, M, N, K, groups_per_split, STAGES, EARLY, PRODUCER, AHEAD, GATED,
+        multiply, (x_desc, w_desc, None), y_desc, out, M, N, K, groups_per_split, STAGES, EARLY, PRODUCER, AHEAD,
+        BAND, GATED,
     )
 
 
@@ -95,6 +96,6 @@ def bf16_hopper_partials(x: Tensor, weight: PackedWeight, config: HopperConfig, 
     bf16_hopper_kernel[grid](
         descriptor(x, x_box, X_LAYOUT), descriptor(weight.data.view(halves, width, k), w_box, WEIGHT_LAYOUT),
         out_descriptor(out, config, block_n // halves, STEP), out, m, width, k, per_split, stages, early,
-        config.producer, min(config.ahead, stages), gated, launch_pdl=early > 0, **launch_options(config),
+        config.producer, min(config.ahead, stages), config.band, gated, launch_pdl=early > 0, **launch_options(config),
     )
     return out

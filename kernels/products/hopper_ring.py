@@ -25,7 +25,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..triton_common import admit_next, await_previous
+from ..triton_common import admit_next, await_previous, banded
 from ..tuning import HopperConfig
 
 REGISTERS = 65536  # 32-bit ones of a multiprocessor
@@ -135,12 +135,16 @@ def consume(
 @gluon.jit
 def stream(
     multiply: gl.constexpr, operands, y_desc, out, M, N, K, groups_per_split, STAGES: gl.constexpr,
-    EARLY: gl.constexpr, PRODUCER: gl.constexpr, AHEAD: gl.constexpr, GATED: gl.constexpr,
+    EARLY: gl.constexpr, PRODUCER: gl.constexpr, AHEAD: gl.constexpr, BAND: gl.constexpr, GATED: gl.constexpr,
 ):
     """A whole kernel: one tile of out [SPLITS, M, N], whose `multiply` goes through `count` groups of K and releases
     the slot of each. operands: descriptors of x, of weights and of scales (or None), and what else it reads."""
     x_desc, w_desc, s_desc = operands[0], operands[1], operands[2]
     tile = gl.program_id(0), gl.program_id(1), gl.program_id(2)
+    if BAND > 0:
+        rows = gl.num_programs(0)
+        tile_m, tile_n = banded(tile[0] + tile[1] * rows, rows, gl.num_programs(1), BAND)
+        tile = tile_m, tile_n, tile[2]
     first = tile[2] * groups_per_split
     count = gl.minimum(groups_per_split, gl.cdiv(K, x_desc.block_type.shape[1]) - first)
     x_ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES] + x_desc.block_type.shape, x_desc.layout)

@@ -8,11 +8,12 @@ more of, so that a decode step of 7B int4 stayed the same on an H200 and nobody 
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..formats.packing import PackedWeight
 from ..rows.activations import Operand, activation_codes
-from ..rows.elementwise import add_rms_norm, rms_norm
+from ..rows.elementwise import add_rms_norm, embed_rms_norm, rms_norm
 from ..rows.rounding import quantized_add_rms_norm, quantized_rms_norm, quantized_silu_mul
 from .gated import gated_linear
 from .matmul import linear
@@ -23,6 +24,16 @@ def normed(x: Tensor, weight: Tensor, eps: float, reader: PackedWeight, *, impl:
     if (codes := activation_codes(reader.format, x.shape[0])) is not None:
         return quantized_rms_norm(x, weight, eps, codes, impl=impl)
     return rms_norm(x, weight, eps, impl=impl)
+
+
+def embed_normed(
+    tokens: Tensor, table: Tensor, weight: Tensor, eps: float, reader: PackedWeight, *, impl: str = "auto"
+) -> tuple[Operand, Tensor]:
+    """`normed` of the rows `tokens` int64 [T] of table [vocab, D], and those rows."""
+    if activation_codes(reader.format, len(tokens)) is not None:
+        rows = F.embedding(tokens, table)
+        return normed(rows, weight, eps, reader, impl=impl), rows
+    return embed_rms_norm(tokens, table, weight, eps, impl=impl)
 
 
 def add_normed(

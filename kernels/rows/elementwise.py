@@ -1,4 +1,5 @@
-"""The small operations between the matrix products: RMSNorm (with the residual added), SiLU-mul and rotary embedding.
+"""The small operations between the matrix products: RMSNorm (with the residual added, or of rows looked up in a table),
+SiLU-mul and rotary embedding.
 
 RMSNorm: Zhang & Sennrich 2019. SwiGLU: Shazeer 2020. RoPE: Su et al. 2021, in the half-split order that Llama
 checkpoints use.
@@ -44,6 +45,23 @@ def add_rms_norm(
     return out
 
 
+def embed_rms_norm(
+    tokens: Tensor, table: Tensor, weight: Tensor, eps: float, *, impl: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """(rms_norm(rows), rows) of the rows `tokens` int64 [T] of table [vocab, D], both new tensors in table's dtype.
+
+    On a GPU nobody checks that tokens lie in 0 .. vocab - 1.
+    """
+    if tokens.dim() != 1 or table.dim() != 2 or weight.shape != table.shape[-1:]:
+        raise ValueError(
+            f"embed_rms_norm: tokens {tuple(tokens.shape)}, table {tuple(table.shape)} and weight "
+            f"{tuple(weight.shape)} do not fit"
+        )
+    run = choose("embed_rms_norm", EMBED_RMS_NORM, impl, table.device)
+    out: tuple[Tensor, Tensor] = run(tokens, table, weight, eps)
+    return out
+
+
 def silu_mul(gate_up: Tensor, *, impl: str = "auto") -> Tensor:
     """silu(gate) * up for gate_up [T, 2I], gate in the first half -> [T, I]; or for `linear`'s partials [S, T, 2I]."""
     if gate_up.shape[-1] % 2:
@@ -52,14 +70,20 @@ def silu_mul(gate_up: Tensor, *, impl: str = "auto") -> Tensor:
     return out
 
 
-def rotation(positions: Tensor, cos_sin: Tensor) -> Tensor:
+def rotation(positions: Tensor, cos_sin: Tensor, *, impl: str = "auto") -> Tensor:
     """What `rope` multiplies with, looked up once per step for all layers: [T, 2, D] in cos_sin's dtype.
 
-    positions [T] int64. cos_sin [max_position, D]: cosines of the D/2 frequencies, then their sines.
-    x turned is x * turn[:, 0] + (x rolled by D/2) * turn[:, 1]: cosines twice, sines with the sign of their half.
+    positions [T] int64, on a GPU unchecked. cos_sin [max_position, D]: cosines of the D/2 frequencies, then their
+    sines. x turned is x * turn[:, 0] + (x rolled by D/2) * turn[:, 1]: cosines twice, sines with the sign of their
+    half.
     """
-    cos, sin = cos_sin[positions].chunk(2, -1)
-    return torch.cat((cos, cos, -sin, sin), -1).unflatten(-1, (2, -1))
+    if positions.dim() != 1 or cos_sin.dim() != 2 or cos_sin.shape[1] % 2:
+        raise ValueError(
+            f"rotation: positions {tuple(positions.shape)} and cos_sin {tuple(cos_sin.shape)} must be [T] and "
+            "[max_position, an even D]"
+        )
+    out: Tensor = choose("rotation", ROTATION, impl, cos_sin.device)(positions, cos_sin)
+    return out
 
 
 def rope(q: Tensor, k: Tensor, turn: Tensor, *, impl: str = "auto") -> tuple[Tensor, Tensor]:
@@ -103,11 +127,26 @@ def _add_rms_norm_aten(x: Tensor, residual: Tensor, weight: Tensor, eps: float) 
     return _rms_norm_aten(total, weight, eps), total
 
 
+def _embed_rms_norm_torch(tokens: Tensor, table: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    rows = F.embedding(tokens, table)
+    return _rms_norm_torch(rows, weight, eps), rows
+
+
+def _embed_rms_norm_aten(tokens: Tensor, table: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    rows = F.embedding(tokens, table)
+    return _rms_norm_aten(rows, weight, eps), rows
+
+
 def _silu_mul_torch(gate_up: Tensor) -> Tensor:
     if gate_up.dim() == 3:
         gate_up = gate_up.sum(0)
     gate, up = gate_up.to(_wide(gate_up)).chunk(2, -1)
     return (gate * torch.sigmoid(gate) * up).to(gate_up.dtype)
+
+
+def _rotation_torch(positions: Tensor, cos_sin: Tensor) -> Tensor:
+    cos, sin = cos_sin[positions].chunk(2, -1)
+    return torch.cat((cos, cos, -sin, sin), -1).unflatten(-1, (2, -1))
 
 
 def rotate(x: Tensor, turn: Tensor) -> Tensor:
@@ -140,5 +179,9 @@ def _triton(name: str) -> Callable[..., Any]:
 
 RMS_NORM = {"torch": _rms_norm_torch, "aten": _rms_norm_aten, "triton": _triton("rms_norm")}
 ADD_RMS_NORM = {"torch": _add_rms_norm_torch, "aten": _add_rms_norm_aten, "triton": _triton("add_rms_norm")}
+EMBED_RMS_NORM = {
+    "torch": _embed_rms_norm_torch, "aten": _embed_rms_norm_aten, "triton": _triton("embed_rms_norm")
+}
 SILU_MUL = {"torch": _silu_mul_torch, "aten": _silu_mul_aten, "triton": _triton("silu_mul")}
+ROTATION = {"torch": _rotation_torch, "aten": _rotation_torch, "triton": _triton("rotation")}
 ROPE = {"torch": _rope_torch, "aten": _rope_torch, "triton": _triton("rope")}

@@ -1,4 +1,4 @@
-"""RMSNorm (+ residual), SiLU-mul and RoPE in Triton: one pass over memory each, statistics in float32."""
+"""RMSNorm (+ residual, or of looked-up rows), SiLU-mul, RoPE in Triton: one pass over memory, statistics in float32."""
 
 # ruff: noqa: N803
 from __future__ import annotations
@@ -69,6 +69,23 @@ def rms_norm_kernel(
 
 
 @triton.jit
+def embed_rms_norm_kernel(
+    tokens, table, weight, out, rows, D, eps, BLOCK: tl.constexpr, EARLY: tl.constexpr, INTERP: tl.constexpr
+):
+    """A row of the table, as it is to rows and normed to out, both [T, D]."""
+    i = tl.arange(0, BLOCK)
+    inside = i < D
+    factor = tl.load(weight + i, mask=inside, other=0.0).to(tl.float32)  # a parameter: no need to wait for it
+    await_previous(EARLY)
+    row = tl.program_id(0).to(tl.int64)
+    found = tl.load(table + tl.load(tokens + row).to(tl.int64) * D + i, mask=inside, other=0.0)
+    tl.store(rows + row * D + i, found, mask=inside)
+    value = found.to(tl.float32)
+    y = value * tl.rsqrt(tl.sum(value * value, 0) / D + eps) * factor
+    tl.store(out + row * D + i, to_bf16(y, INTERP), mask=inside)
+
+
+@triton.jit
 def silu_mul_kernel(
     gate_up, out, sums, I, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr, G: tl.constexpr, EARLY: tl.constexpr,
     INTERP: tl.constexpr,
@@ -81,6 +98,20 @@ def silu_mul_kernel(
     up = load_sum(gate_up, row * 2 * I + I + i, inside, size, SPLITS, BLOCK)
     y = gate / (1 + tl.exp(-gate)) * up
     store_row(y, out, sums, row * I, i, inside, row, tl.num_programs(0), BLOCK, G, INTERP)
+
+
+@triton.jit
+def rotation_kernel(positions, cos_sin, turn, stride, D, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    """Cosines [D/2] of a row twice, its sines [D/2] negated and as they are."""
+    await_previous(EARLY)
+    row, i = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    inside = i < D
+    half = D // 2
+    at = cos_sin + tl.load(positions + row).to(tl.int64) * stride + i % half
+    to = turn + row * 2 * D + i
+    tl.store(to, tl.load(at, mask=inside), mask=inside)
+    sign = tl.where(i < half, -1.0, 1.0)  # times -1 and not 0 - x, which makes -0 of position 0 positive
+    tl.store(to + D, tl.load(at + half, mask=inside) * sign, mask=inside)
 
 
 @triton.jit
@@ -168,6 +199,19 @@ def _add_rms_norm(
     return out, total, sums
 
 
+def embed_rms_norm(tokens: Tensor, table: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """table [vocab, D] and weight [D] bf16."""
+    _check("embed_rms_norm", table, weight)
+    tokens, table, d = tokens.contiguous(), table.contiguous(), table.shape[1]
+    out, rows = (torch.empty(len(tokens), d, dtype=table.dtype, device=table.device) for _ in range(2))
+    block, early = next_power_of_2(d), early_launch()
+    if len(tokens):
+        embed_rms_norm_kernel[(len(tokens),)](
+            tokens, table, weight, out, rows, d, eps, block, early, INTERP, num_warps=_warps(block), launch_pdl=early
+        )
+    return out, rows
+
+
 def silu_mul(gate_up: Tensor) -> Tensor:
     """gate_up [T, 2I] bf16 or partials [S, T, 2I] float32."""
     return _silu_mul(gate_up, 0)[0]
@@ -205,6 +249,23 @@ def summed_add_rms_norm(
 def summed_silu_mul(gate_up: Tensor, group: int) -> SummedRows:
     """As `silu_mul`, with the sums of its groups."""
     return SummedRows(*_silu_mul(gate_up, group))
+
+
+def rotation(positions: Tensor, cos_sin: Tensor) -> Tensor:
+    """cos_sin float32 [max_position, D], rows of any stride."""
+    if cos_sin.dtype != torch.float32 or cos_sin.stride(1) != 1:
+        raise ValueError(
+            f"rotation: impl 'triton' takes float32 with a contiguous last dimension, not {cos_sin.dtype} of strides "
+            f"{cos_sin.stride()}"
+        )
+    d, early = cos_sin.shape[1], early_launch()
+    turn = torch.empty(len(positions), 2, d, dtype=cos_sin.dtype, device=cos_sin.device)
+    if len(positions):
+        rotation_kernel[(len(positions),)](
+            positions.contiguous(), cos_sin, turn, cos_sin.stride(0), d, next_power_of_2(d), early, num_warps=1,
+            launch_pdl=early,
+        )
+    return turn
 
 
 def rope(q: Tensor, k: Tensor, turn: Tensor) -> tuple[Tensor, Tensor]:

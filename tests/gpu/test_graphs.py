@@ -95,6 +95,10 @@ def test_warm_up_captures_every_size_and_serving_captures_no_more() -> None:
             outputs += engine.step()
         engine.generate([[i] * 40 for i in range(20)], SamplingParams(max_tokens=5, ignore_eos=True))
         assert len(graphs.captured) == 6 * len(widths)
+        drawn = SamplingParams(max_tokens=5, temperature=0.8, seed=1, ignore_eos=True)
+        engine.warm_up(1500, [drawn])
+        engine.generate([[i] * 40 for i in range(20)], drawn)
+        assert len(graphs.captured) == 12 * len(widths)
         measured = engine.measured_memory()
         assert 0 <= measured["workspace.graphs"] <= engine.memory.workspace
         again = engine.generate([[1, 2, 3]], SamplingParams(max_tokens=6, ignore_eos=True))[0]

@@ -43,7 +43,10 @@ MANY = [
         (256, 128, 8, 3), (256, 64, 4, 3), (128, 128, 4, 2), (128, 64, 4, 3), (64, 128, 4, 3), (64, 256, 8, 3),
     )
     for producer in (False, True)
-] + [HopperConfig(64, 64, 1, 4, 3, True, 3, 3)]  # fmt: skip
+] + [
+    HopperConfig(64, 64, 1, 4, 3, True, 3, 3), HopperConfig(128, 64, 1, 4, 3, band=2),
+    HopperConfig(64, 128, 1, 4, 3, True, band=3),
+]  # fmt: skip
 FEW = with_producer_and_ahead(
     (8, 64, 4, 8, 4), (8, 256, 4, 5, 2), (16, 128, 4, 5, 3), (16, 256, 8, 2, 2), (32, 128, 4, 4, 2)
 )

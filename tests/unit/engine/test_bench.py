@@ -245,7 +245,7 @@ def test_numbers_that_make_no_sense(option: str, capsys: pytest.CaptureFixture[s
         (["--memory-limit", "nan"], "--memory-limit is nan GB; it must be"),
         (["--minutes", "nan"], "--minutes is nan; it must be greater than 0 and finite"),
         (["--minutes", "inf"], "--minutes is inf; it must be greater than 0 and finite"),
-        (["--suite", "peers", "--max-batched-tokens", "128"], "it must be at least max_batch_size (256)"),
+        (["--suite", "peers", "--max-batched-tokens", "8"], "is 8; it must be a whole number from 16"),
         (["--runner", "simulated"], "--runner is 'simulated', which computes nothing that single could time"),
         (["--runner", "simulated", "--suite", "soak", "peers"], "nothing that peers could time; it must be 'torch'"),
         (["--suite", "peers", "--compare", "generate"], "--compare is 'generate'; it must come with a suite that"),
@@ -263,12 +263,12 @@ def test_what_cannot_be_measured_is_refused_before_a_model_is_loaded(
 
 
 def test_sizes_are_checked_with_the_defaults_of_their_suite() -> None:
-    """The peers' budget of tokens is larger than that of the other suites; the host's is its own."""
-    assert parse(["--suite", "peers", "--max-batch-size", "4000"]).max_batch_size == 4000
+    """The host's are its own."""
+    assert parse(["--suite", "peers", "--max-batch-size", "4096"]).max_batch_size == 4096
     assert parse(["--suite", "host", "--counts", "4096"]).counts == [4096]
     assert parse(["--runner", "simulated", "--suite", "soak", "kvfit", "host"]).runner == "simulated"
     with pytest.raises(SystemExit):
-        parse(["--suite", "peers", "mixed", "--max-batch-size", "4000"])
+        parse(["--suite", "peers", "mixed", "--max-batch-size", "4097"])
 
 
 def test_limits_of_the_command_line_are_within_those_of_a_configuration() -> None:

@@ -20,7 +20,6 @@ from tests.unit.engine.simulated import build
         ({"kv": "int5"}, "kv is 'int5'"),
         ({"batching": "magic"}, "must be one of static, dynamic, continuous"),
         ({"gpu": "abacus"}, "gpu is 'abacus'; it must be one of h200"),
-        ({"max_batched_tokens": 16, "max_batch_size": 32}, "at least max_batch_size"),
         ({"group_size": 100}, "group_size is 100"),
         ({"block_size": 7}, "block_size is 7"),
         ({"batch_window": -1.0}, "batch_window is -1.0 s"),

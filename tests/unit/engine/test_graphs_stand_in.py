@@ -133,6 +133,22 @@ def test_warm_up_makes_every_size_and_disturbs_nobody(stand_in: None, model: Loa
         assert len(graphs.captured) == 12
 
 
+@pytest.mark.parametrize(
+    "temperatures, kinds", [([0.0], [False]), ([0.7, 1.0], [True]), ([0.0, 0.7], [False, True])], ids=str
+)
+def test_warm_up_makes_what_such_requests_need(
+    stand_in: None, model: LoadedModel, temperatures: list[float], kinds: list[bool]
+) -> None:
+    """Nothing is captured while they are served."""
+    params = [SamplingParams(max_tokens=5, temperature=t, seed=1, ignore_eos=True) for t in temperatures]
+    with Engine(EngineConfig(**OPTIONS, max_batch_size=4), model=model) as engine:
+        graphs = with_graphs(engine)
+        engine.warm_up(100, params)
+        assert graphs.captured == sorted(GraphKey(size, 16, kind) for size in (1, 2, 4) for kind in kinds)
+        engine.generate([[4, 5, 6]] * len(params), params)
+        assert len(graphs.captured) == 3 * len(kinds)
+
+
 def test_warm_up_asks_for_no_more_than_a_session_may_hold(stand_in: None, model: LoadedModel) -> None:
     """Also where a workload's prompts and answers together are longer: the answers will be cut."""
     with Engine(EngineConfig(**OPTIONS, max_batch_size=2, session_len=100), model=model) as engine:

@@ -79,7 +79,7 @@ def test_preemption(model: LoadedModel, case) -> None:
     """A pool of nine blocks cannot hold everybody to the end."""
     spec = model.spec
     base = sum(spec.weight_bytes("bf16", 128).values())
-    with Engine(EngineConfig(impl="torch", device="cpu", block_size=16), model=model) as engine:
+    with Engine(EngineConfig(impl="torch", device="cpu", block_size=16, max_batch_size=4), model=model) as engine:
         fixed, block = engine.memory.limit - engine.memory.free - engine.memory.kv, engine.memory.block_bytes
     assert fixed >= base
     tokens, events = serve(model, case[0], max_batch_size=4, cache_ratio=0.5, memory_limit=fixed + 2 * 10 * block)

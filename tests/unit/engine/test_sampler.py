@@ -12,15 +12,7 @@ import torch
 from torch import Tensor
 
 from engine.request import Request
-from engine.sampler import (
-    SamplingPlan,
-    highest_logits,
-    highest_of_parts,
-    known_logprobs,
-    sample,
-    token_logprobs,
-    uniforms,
-)
+from engine.sampler import SamplingPlan, known_logprobs, sample, token_logprobs, uniforms
 from engine.sampling_params import SamplingParams
 
 VOCAB = 50
@@ -65,20 +57,6 @@ def probabilities(logits: list[float], seen: set[int], params: SamplingParams) -
 def test_greedy_takes_the_largest() -> None:
     logits = torch.randn(6, VOCAB, generator=torch.Generator().manual_seed(0))
     assert draw(logits, [make_request() for _ in range(6)]) == logits.argmax(-1).tolist()
-
-
-@pytest.mark.parametrize("parts", [2, 8, 64])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_the_largest_of_parts_is_the_largest(parts: int, dtype: torch.dtype) -> None:
-    """Every value once, so that the answer is one; rows with NaN and infinities are as `max` has them."""
-    generator = torch.Generator().manual_seed(parts)
-    logits = torch.stack([torch.randperm(128, generator=generator) for _ in range(9)]).to(dtype) - 64
-    logits[4, 77], logits[5, 3], logits[6] = math.nan, math.inf, -math.inf
-    out = torch.full((9,), -7.0, dtype=dtype), torch.full((9,), -7)
-    assert highest_of_parts(logits, parts, out) is out
-    want, at = logits.max(-1)
-    assert torch.equal(out[0].nan_to_num(1e4), want.nan_to_num(1e4)) and torch.equal(out[1], at)
-    assert torch.equal(highest_logits(logits)[1], at)
 
 
 FILTERS: dict[str, dict[str, Any]] = {

@@ -14,8 +14,39 @@ def test_one_token_decodes_stand_before_prefill_chunks() -> None:
     run_step(scheduler, memory)
     scheduler.add(make_request("b", range(20, 40)))
     batch = run_step(scheduler, memory)
-    assert [(item.request.request_id, item.num_new) for item in batch.items] == [("a", 1), ("b", 9)]
+    assert [(item.request.request_id, item.num_new) for item in batch.items] == [("a", 1), ("b", 10)]
     assert batch.items == [*batch.decodes, *batch.prefills]
+
+
+def test_decodes_ride_along_with_prompts_that_fill_the_budget() -> None:
+    """Else each one that begins would part the next prompt in two, and the last step be for the leftovers."""
+    scheduler, memory = make_scheduler(num_blocks=64, max_batched_tokens=16, max_batch_size=8), SlotMemory(4)
+    for number in range(8):
+        scheduler.add(make_request(str(number), range(100 * number, 100 * number + 8), max_tokens=9))
+    sizes = [[item.num_new for item in run_step(scheduler, memory).items] for _ in range(5)]
+    assert sizes == [[8, 8], [1] * 2 + [8, 8], [1] * 4 + [8, 8], [1] * 6 + [8, 8], [1] * 8]
+
+
+def test_a_budget_smaller_than_the_batch_lets_everybody_decode() -> None:
+    scheduler, memory = make_scheduler(num_blocks=64, max_batched_tokens=2, max_batch_size=5), SlotMemory(4)
+    for number in range(5):
+        scheduler.add(make_request(str(number), [number, 7], max_tokens=9))
+    for _ in range(5):
+        run_step(scheduler, memory)
+    assert len(run_step(scheduler, memory).decodes) == 5
+
+
+def test_a_long_prompt_ahead_keeps_nobody_from_decoding() -> None:
+    scheduler, memory = make_scheduler(num_blocks=64, max_batched_tokens=8), SlotMemory(4)
+    scheduler.add(make_request("long", range(12)))
+    scheduler.add(make_request("short", range(50, 54), max_tokens=9))
+    run_step(scheduler, memory)  # 8 of the long one
+    run_step(scheduler, memory)  # its 4 others, and the short one
+    scheduler.add(make_request("next", range(100, 140), max_tokens=9))
+    for _ in range(3):
+        batch = run_step(scheduler, memory)
+        assert "short" in [item.request.request_id for item in batch.decodes]
+        assert [item.num_new for item in batch.prefills] == [8]
 
 
 def test_decodes_stand_in_the_order_of_their_contexts_longest_first() -> None:

@@ -188,6 +188,11 @@ def check_decode(
     poison(device)
     planned = kernels.decode_attention(q, cache.layer, cache.tables, cache.lengths, head_dim**-0.5, plan, impl=impl)
     assert torch.equal(planned, got), f"{format}: a plan changes the result"
+    given = torch.full_like(q, float("nan"))
+    into = kernels.decode_attention(
+        q, cache.layer, cache.tables, cache.lengths, head_dim**-0.5, plan, out=given, impl=impl
+    )
+    assert into is given and torch.equal(into, got), f"{format}: written elsewhere, or something else"
     for b, n in enumerate(lengths):
         if n == 0:
             assert (got[b] == 0).all()
@@ -214,6 +219,12 @@ def check_prefill(
         head_dim**-0.5, impl=impl,
     )
     assert (got[starts[-1] :] == 0).all()
+    given = torch.full_like(q, float("nan"))
+    into = kernels.prefill_attention(
+        q, cache.layer, cache.tables, torch.tensor(starts, dtype=torch.int32, device=device), cache.lengths,
+        head_dim**-0.5, out=given, impl=impl,
+    )
+    assert into is given and torch.equal(into, got), f"{format}: written elsewhere, or something else"
     for b, (t, n) in enumerate(chunks):
         if t:
             want = attention64(q[starts[b] : starts[b + 1]], cache.keys[b], cache.values[b], head_dim**-0.5)

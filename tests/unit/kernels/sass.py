@@ -91,6 +91,11 @@ def opcodes(lines: list[str]) -> Counter[str]:
     return Counter(m.group(1) for m in found if m)
 
 
+def before_wait(built: Compiled) -> list[str]:
+    """What comes before the wait for the kernel before: nothing where nobody waits."""
+    return built.sass[: next((i for i, line in enumerate(built.sass) if "ACQBULK" in line), 0)]
+
+
 def mma(lines: list[str]) -> int:
     counts = opcodes(lines)
     return counts["HMMA"] + counts["HGMMA"] + counts["IGMMA"] + counts["QGMMA"] + counts["IMMA"]

@@ -22,7 +22,7 @@ from kernels import KV_FORMATS, tuning
 from kernels.paged import decode_triton, kv_cache_triton, prefill_triton, qkv_triton
 from kernels.products import a8w4, a8w8, a16w4, skinny, wide
 from kernels.rows import elementwise_triton, rounding_triton
-from tests.unit.kernels.sass import Compiled, compile_kernel, mma, opcodes
+from tests.unit.kernels.sass import Compiled, before_wait, compile_kernel, mma, opcodes
 
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 
@@ -123,6 +123,7 @@ def test_rope_write(format: str, together: int, capability: int) -> None:
     signature |= dict.fromkeys(f"size H HKV {strides}".split(), "i32")
     constants: dict[str, object] = {"SPLITS": 3, "D": 128, "BH": together, "BLOCK": 64, "KEY": chosen.key.name}
     constants |= {"VALUE": chosen.value.name, "NORM": True, "EARLY": capability >= 90, "INTERP": False}
+    constants |= {"SETTLED": True}
     scales = ("key_scale", "value_scale")
     if format == "bf16":
         constants |= dict.fromkeys(scales)
@@ -131,6 +132,8 @@ def test_rope_write(format: str, together: int, capability: int) -> None:
     known = [name for name in signature if name not in ("eps", "H", "HKV")]
     built = compile_kernel(qkv_triton.rope_write_kernel, signature, constants, known, 1, 1, capability)
     assert built.spilled == 0 and built.registers <= 168
+    read = opcodes(before_wait(built))["LDG"]
+    assert read == (3 if capability >= 90 else 0), "a slot, cosines and sines, before the wait where there is one"
 
 
 @pytest.mark.parametrize(
@@ -243,17 +246,30 @@ def attention(
 @pytest.mark.parametrize(
     "format, tile, warps, stages, budget",
     [
-        ("bf16", 64, 2, 3, 1.8), ("int8", 32, 1, 4, 3.6), ("int4", 64, 1, 4, 2.8), ("fp8", 32, 1, 4, 3.6),
-        ("k8v4", 32, 1, 4, 3.6),
+        ("bf16", 64, 2, 3, 1.8), ("bf16", 128, 4, 2, 1.8), ("int8", 32, 1, 4, 3.6), ("int4", 64, 1, 4, 2.8),
+        ("fp8", 32, 1, 4, 3.6), ("k8v4", 32, 1, 4, 3.6),
     ],
 )
 def test_decode(format: str, tile: int, warps: int, stages: int, budget: float) -> None:
-    constants = {"TILE": tile, "SPLIT": True, "MIN_SPLIT": 128, "ROWS": 16, "SETTLED": True, "EARLY": True}
+    """Lengths are read before the wait, and the table only asked for."""
+    constants = {"TILE": tile, "SPLIT": True, "MIN_SPLIT": 128, "ROWS": 16, "SETTLED": True, "EARLY": 2}
     built = attention(
         decode_triton.decode_kernel, format, constants, {"partial": "*fp32", "partial_ml": "*fp32"}, "table_row", warps,
         stages,
     )
     check(built, 2 * tile * 128, warps, budget)
+    before = opcodes(before_wait(built))
+    assert before["LDG"] == 1 and before["CCTL"] >= 1 and not before["LDGSTS"]
+
+
+@pytest.mark.parametrize("settled", [False, True])
+def test_combine(settled: bool) -> None:
+    """The length is read before the wait where it may be, and nothing else."""
+    signature = {"partial": "*fp32", "partial_ml": "*fp32", "lengths": "*i32", "out": "*bf16", "H": "i32"}
+    signature |= {"splits": "i32"}
+    constants = {"D": 128, "TILE": 128, "PADDED": 8, "MIN_SPLIT": 64, "SETTLED": settled, "EARLY": 2, "INTERP": False}
+    built = compile_kernel(decode_triton.combine_kernel, signature, constants, ["partial", "lengths", "out"], 2, 1)
+    assert built.spilled == 0 and opcodes(before_wait(built))["LDG"] == settled
 
 
 STORE = "k_row k_head v_row v_head key_block key_token key_head value_block value_token value_head"

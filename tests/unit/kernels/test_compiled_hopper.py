@@ -21,7 +21,7 @@ from triton.experimental.gluon.language import NVMMASharedLayout
 from kernels import pack_weight
 from kernels.products import a16w4_hopper, a16w8_hopper, bf16_hopper, hopper_ring
 from kernels.tuning import HopperConfig
-from tests.unit.kernels.sass import Compiled, compile_kernel, mma, opcodes
+from tests.unit.kernels.sass import Compiled, before_wait, compile_kernel, mma, opcodes
 
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 
@@ -43,7 +43,7 @@ def compiled(config: HopperConfig, out: torch.dtype, by_tma: bool, gated: bool, 
     signature |= {"scale": "*bf16"} if format == "int8" else {}
     signature |= {"out": f"*{element}"} | dict.fromkeys("M N K groups_per_split".split(), "i32")
     constants: dict[str, object] = {"STAGES": config.stages, "EARLY": 2 if config.late else 1, "GATED": gated}
-    constants |= {"PRODUCER": config.producer, "AHEAD": config.ahead}
+    constants |= {"PRODUCER": config.producer, "AHEAD": config.ahead, "BAND": config.band}
     if by_tma:
         box = [1, config.block_m, config.block_n // (2 if gated else 1)]
         signature["y_desc"] = descriptor(element, box, hopper_ring.OUT_LAYOUTS[out])
@@ -76,7 +76,8 @@ def waits(loop: list[str]) -> list[int]:
     "config, out, by_tma, budget",
     [
         (HopperConfig(256, 128, 1, 8, 3, True), torch.bfloat16, True, 3.4),
-        (HopperConfig(256, 128, 1, 8, 3, True), torch.float32, False, 3.4),
+        (HopperConfig(256, 128, 1, 8, 3, True, band=4), torch.float32, False, 3.4),
+        (HopperConfig(256, 128, 1, 8, 2, False, band=4), torch.bfloat16, True, 4.3),
         (HopperConfig(128, 128, 1, 4, 2, False, 2), torch.bfloat16, True, 3.2),
         (HopperConfig(256, 64, 1, 4, 3, True), torch.float32, True, 3.4),
         (HopperConfig(128, 64, 1, 4, 3, False, 2), torch.float32, True, 3.9),
@@ -159,7 +160,7 @@ def test_bf16(config: HopperConfig, gated: bool) -> None:
 def early_copies(built: Compiled, producer: bool, parts: int = 2) -> int:
     """Copies before the wait for the kernel before, which may write x: of the `parts` of a weight (words and scales)
     for each group. The loop of a producer, which ptxas puts first, is left out."""
-    before = built.sass[: next(i for i, line in enumerate(built.sass) if "ACQBULK" in line)]
+    before = before_wait(built)
     assert not any(re.search(r"\b(STG|LDG|UTMASTG)", line) for line in before)
     return sum("UTMALDG" in line for line in before) - (parts + 1) * producer
 

@@ -142,3 +142,12 @@ def test_a_gated_product_keeps_the_dimensions_of_its_input(impl: str) -> None:
     got = kernels.gated_linear(x, weight, impl=impl)
     assert got.shape == (2, 5, 48)
     assert torch.equal(got.flatten(0, 1), kernels.gated_linear(x.flatten(0, 1), weight, impl=impl))
+
+
+@pytest.mark.parametrize("impl", ["aten", "torch"])
+def test_attention_refuses_to_write_where_it_does_not_fit(impl: str) -> None:
+    cache = checks.fill_cache("bf16", [3, 20], 16, 2, 64, "cpu")
+    q = checks.normal((2, 4, 64), 1, "cpu")
+    for out in (q[:1], q.float(), torch.empty(2, 64, 4, dtype=q.dtype).transpose(1, 2)):
+        with pytest.raises(ValueError, match="decode_attention: out must be contiguous"):
+            kernels.decode_attention(q, cache.layer, cache.tables, cache.lengths, 0.1, out=out, impl=impl)

@@ -68,6 +68,7 @@ def samples(impl: str) -> list[tuple[str, tuple[Any, ...]]]:
     q, qkv = bf16(T, HEADS, DIM), bf16(T, (HEADS + 2 * KV_HEADS) * DIM)
     norms = (bf16(DIM), bf16(DIM), 1e-6)
     found += [("rope", (q, bf16(T, KV_HEADS, DIM), turn(T), impl))]
+    found += [("rotation", (torch.tensor([3, 0, 9]), torch.randn(10, DIM), impl))]
     for format in ("bf16", "k8v4"):
         held = _parts(layer(format))
         k, v = bf16(T, KV_HEADS, DIM), bf16(T, KV_HEADS, DIM, seed=4)

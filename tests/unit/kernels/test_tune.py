@@ -15,7 +15,7 @@ import torch
 if sys.platform != "linux":
     pytest.skip("Triton is published for Linux only", allow_module_level=True)
 
-from kernels import KV_FORMATS, PackedWeight, candidates, pack_weight, tune, tune_layer, tuning
+from kernels import KV_FORMATS, PackedWeight, candidates, pack_weight, tune, tuning
 from kernels.bench.matmul import tiles_alone
 from kernels.measuring.problems import SHAPES
 from kernels.products import a16w4_hopper, a16w8_hopper, bf16_hopper, matmul_triton
@@ -50,7 +50,7 @@ def test_candidates_of_a8w4(m: int) -> None:
 
 def takes(config: HopperConfig, kind: str = "hopper") -> bool:
     """What the kernels for Hopper and a multiprocessor's shared memory allow."""
-    row = 256 if kind == "bf16" else 128 if "pairs" in kind else 68
+    row = 256 if "bf16" in kind else 128 if "pairs" in kind else 68
     program = config.stages * (config.block_m * 256 + config.block_n * row + 16) + 1024  # which the driver keeps
     fits = program <= SHARED and program * config.programs <= SHARED + 1024
     return fits and config.block_n % max(64, 16 * config.warps) == 0 and config.ahead <= config.stages >= 2
@@ -223,6 +223,25 @@ def test_the_fastest_is_looked_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         tuning.table.cache_clear()
 
 
+PTXAS = "PTXAS error: ptxas fatal : (C7602) Insufficient registers (80) to compile instruction at line 412"
+
+
+def test_what_the_assembler_refuses_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    small, large, wrong = (HopperConfig(128, 128, 1, warps, 3, True, 2) for warps in (4, 8, 12))
+
+    def timed(config: HopperConfig, **_: object) -> float:
+        if config != small:
+            raise RuntimeError(PTXAS if config == large else "an illegal memory access was encountered")
+        return 5.0
+
+    monkeypatch.setattr(tune, "_runner", lambda *_: lambda config: config)
+    monkeypatch.setattr(tune, "microseconds", timed)
+    (found,) = tune.run([("pairs_hopper", {"m": 128}, [large, small])], workers=1)
+    assert found["config"] == asdict(small)
+    with pytest.raises(RuntimeError, match="illegal memory"):
+        tune.run([("pairs_hopper", {"m": 128}, [wrong])], workers=1)
+
+
 def test_what_is_fastest_alone_stands_beside_what_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     used, alone = asdict(SkinnyConfig(8, 64, 2, 2, 4)), asdict(HopperConfig(8, 256, 2, 4, 5, True, 2, 5))
     entry = {"kind": "planes", "problem": [1, 28672, 4096], "us": 1.0}
@@ -239,103 +258,3 @@ def test_what_is_fastest_alone_stands_beside_what_is_used(monkeypatch: pytest.Mo
         assert tiles_alone("int4", 16, 28672, 4096) is None and tiles_alone("bf16", 1, 28672, 4096) is None
     finally:
         tuning.table.cache_clear()
-
-
-def test_a_layer_tries_the_fastest_the_busiest_and_the_one_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    held, fast, busy, slow = (
-        asdict(SkinnyConfig(8, bn, splits, warps, 3))
-        for bn, splits, warps in ((64, 2, 1), (128, 2, 2), (32, 8, 1), (256, 1, 4))
-    )
-    problem = ("planes", 1, 4096, 4096)
-    records = [
-        {"op": "planes", "m": 1, "n": 4096, "k": 4096, "us": us, "config": config}
-        for us, config in ((5.0, fast), (6.0, slow), (7.0, busy))
-    ]
-    records.append({"op": "planes", "m": 16, "n": 4096, "k": 4096, "us": 1.0, "config": slow})  # another problem
-    monkeypatch.setattr(tune_layer, "table", lambda: {problem: held})
-    found = tune_layer.candidates(records, problem, most=2)
-    assert found[0] == held and [c for c in found[1:] if c in (fast, slow, busy)] == [fast, slow, busy]
-    near = [c for c in found[1:] if c not in (fast, slow, busy)]
-    assert near and all(sum(c[name] != held[name] for name in held) == 1 for c in near)
-    assert held | {"late": True} in near and all(SkinnyConfig(**c) for c in near)
-    eight = ("planes", 8, 4096, 4096)  # nothing was timed at 8 rows: those of fewer are tried
-    assert tune_layer.candidates(records, eight, most=2) == [fast, slow, busy]
-
-
-def test_gated_products_are_tried_whole_and_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = asdict(SkinnyConfig(8, 128, 2, 2, 4))
-    monkeypatch.setattr(tune_layer, "table", lambda: {("planes", 1, 28672, 4096): plain})
-    problem = tune_layer.problem_of("gated", "int4", 1)
-    assert problem == ("gated planes", 1, 28672, 4096)
-    found = tune_layer.candidates([], problem)
-    assert found[0] == tune_layer.APART and found[1] == plain | {"splits": 1} and len(found) > 6
-    assert all(config["splits"] == 1 for config in found[1:])
-    assert tune_layer.problem_of("gated", "w8a8", 64) is None  # SiLU-mul rounds to 8 bits there, over the whole row
-
-
-def test_a_step_of_pairs_is_whole_groups() -> None:
-    held = asdict(SkinnyConfig(8, 64, 2, 2, 4, 128))
-    assert {c["block_k"] for c in tune_layer.neighbours(held, "pairs")} == {128, 256}
-    assert {c["block_k"] for c in tune_layer.neighbours(held, "int8")} == {64, 128, 256}
-
-
-class Steady:
-    """A chain whose time depends on its gated product alone."""
-
-    def __init__(self, entries: dict[tuple[object, ...], dict[str, object]]) -> None:
-        self.entries = entries
-
-    def microseconds(self, replays: int = 5) -> float:
-        gated = self.entries.get(("gated planes", 64, 28672, 4096), tune_layer.APART)
-        return 100.0 - 5 * (gated["splits"] == 1)
-
-
-def test_a_product_that_does_not_run_keeps_its_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    held = asdict(SkinnyConfig(64, 128, 1, 4, 3))
-    entries: dict[tuple[object, ...], dict[str, object]] = {("planes", 64, 28672, 4096): held}
-    monkeypatch.setattr(tune_layer, "table", lambda: entries)
-    tried, known = [], tune_layer.candidates
-    monkeypatch.setattr(
-        tune_layer, "candidates", lambda records, problem: tried.append(problem) or known(records, problem)
-    )
-    written = tune_layer.descend(Steady(entries), "int4", 64, [])  # type: ignore[arg-type]
-    assert entries["gated planes", 64, 28672, 4096]["splits"] == 1
-    assert entries["planes", 64, 28672, 4096] == held
-    assert {entry["kind"] for entry in written} == {"gated planes"}
-    assert ("planes", 64, 28672, 4096) not in tried and ("gated planes", 64, 28672, 4096) in tried
-
-
-def test_what_is_asked_ahead_may_stay_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A ring may be asked for whole by one product and not by the next: no single number for all is as good."""
-    tiles = {name: asdict(HopperConfig(8, 64, 1, 4, 6, ahead=ahead)) for name, ahead in (("qkv", 6), ("o", 1))}
-    entries: dict[tuple[object, ...], dict[str, object]] = {("bf16", 1, *SHAPES[n]): c for n, c in tiles.items()}
-    before = dict(entries)
-    monkeypatch.setattr(tune_layer, "table", lambda part="entries": entries)
-
-    class Chain:
-        def microseconds(self, replays: int = 5) -> float:
-            return 100.0 + 5.0 * (entries != before)
-
-    assert tune_layer.ask_ahead(Chain(), "bf16", 1) == 100.0 and entries == before  # type: ignore[arg-type]
-
-
-def test_the_entries_of_4_bit_weights_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tune_layer, "warp_group_products", lambda: True)
-    assert [tune_layer.kind_of("int4", m) for m in (1, 32, 33, 64)] == ["planes", "planes", "hopper", "hopper"]
-    assert tune_layer.problem_of("gated", "int4", 64) == ("gated planes", 64, 28672, 4096)
-    held = asdict(HopperConfig(64, 128, 2, 4, 3))
-    assert [tune_layer.kind_of("int8", m) for m in (1, 32, 33)] == ["pairs", "pairs", "pairs_hopper"]
-    assert tune_layer.problem_of("gated", "int8", 64) == ("gated pairs", 64, 28672, 4096)
-    assert tune_layer.neighbours(held, "hopper") == tune_layer.neighbours(held, "pairs_hopper")
-    near = [HopperConfig(**c) for c in tune_layer.neighbours(held, "hopper")]
-    assert replace(HopperConfig(**held), producer=True) in near and all(c.warps % 4 == 0 for c in near)
-    assert all(sum(asdict(c)[name] != held[name] for name in held) == 1 for c in near)
-
-
-@pytest.mark.parametrize(
-    "format, m, kind",
-    [("int4", 64, "planes"), ("bf16", 1, "bf16"), ("w8a8", 1, "int8"), ("w8a8", 64, "a8w8"), ("int8", 64, "pairs"),
-     ("w4a8", 64, "planes"), ("w4a8", 128, "a8w4")],
-)
-def test_the_entry_that_a_format_reads(format: str, m: int, kind: str) -> None:
-    assert tune_layer.kind_of(format, m) == kind

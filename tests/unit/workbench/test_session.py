@@ -172,10 +172,20 @@ def test_on_this_machine_the_engine_is_warmed_up_reused_and_judged_once(session,
 
 def test_an_engine_is_warmed_up_for_the_longest_load_that_it_serves(session, monkeypatch):
     lengths = []
-    monkeypatch.setattr(Engine, "warm_up", lambda self, tokens: lengths.append(tokens))
+    monkeypatch.setattr(Engine, "warm_up", lambda self, tokens, params: lengths.append(tokens))
     runs = [session.run(TINY, tiny_load(prompt), progress=False) for prompt in (8, 40, 8)]
     assert [run.status for run in runs] == ["done"] * 3
     assert lengths == [12, 44], "the second load is longer than what kernels and graphs were made for"
+
+
+def test_an_engine_is_warmed_up_for_the_way_that_requests_are_sampled(session, monkeypatch):
+    """A GPU captures other steps for them: in the middle of a run they would be somebody's latency."""
+    seen = []
+    monkeypatch.setattr(Engine, "warm_up", lambda self, tokens, params: seen.append([p.temperature for p in params]))
+    loads = [replace(tiny_load(8), temperature=t) for t in (0.0, 0.8, 0.0, 0.8)]
+    runs = [session.run(TINY, load, progress=False) for load in loads]
+    assert [run.status for run in runs] == ["done"] * 4
+    assert seen == [[0.0], [0.8]]
 
 
 def test_a_run_beside_another_one_in_the_same_kernel_says_so(session):

@@ -96,7 +96,7 @@ def test_a_refused_request_does_not_hold_up_the_others(session, monkeypatch):
 
 
 def test_an_interrupted_warm_up_is_made_up_for(session, monkeypatch):
-    def interrupted(self, tokens):
+    def interrupted(self, tokens, params):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

@@ -4,9 +4,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
+import triton
+import triton.language as tl
 
 import kernels
 from kernels.products import matmul_triton
+from kernels.triton_common import banded
 from kernels.tuning import SkinnyConfig
 from tests.unit.kernels import checks, checks_8_bit
 
@@ -86,3 +90,19 @@ def test_write(format: str, order: str) -> None:
 
 def test_elementwise() -> None:
     checks.check_elementwise(3, 200, 6, 2, 64, "cpu", impl="triton")
+
+
+@triton.jit
+def tiles_kernel(out, rows, columns, BAND: tl.constexpr):
+    row, column = banded(tl.program_id(0), rows, columns, BAND)
+    tl.store(out + tl.program_id(0), row * columns + column)
+
+
+@pytest.mark.parametrize("rows, columns, band", [(8, 5, 4), (7, 3, 4), (3, 6, 8), (5, 1, 2), (1, 4, 1)])
+def test_bands_visit_every_tile_once(rows: int, columns: int, band: int) -> None:
+    out = torch.full((rows * columns,), -1, dtype=torch.int32)
+    tiles_kernel[(rows * columns,)](out, rows, columns, band)
+    assert sorted(out.tolist()) == list(range(rows * columns))
+    first = out[: min(band, rows) * columns] // columns
+    assert first.unique().tolist() == list(range(min(band, rows))), "a band is left before it is done"
+    assert out[: min(band, rows)].tolist() == [row * columns for row in range(min(band, rows))], "down, not across"
