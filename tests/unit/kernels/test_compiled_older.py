@@ -87,7 +87,7 @@ def test_a8w8(m: int, capability: int) -> None:
 def test_decode(format: str, batch: int, capability: int) -> None:
     config = tuning.decode_config(format, batch, 8, 2048, multiprocessors=128)
     constants: dict[str, object] = {"TILE": config.tile, "SPLIT": True, "MIN_SPLIT": config.min_split, "ROWS": 16}
-    constants |= {"SETTLED": True, "AHEAD": 0, "EARLY": False} | shifted(format, capability)
+    constants |= {"SETTLED": True, "EARLY": False} | shifted(format, capability)
     extra = {"partial": "*fp32", "partial_ml": "*fp32"}
     kernel = decode_triton.decode_kernel
     check(attention(kernel, format, constants, extra, "table_row", config.warps, config.stages, capability))
