@@ -3,6 +3,7 @@ the GPU without work."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -97,13 +98,40 @@ def few_rows_candidates(kind: str, m: int, n: int) -> list[Any]:
         if deepest < 3 or turns < 0.4 or (turns > 1.7 and splits > 1):
             continue
         for producer, stages, ahead in product((False, True), {deepest, max(2, deepest // 2)}, (0, 1, 16)):
-            registers = 65536 // (32 * (warps + 4 * producer) * programs)
-            if producer:
-                registers = (registers * (warps + 4) - 24 * 4) // warps
-            needed = {8: 0, 16: 106, 32: 150}[bm] if kind == "planes" and bn // warps >= 32 else 0
-            if registers >= needed:  # or it spills
+            if enough_registers(kind, bm, bn, warps, producer, programs):
                 found.append(HopperConfig(bm, bn, splits, warps, stages, producer, programs, min(ahead, stages)))
     return found
+
+
+def enough_registers(kind: str, block_m: int, block_n: int, warps: int, producer: bool, programs: int) -> bool:
+    """Whether a kernel for Hopper at few rows keeps what it multiplies in registers, or it spills."""
+    held = 65536 // (32 * (warps + 4 * producer) * programs)
+    if producer:
+        held = (held * (warps + 4) - 24 * 4) // warps
+    return held >= ({8: 0, 16: 106, 32: 150}[block_m] if kind == "planes" and block_n // warps >= 32 else 0)
+
+
+def near(kind: str, config: HopperConfig, k: int) -> list[HopperConfig]:
+    """Of a kernel for Hopper at few rows: what differs from a good configuration in one respect, for a second look. The
+    first one takes two depths of the ring and few ways to part the steps of K."""
+    steps = -(-k // 128)
+    each = -(-steps // config.splits)
+    deepest = deepest_ring(kind, config.block_m, config.block_n, config.programs)
+    splits = {-(-steps // count) for count in range(max(1, each - 3), min(steps, each + 3) + 1)}
+    found = [replace(config, splits=count) for count in sorted(splits)]
+    found += [replace(config, stages=stages, ahead=min(config.ahead, stages)) for stages in range(2, deepest + 1)]
+    found += [replace(config, ahead=ahead) for ahead in range(min(config.stages, 6) + 1)]
+    found += [replace(config, producer=not config.producer)]
+    found += [
+        replace(config, programs=programs, stages=stages, ahead=min(config.ahead, stages))
+        for programs in (config.programs - 1, config.programs + 1)
+        if programs and (stages := min(config.stages, deepest_ring(kind, config.block_m, config.block_n, programs))) > 1
+    ]
+    return [
+        other for other in dict.fromkeys(found)
+        if other != config
+        and enough_registers(kind, other.block_m, other.block_n, other.warps, other.producer, other.programs)
+    ]  # fmt: skip
 
 
 def gated_hopper_candidates(kind: str, m: int) -> list[HopperConfig]:

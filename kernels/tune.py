@@ -23,10 +23,12 @@ import triton
 from torch import Tensor
 
 from .candidates import (
+    MOST_FEW_ROWS,
     a8w4_candidates,
     a8w8_candidates,
     decode_candidates,
     matmul_candidates,
+    near,
     prefill_candidates,
 )
 from .measuring import problems
@@ -41,7 +43,7 @@ from .products.matmul_triton import linear_8_bit, linear_partials
 from .rows.elementwise_triton import add_rms_norm, silu_mul
 from .rows.rounding import quantize_rows
 from .triton_common import warp_group_products
-from .tuning import TUNED
+from .tuning import TUNED, HopperConfig, skinny_or_hopper
 
 Task = tuple[str, dict[str, Any], list[Any]]  # operation, arguments of its problem, candidates
 FORMATS = {
@@ -131,7 +133,7 @@ def run(tasks: Iterable[Task], workers: int, alone: bool = False) -> list[dict[s
         timed = []
         for config in configs:
             try:
-                timed.append((microseconds(calls(config), replays=3, at_least_us=600.0), config))
+                timed.append((microseconds(calls(config), replays=3, at_least_us=600.0, warm_up_us=0.0), config))
             except Exception as error:
                 if not too_large(error):
                     raise
@@ -190,6 +192,29 @@ def tasks(kinds: list[str], most: int, hopper: bool = False, alone: bool = False
         (op, arguments, configs if len(configs) <= most else Random(0).sample(configs, most))
         for op, arguments, configs in found
     ]
+
+
+def second_look(records: list[dict[str, Any]], fastest: int) -> list[Task]:
+    """The neighbours of the `fastest` few of each problem, where kernels for Hopper at few rows are among them."""
+    problems: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for record in records:
+        problems.setdefault(tuple(record.get(name) for name in ("op", "format", "m", "n", "k")), []).append(record)
+    found: list[Task] = []
+    for (op, format, m, n, k), timed in problems.items():
+        if op not in MOST_FEW_ROWS or m > MOST_FEW_ROWS[op]:
+            continue
+        tried = [record["config"] for record in timed]
+        best = sorted(timed, key=lambda record: record["us"])[:fastest]
+        close = [
+            other
+            for config in map(skinny_or_hopper, (record["config"] for record in best))
+            if isinstance(config, HopperConfig)
+            for other in near(op, config, k)
+            if asdict(other) not in tried
+        ]
+        if close:
+            found.append((op, {"format": format, "m": m, "n": n, "k": k}, list(dict.fromkeys(close))))
+    return found
 
 
 def entries(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -255,10 +280,15 @@ def main() -> None:
         help="products without what reads them; --write keeps the fastest for `kernels.bench`, beside those in use",
     )  # fmt: skip
     parser.add_argument("--most", type=int, default=150, help="candidates per problem")
+    parser.add_argument(
+        "--near", type=int, default=2, help="then, at few rows on Hopper, what is near to so many of the fastest"
+    )
     chosen = parser.parse_args()
     found = tasks(chosen.op, chosen.most, warp_group_products(), chosen.alone)
     wanted = [task for task in found if not chosen.rows or task[1].get("m") in chosen.rows]
     records = run(wanted, chosen.workers, chosen.alone)
+    if close := second_look(records, chosen.near):
+        records += run(close, chosen.workers, chosen.alone)
     if chosen.json:
         with open(chosen.json, "w") as file:
             json.dump({"gpu": torch.cuda.get_device_name(), "records": records}, file)

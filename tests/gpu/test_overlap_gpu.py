@@ -76,8 +76,8 @@ class Strict:
         engine.runner.launch = self  # type: ignore[method-assign, assignment]
 
     def __call__(self, batch: ScheduledBatch) -> Pending:
-        torch.cuda.set_sync_debug_mode("error")
         try:
+            torch.cuda.set_sync_debug_mode("error")
             return self._launch(batch)
         finally:
             torch.cuda.set_sync_debug_mode("default")

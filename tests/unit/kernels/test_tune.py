@@ -82,6 +82,26 @@ def test_candidates_of_few_rows(kind: str, m: int, n: int, k: int) -> None:
     assert gated and all(takes(c, kind) and c.splits == 1 and c.block_n % (32 * c.warps) == 0 for c in gated)
 
 
+def test_a_second_look_stays_near_the_fastest() -> None:
+    """Each differs from one of them in what it names, none was tried, and the kernels take them."""
+    tried = [c for c in candidates.matmul_candidates("planes", 1, 4096, True) if isinstance(c, HopperConfig)]
+    size = {"format": "int4", "m": 1, "n": 4096, "k": 14336}
+    records = [{"op": "planes", **size, "us": 10.0 + i, "config": asdict(c)} for i, c in enumerate(tried)]
+    older = {"op": "planes", **size, "us": 9.0, "config": asdict(SkinnyConfig(8, 64, 8, 2, 4))}
+    larger = {"op": "hopper", **size, "m": 64, "us": 1.0, "config": asdict(HopperConfig(64, 128, 1, 4, 3))}
+    ((op, arguments, found),) = tune.second_look([*records, older, larger], 3)
+    assert (op, arguments) == ("planes", size) and len(found) >= 15 and len(set(found)) == len(found)
+    assert not set(found) & set(tried) and all(takes(c, "planes") for c in found)
+    for config in found:
+        assert any(changes(config, fast) <= {"splits", "stages", "ahead", "producer", "programs"} for fast in tried[:2])
+    assert {c.splits for c in found} - {c.splits for c in tried}, "K is parted in ways that were not tried"
+    assert not tune.second_look([older], 3)
+
+
+def changes(one: HopperConfig, other: HopperConfig) -> set[str]:
+    return {name for name, value in asdict(one).items() if value != asdict(other)[name]}
+
+
 @pytest.mark.parametrize("format, kind", [("int4", "planes"), ("int8", "pairs"), ("bf16", "bf16")])
 def test_an_entry_says_by_which_kernel_few_rows_run(format: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tiles = HopperConfig(16, 128, 1, 4, 4, True, 3, 1)
