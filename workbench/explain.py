@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from engine.config import EngineConfig
-from engine.kv_plan import KVPlan
+from engine.model.kv_plan import KVPlan
 from workbench import text
 from workbench.metrics import Metrics
 from workbench.run_snapshot import RunSnapshot

@@ -6,16 +6,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from engine.bundled import MODEL_DIR
-from engine.checkpoint import read_spec
 from engine.config import EngineConfig
-from engine.device import resolve_device
-from engine.key_bias import key_biases
-from engine.memory import MemoryPlan, plan_memory
-from engine.model_spec import ModelSpec
-from engine.shapes import synthetic_spec
-from engine.simulated import SimulatedRunner
-from engine.weight_plan import WeightPlan
-from engine.workspace import default_limit, workspace_bytes
+from engine.loading.checkpoint import read_spec
+from engine.loading.key_bias import key_biases
+from engine.loading.shapes import synthetic_spec
+from engine.model.spec import ModelSpec
+from engine.model.weight_plan import WeightPlan
+from engine.running.device import resolve_device
+from engine.running.memory import MemoryPlan, plan_memory
+from engine.running.simulated import SimulatedRunner
+from engine.running.workspace import default_limit, workspace_bytes
 
 
 def predicted_plan(config: EngineConfig) -> MemoryPlan | None:

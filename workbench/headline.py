@@ -14,7 +14,7 @@ from workbench.distribution import ENOUGH_FOR_P99, Distribution
 from workbench.metrics import SLO, Metrics
 
 if TYPE_CHECKING:
-    from engine.memory import MemoryPlan
+    from engine.running.memory import MemoryPlan
     from workbench.run_snapshot import RunSnapshot
 
 MET, LIKELY, MISSED, UNKNOWN = "met", "met so far", "missed", "not measured"

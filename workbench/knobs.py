@@ -8,7 +8,7 @@ from typing import Any
 
 from engine.config import BATCHING, EngineConfig
 from engine.errors import ConfigError
-from engine.simulated import GPUS
+from engine.running.simulated import GPUS
 from kernels import KV_FORMATS, WEIGHT_FORMATS
 from workbench.knob import Choice, Knob, Number, Options, Switch, Text
 from workbench.metrics import SLO
@@ -20,7 +20,7 @@ BUNDLED_LIMIT = 66
 
 def model_options() -> Options:
     """The models that need no download."""
-    from engine.shapes import SHAPES  # imports torch
+    from engine.loading.shapes import SHAPES  # imports torch
 
     shapes = {f"synthetic:{name}": f"synthetic {name}" for name in SHAPES if name != "tiny"}
     return {"bundled": "bundled: writes Python", **shapes}

@@ -13,9 +13,9 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from engine.batch import StepEvent
 from engine.errors import ConfigError
 from engine.request import RequestOutput
+from engine.scheduling.batch import StepEvent
 from workbench.distribution import Distribution
 from workbench.timeseries import Sample, TimeSeries
 

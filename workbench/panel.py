@@ -28,7 +28,7 @@ from workbench.view import View, view_of
 if TYPE_CHECKING:
     import pandas
 
-    from engine.memory import MemoryPlan
+    from engine.running.memory import MemoryPlan
     from workbench.run import Run
     from workbench.run_snapshot import RunSnapshot
 

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from engine.batch import StepEvent
 from engine.config import EngineConfig
-from engine.memory import MemoryPlan
 from engine.request import RequestOutput
+from engine.running.memory import MemoryPlan
+from engine.scheduling.batch import StepEvent
 from workbench.explain import limiting_sentence
 from workbench.metrics import SLO, Metrics, MetricsCollector
 from workbench.quality import Perplexity

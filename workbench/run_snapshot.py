@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from engine.config import EngineConfig
-from engine.memory import MemoryPlan
+from engine.running.memory import MemoryPlan
 from workbench.metrics import SLO, Metrics
 from workbench.quality import Perplexity
 from workbench.timeseries import Sample

@@ -15,7 +15,7 @@ from workbench.snapshot import draw, image
 from workbench.view import View
 
 if TYPE_CHECKING:
-    from engine.memory import MemoryPlan
+    from engine.running.memory import MemoryPlan
     from workbench.run import Run
     from workbench.run_snapshot import RunSnapshot
 

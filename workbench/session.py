@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import pandas
 
     from engine.engine import Engine
-    from engine.loader import LoadedModel
+    from engine.loading.loader import LoadedModel
     from engine.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -189,7 +189,7 @@ class Session:
             run.end(status, error)
 
     def _measure(self, run: Run, *, quality: bool, progress: bool, polite: bool) -> None:
-        from engine.device import resolve_device  # here, because it imports torch
+        from engine.running.device import resolve_device  # here, because it imports torch
 
         engine = self._engine_for(run)
         items = work_items(engine, run.workload)
@@ -210,7 +210,7 @@ class Session:
     def _engine_for(self, run: Run) -> Engine:
         """The engine for this run's config: the one at hand, where it has the same and nothing is left in it."""
         from engine.engine import Engine  # here, because it imports torch
-        from engine.loader import load_model
+        from engine.loading.loader import load_model
 
         config = run.config
         # A simulated engine costs nothing to build, and a clock that starts at 0 makes its runs equal to the last bit.

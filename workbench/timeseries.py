@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeVar
 
-from engine.batch import StepEvent
+from engine.scheduling.batch import StepEvent
 
 MAX_SAMPLES = 300
 FIRST_WIDTH = 0.1

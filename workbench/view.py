@@ -14,7 +14,7 @@ from workbench import text
 from workbench.headline import LIKELY, MET, MISSED, verdict
 
 if TYPE_CHECKING:
-    from engine.memory import MemoryPlan
+    from engine.running.memory import MemoryPlan
     from workbench.distribution import Distribution
     from workbench.run_snapshot import RunSnapshot
 

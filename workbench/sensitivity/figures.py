@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import plotly.graph_objects as go
 
-from engine.weight_plan import MODULES
+from engine.model.weight_plan import MODULES
 from workbench import figure as figures
 from workbench.sensitivity.assignment import frontier
 from workbench.snapshot import log_ticks

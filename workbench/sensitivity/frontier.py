@@ -19,10 +19,10 @@ from engine.config import GROUP_SIZES, EngineConfig
 from engine.engine import Engine
 from engine.errors import CheckpointError, ConfigError
 from engine.files import writable
-from engine.loader import LoadedModel, load_model
+from engine.loading.loader import LoadedModel, load_model
+from engine.model.weight_plan import LM_HEAD, WeightPlan
 from engine.quantize import quantize
 from engine.quantize.layers import METHODS
-from engine.weight_plan import LM_HEAD, WeightPlan
 from kernels import WEIGHT_FORMATS
 from workbench import text as words
 from workbench.quality.divergence import Baseline, Divergence

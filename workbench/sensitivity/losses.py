@@ -19,9 +19,9 @@ from tqdm.auto import tqdm
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import ConfigError
-from engine.loader import LoadedModel, load_model
-from engine.model_spec import ModelSpec
-from engine.weight_plan import LM_HEAD, WeightPlan
+from engine.loading.loader import LoadedModel, load_model
+from engine.model.spec import ModelSpec
+from engine.model.weight_plan import LM_HEAD, WeightPlan
 from kernels import WEIGHT_FORMATS
 from workbench.quality import small_pool
 from workbench.quality.divergence import Baseline, Estimate

@@ -7,10 +7,10 @@ import random
 import numpy as np
 import pytest
 
-from engine.batch import StepEvent
 from engine.errors import ConfigError
 from engine.request import Request, RequestOutput, RequestStatus
 from engine.sampling_params import SamplingParams
+from engine.scheduling.batch import StepEvent
 from workbench.distribution import Distribution, p99_bounds
 from workbench.metrics import SLO, MetricsCollector
 from workbench.timeseries import MAX_SAMPLES, TimeSeries

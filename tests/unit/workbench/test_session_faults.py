@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from engine import loader
 from engine.engine import Engine
 from engine.errors import RequestError
+from engine.loading import loader
 from tests.unit.workbench.support import CONFIG, ENDLESS, SHORT, TINY, started, tiny_load
 from workbench import Session
 from workbench.driver import LoadDriver
@@ -125,7 +125,7 @@ def test_what_a_second_interrupt_left_in_the_engine_is_not_measured(session, mon
 def failing(monkeypatch):
     """Engines in which the model has no answer for most requests."""
     from engine.errors import NonFiniteLogitsError
-    from engine.simulated import SimulatedRunner
+    from engine.running.simulated import SimulatedRunner
 
     plain = SimulatedRunner.launch
 

@@ -6,10 +6,10 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Protocol
 
-from engine.batch import ScheduledBatch, StepResult
 from engine.clock import Clock
-from engine.memory import MemoryPlan
-from engine.model_spec import ModelSpec
+from engine.model.spec import ModelSpec
+from engine.running.memory import MemoryPlan
+from engine.scheduling.batch import ScheduledBatch, StepResult
 
 
 class Pending(Protocol):

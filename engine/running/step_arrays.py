@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,32 +10,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.batch import ScheduledRequest
 from engine.request import Request
+from engine.scheduling.batch import ScheduledRequest
 
 Arrays = dict[str, NDArray[Any]]
 _ALIGN = 16  # bytes: any dtype may begin there
 _DTYPES = {np.int32: torch.int32, np.int64: torch.int64, np.float32: torch.float32, np.float64: torch.float64}
-
-
-@dataclass(frozen=True, slots=True)
-class StepInputs:
-    """One step on the device: T tokens of B sequences, the first `num_decodes` of them with one token each.
-
-    tokens, positions, slots: int64 [T]; a slot is block * block_size + offset in the KV pool.
-    block_tables: int32 [B, max_blocks]. lengths: int32 [B], tokens of each sequence once this step is written.
-    query_starts: int32 [B - num_decodes + 1], where each prompt chunk begins, counted from the first chunk's begin.
-    rows: int64 [S], the tokens whose hidden state is wanted.
-    """
-
-    tokens: Tensor
-    positions: Tensor
-    slots: Tensor
-    block_tables: Tensor
-    lengths: Tensor
-    query_starts: Tensor
-    rows: Tensor
-    num_decodes: int
 
 
 def step_arrays(

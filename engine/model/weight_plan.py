@@ -22,7 +22,7 @@ class WeightPlan:
     """A format for every matrix: `default`, but for those in `named`.
 
     named: (name, format) pairs; a name is "layers.<i>.<module>" with a module of MODULES, or "lm_head", which follows
-        the default where it is not named (engine.model_spec.HEAD_FORMAT). Kept sorted and without entries that say
+        the default where it is not named (engine.model.spec.HEAD_FORMAT). Kept sorted and without entries that say
         what holds anyway, so that equal plans are equal.
     Made from its JSON form by `of`: {"default": "int4", "layers.3.down": "int8", "lm_head": "bf16"}.
     ConfigError for a name or a format that does not exist; whether the model has such a layer is `ModelSpec`'s to say.

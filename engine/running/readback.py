@@ -90,5 +90,5 @@ class Readback:
         self.highest[: len(highest)] = highest
 
     def feed(self, tokens: Tensor, feed: Tensor) -> Tensor:
-        """tokens int64 [T] with the pending ones filled in; feed: see `engine.step_inputs.feed_rows`."""
+        """tokens int64 [T] with the pending ones filled in; feed: see `engine.running.step_arrays.feed_rows`."""
         return feed_tokens(self.ids, tokens, feed, impl=self._impl)

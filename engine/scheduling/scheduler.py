@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 
-from engine.batch import ScheduledBatch, ScheduledRequest
-from engine.cache import KVCache, PrefixMatch
 from engine.request import Request, RequestStatus
+from engine.scheduling.batch import ScheduledBatch, ScheduledRequest
+from engine.scheduling.cache import KVCache, PrefixMatch
 
 CONTEXT = attrgetter("start")
 FINISHED = RequestStatus.STOPPED

@@ -6,11 +6,11 @@ import psutil
 import torch
 
 from engine.config import EngineConfig
-from engine.device import resolve_device
-from engine.graphs import padded_size
-from engine.model_spec import ModelSpec
-from engine.prompt_graphs import MOST_TOKENS
-from engine.sampler import sampling_bytes, sorting_bytes
+from engine.model.spec import ModelSpec
+from engine.running.device import resolve_device
+from engine.running.graphs import padded_size
+from engine.running.prompt_graphs import MOST_TOKENS
+from engine.running.sampler import sampling_bytes, sorting_bytes
 from kernels import most_expanded_bytes
 
 CPU_POOL = 1 << 30

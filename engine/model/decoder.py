@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.errors import ConfigError
-from engine.model_spec import ModelSpec
-from engine.step_inputs import StepInputs
-from engine.weight_plan import LM_HEAD, WeightPlan, Weights
+from engine.model.spec import ModelSpec
+from engine.model.step_inputs import StepInputs
+from engine.model.weight_plan import LM_HEAD, WeightPlan, Weights
 from kernels import (
     AttentionPlan,
     KVLayer,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import ConfigError
-from engine.model_spec import ModelSpec
+from engine.model.spec import ModelSpec
 
 _LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -61,7 +61,7 @@ def synthetic_spec(shape: str) -> ModelSpec:
 
 
 class SyntheticWeights:
-    """Random weights by canonical name (see `engine.decoder.layer_shapes`), made where they are used and never kept.
+    """Random weights by canonical name (see `engine.model.decoder.layer_shapes`), made where they are used, never kept.
 
     The same seed, name, layer and kind of device give the same values, so another weight format quantizes the same
     model. Standard deviations keep activations near one: 1/sqrt(K) for a matrix [N, K], reduced by sqrt(2 * layers)

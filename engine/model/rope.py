@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import CheckpointError
-from engine.model_spec import ModelSpec
+from engine.model.spec import ModelSpec
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 

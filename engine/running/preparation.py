@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import compress
 
-from engine.batch import ScheduledBatch
 from engine.request import Request
-from engine.sampler import SamplingPlan
-from engine.step_inputs import Arrays, BlockTables, feed_rows, prompt_arrays, step_arrays
+from engine.running.sampler import SamplingPlan
+from engine.running.step_arrays import Arrays, BlockTables, feed_rows, prompt_arrays, step_arrays
+from engine.scheduling.batch import ScheduledBatch
 
 
 @dataclass(slots=True)
@@ -29,7 +29,7 @@ class Preparation:
     tables, sampling parameters, and the order of the rows."""
 
     def __init__(self, block_size: int, vocab_size: int, rows: int) -> None:
-        """rows: of sampled tokens on the device; see `engine.readback.Readback`."""
+        """rows: of sampled tokens on the device; see `engine.running.readback.Readback`."""
         self._block_size, self._vocab_size, self._rows = block_size, vocab_size, rows
         self._tables = BlockTables()
         self._sampled: Sequence[Request] = ()

@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from engine.request import Request, TokenLogprobs
-from engine.step_inputs import Arrays
+from engine.running.step_arrays import Arrays
 from kernels import highest
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.decoder import Decoder
-from engine.readback import Readback
-from engine.step_inputs import Arrays, StepInputs, lay_out, view_as, write
+from engine.model.decoder import Decoder
+from engine.model.step_inputs import StepInputs
+from engine.running.readback import Readback
+from engine.running.step_arrays import Arrays, lay_out, view_as, write
 from kernels import KVLayer, highest
 
 PLAN_BYTES = 64

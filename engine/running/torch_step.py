@@ -8,18 +8,18 @@ from typing import TypeVar
 
 import numpy as np
 
-from engine.batch import ScheduledRequest, StepResult
 from engine.errors import NonFiniteLogitsError
-from engine.readback import Slot
 from engine.request import Request, TokenLogprobs
-from engine.step_inputs import Arrays
+from engine.running.readback import Slot
+from engine.running.step_arrays import Arrays
+from engine.scheduling.batch import ScheduledRequest, StepResult
 
 T = TypeVar("T")
 
 
 @dataclass(slots=True)
 class TorchStep:
-    """See `engine.runner.Pending`.
+    """See `engine.running.runner.Pending`.
 
     sampled: the requests that get a token, in the order of the slot's rows. samples: which items they are, None = all.
     """

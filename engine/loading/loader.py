@@ -9,15 +9,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from engine.checkpoint import CheckpointWeights, read_spec
 from engine.config import EngineConfig
-from engine.decoder import Decoder, build_decoder
 from engine.errors import CheckpointError, ConfigError
-from engine.key_bias import key_biases
-from engine.model_spec import ModelSpec
-from engine.shapes import SyntheticWeights, synthetic_spec
-from engine.tokenizer import ByteTokenizer, PretrainedTokenizer, Tokenizer
-from engine.weight_plan import LM_HEAD, WeightPlan, Weights
+from engine.loading.checkpoint import CheckpointWeights, read_spec
+from engine.loading.key_bias import key_biases
+from engine.loading.shapes import SyntheticWeights, synthetic_spec
+from engine.model.decoder import Decoder, build_decoder
+from engine.model.spec import ModelSpec
+from engine.model.tokenizer import ByteTokenizer, PretrainedTokenizer, Tokenizer
+from engine.model.weight_plan import LM_HEAD, WeightPlan, Weights
 from kernels import WEIGHT_FORMATS, PackedWeight, QuantizedWeight
 
 SYNTHETIC = "synthetic:"

@@ -9,26 +9,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.batch import ScheduledBatch, ScheduledRequest, StepResult
 from engine.clock import Clock, MonotonicClock
 from engine.config import EngineConfig
-from engine.decoder import Decoder
-from engine.device import check_impl, device_label, impl_label, resolve_device
 from engine.errors import ConfigError
-from engine.graphs import DecodeGraphs, padded_size
-from engine.loader import LoadedModel
-from engine.memory import MemoryPlan, plan_memory
-from engine.model_spec import ModelSpec
-from engine.preparation import Preparation, PreparedStep
-from engine.prompt_graphs import MOST_TOKENS, PromptGraphs
-from engine.readback import Readback
+from engine.loading.loader import LoadedModel
+from engine.model.decoder import Decoder
+from engine.model.rope import cos_sin_table
+from engine.model.spec import ModelSpec
+from engine.model.step_inputs import StepInputs
+from engine.model.weight_plan import WeightPlan
 from engine.request import TokenLogprobs
-from engine.rope import cos_sin_table
-from engine.sampler import SamplingPlan, known_logprobs, sample, token_logprobs
-from engine.step_inputs import Arrays, Staging, StepInputs, inert_prompts, step_arrays
-from engine.torch_step import Scored, TorchStep, add_scored, by_item, scored_items
-from engine.weight_plan import WeightPlan
-from engine.workspace import (
+from engine.running.device import check_impl, device_label, impl_label, resolve_device
+from engine.running.graphs import DecodeGraphs, padded_size
+from engine.running.memory import MemoryPlan, plan_memory
+from engine.running.preparation import Preparation, PreparedStep
+from engine.running.prompt_graphs import MOST_TOKENS, PromptGraphs
+from engine.running.readback import Readback
+from engine.running.sampler import SamplingPlan, known_logprobs, sample, token_logprobs
+from engine.running.step_arrays import Arrays, Staging, inert_prompts, step_arrays
+from engine.running.torch_step import Scored, TorchStep, add_scored, by_item, scored_items
+from engine.running.workspace import (
     CPU_BLOCK_SIZE,
     CUDA_BLOCK_SIZE,
     PROMPT_ROWS,
@@ -36,12 +36,13 @@ from engine.workspace import (
     prompt_tokens,
     workspace_bytes,
 )
+from engine.scheduling.batch import ScheduledBatch, ScheduledRequest, StepResult
 from kernels import KVLayer, allocate_kv
 from kernels.tuning import TUNED_ROWS
 
 
 class TorchRunner:
-    """See `engine.runner.Runner`. Borrows the decoder from `model`; owns the KV pool and the rotary table."""
+    """See `engine.running.runner.Runner`. Borrows the decoder from `model`; owns the KV pool and the rotary table."""
 
     def __init__(self, config: EngineConfig, model: LoadedModel) -> None:
         """ConfigError where the device is missing, the memory does not suffice, or a format does not fit the model."""
@@ -140,7 +141,7 @@ class TorchRunner:
 
     @torch.inference_mode()
     def launch(self, batch: ScheduledBatch) -> TorchStep:
-        """See `engine.runner.Runner`. On a CPU, and with requests that need values, the step is done on return."""
+        """See `engine.running.runner.Runner`. On a CPU, or where requests need values, the step is done on return."""
         if self._decoder is None:
             raise RuntimeError("the runner is closed")
         begun = time.perf_counter()

@@ -12,10 +12,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from torch import Tensor
 
-from engine.captured import Captured, CapturedSteps
-from engine.decoder import Decoder
-from engine.readback import Readback
-from engine.step_inputs import Arrays, StepInputs, inert_prompts
+from engine.model.decoder import Decoder
+from engine.model.step_inputs import StepInputs
+from engine.running.captured import Captured, CapturedSteps
+from engine.running.readback import Readback
+from engine.running.step_arrays import Arrays, inert_prompts
 from kernels import KVLayer
 
 STEP = 64

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.batch import ScheduledBatch, StepResult
 from engine.clock import VirtualClock
 from engine.config import EngineConfig
 from engine.errors import ConfigError
-from engine.memory import MemoryPlan, plan_memory
-from engine.model_spec import ModelSpec
-from engine.runner import Done
+from engine.model.spec import ModelSpec
+from engine.running.memory import MemoryPlan, plan_memory
+from engine.running.runner import Done
+from engine.scheduling.batch import ScheduledBatch, StepResult
 from kernels.rows.activations import activation_codes
 
 MASK = (1 << 64) - 1

@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.captured import Captured, CapturedSteps
-from engine.decoder import Decoder
-from engine.readback import Readback
-from engine.step_inputs import Arrays, StepInputs
+from engine.model.decoder import Decoder
+from engine.model.step_inputs import StepInputs
+from engine.running.captured import Captured, CapturedSteps
+from engine.running.readback import Readback
+from engine.running.step_arrays import Arrays
 from kernels import KVLayer
 
 

@@ -16,12 +16,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from engine.decoder import layer_shapes, outer_shapes
 from engine.errors import CheckpointError
-from engine.model_spec import ModelSpec
-from engine.quantization_config import IGNORED, read_quantization
-from engine.quantized import FLOATS, Matrix, Scheme, Wanted, convert, join
-from engine.rope import check_rope
+from engine.loading.quantization_config import IGNORED, read_quantization
+from engine.loading.quantized import FLOATS, Matrix, Scheme, Wanted, convert, join
+from engine.model.decoder import layer_shapes, outer_shapes
+from engine.model.rope import check_rope
+from engine.model.spec import ModelSpec
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 HEAD_DIMS = (64, 128)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from engine.blocks import BlockPool
 from engine.request import Request
+from engine.scheduling.blocks import BlockPool
 
 ROOT = 0
 

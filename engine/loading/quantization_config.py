@@ -1,7 +1,7 @@
 """`quantization_config` of a checkpoint's config.json: what it claims, and what its tensors must then be.
 
 Which modules are quantized is told by the tensors: a floating `weight` stays bf16. What config.json claims of the
-others decides the shapes and dtypes that they must have (`engine.quantized`).
+others decides the shapes and dtypes that they must have (`engine.loading.quantized`).
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.errors import CheckpointError
-from engine.model_spec import StoredFormat
-from engine.quantized import FLOATS, GROUPS, KINDS, Scheme, UnreadableError, Wanted
+from engine.loading.quantized import FLOATS, GROUPS, KINDS, Scheme, UnreadableError, Wanted
+from engine.model.spec import StoredFormat
 from kernels import WEIGHT_FORMATS
 
 METHODS = ("awq", "gptq", "compressed-tensors")

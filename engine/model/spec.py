@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engine.errors import ConfigError
-from engine.kv_plan import KV, KeyBias, KVPlan, layer_names
-from engine.weight_plan import LM_HEAD, WeightPlan, Weights
+from engine.model.kv_plan import KV, KeyBias, KVPlan, layer_names
+from engine.model.weight_plan import LM_HEAD, WeightPlan, Weights
 from kernels import KV_FORMATS, WEIGHT_FORMATS
 
 HEAD_FORMAT = {"bf16": "bf16", "int8": "int8", "int4": "int8", "w8a8": "int8", "fp8": "int8", "w4a8": "int8"}

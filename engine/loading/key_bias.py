@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.checkpoint import read_modules
-from engine.kv_plan import KeyBias
-from engine.model_spec import ModelSpec
-from engine.rope import cos_sin_table
+from engine.loading.checkpoint import read_modules
+from engine.model.kv_plan import KeyBias
+from engine.model.rope import cos_sin_table
+from engine.model.spec import ModelSpec
 
 POSITIONS = 256
 """Positions whose rotation of the bias is looked at; they reach as far as the model does, at most FARTHEST."""
