@@ -57,6 +57,12 @@ ROOMS: dict[str, dict[str, set[str]]] = {
         "quantize": {"loading", "model"},
         "bench": {"bundled", "loading", "model", "running", "scheduling"},
     },
+    "workbench": {
+        "quality": set(),
+        "sensitivity": {"quality"},
+        "runs": {"quality"},
+        "panel": {"runs"},
+    },
 }
 WITHOUT_TORCH = ("engine.errors", "engine.sampling_params", "engine.request", "engine.clock", "engine.scheduling")
 
@@ -316,7 +322,7 @@ def test_room_rules_see_whole_names_and_circles() -> None:
     [
         ("kernels", "import engine"),
         ("kernels", "def f():\n    from transformers import AutoModel"),
-        ("engine", "from workbench.session import Session"),
+        ("engine", "from workbench.runs.session import Session"),
         ("engine", "import pandas as pd"),
         ("engine", "import plotly.graph_objects as go"),
         ("engine", "import ipywidgets"),

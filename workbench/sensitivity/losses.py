@@ -185,7 +185,9 @@ class Sensitivity:
         """Heat map of the loss by layer and module, in `format` or the first that was measured."""
         from workbench.sensitivity.figures import heat_map
 
-        return heat_map(self, format)
+        format = format or next((row.format for row in self.rows), "int4")
+        losses = {(row.layer, row.module): row.loss.value for row in self.rows if row.format == format}
+        return heat_map(losses, self.spec.num_layers, format)
 
 
 def measure(

@@ -28,7 +28,7 @@ from engine.sampling_params import SamplingParams
 from kernels.paged.kv_cache import KV_FORMATS, decode, encode
 from tests.unit.engine.checkpoints import random_model, save, tiny_config
 from tests.unit.engine.quantized_checkpoints import CASES, rewrite, write
-from workbench.forecast import predicted_plan
+from workbench.panel.forecast import predicted_plan
 
 BIASED = (0, 1, 3, 4)
 WINDOW, WINDOWS = 192, 4

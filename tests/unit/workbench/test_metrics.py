@@ -11,9 +11,9 @@ from engine.errors import ConfigError
 from engine.request import Request, RequestOutput, RequestStatus
 from engine.sampling_params import SamplingParams
 from engine.scheduling.batch import StepEvent
-from workbench.distribution import Distribution, p99_bounds
-from workbench.metrics import SLO, MetricsCollector
-from workbench.timeseries import MAX_SAMPLES, TimeSeries
+from workbench.runs.distribution import Distribution, p99_bounds
+from workbench.runs.metrics import SLO, MetricsCollector
+from workbench.runs.timeseries import MAX_SAMPLES, TimeSeries
 
 
 def event(start, end, *, new=0, **values):

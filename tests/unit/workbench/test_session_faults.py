@@ -10,9 +10,9 @@ from engine.errors import RequestError
 from engine.loading import loader
 from tests.unit.workbench.support import CONFIG, ENDLESS, SHORT, TINY, started, tiny_load
 from workbench import Session
-from workbench.driver import LoadDriver
-from workbench.metrics import SLO
-from workbench.run import Run
+from workbench.runs.driver import LoadDriver
+from workbench.runs.metrics import SLO
+from workbench.runs.run import Run
 
 
 def test_a_stop_while_the_model_loads_ends_before_the_engine_is_built(session, monkeypatch):

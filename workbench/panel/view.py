@@ -11,12 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from workbench import text
-from workbench.headline import LIKELY, MET, MISSED, verdict
+from workbench.drawing import BLUE, GREEN, GREY, PURPLE
+from workbench.runs.verdict import LIKELY, MET, MISSED, verdict
 
 if TYPE_CHECKING:
     from engine.running.memory import MemoryPlan
-    from workbench.distribution import Distribution
-    from workbench.run_snapshot import RunSnapshot
+    from workbench.runs.distribution import Distribution
+    from workbench.runs.run_snapshot import RunSnapshot
 
 Array = NDArray[np.float64]
 
@@ -31,9 +32,6 @@ class Part:
     pattern: str
     mark: str
 
-
-# Okabe and Ito, "Color Universal Design" (2008): the members with about 3:1 contrast or more on white and on black.
-BLUE, VERMILLION, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#808080"
 
 PARTS = (
     Part("weights", "weights", BLUE, "", "■"),
@@ -82,7 +80,7 @@ class Curve:
 
 @dataclass(frozen=True, slots=True)
 class RunPoint:
-    """One run in the throughput-latency chart. state: a verdict of `headline`; text: what a pointer over it shows."""
+    """One run in the throughput-latency chart. state: its `verdict`; text: what a pointer over it shows."""
 
     number: int
     ttft_p99: float

@@ -15,13 +15,13 @@ from tqdm.auto import tqdm
 from engine.clock import VirtualClock
 from engine.config import EngineConfig
 from engine.errors import CheckpointError, ConfigError, RequestError
-from workbench.driver import LoadDriver
-from workbench.metrics import SLO
-from workbench.neighbours import ProcessorTimes
 from workbench.quality import Perplexity, perplexity
-from workbench.run import Run
-from workbench.run_snapshot import Status
-from workbench.workload import WorkItem, Workload
+from workbench.runs.driver import LoadDriver
+from workbench.runs.metrics import SLO
+from workbench.runs.neighbours import ProcessorTimes
+from workbench.runs.run import Run
+from workbench.runs.run_snapshot import Status
+from workbench.runs.workload import WorkItem, Workload
 
 if TYPE_CHECKING:
     import pandas

@@ -9,9 +9,9 @@ from typing import Any
 from engine.config import EngineConfig
 from engine.model.kv_plan import KVPlan
 from workbench import text
-from workbench.metrics import Metrics
-from workbench.run_snapshot import RunSnapshot
-from workbench.workload import Workload
+from workbench.runs.metrics import Metrics
+from workbench.runs.run_snapshot import RunSnapshot
+from workbench.runs.workload import Workload
 
 RARELY = 0.05
 IDLE = 0.5

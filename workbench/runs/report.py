@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from workbench import neighbours, text
-from workbench.distribution import ENOUGH_FOR_P99, Distribution
-from workbench.headline import verdict
-from workbench.run_snapshot import RunSnapshot
+from workbench import text
+from workbench.runs import neighbours
+from workbench.runs.distribution import ENOUGH_FOR_P99, Distribution
+from workbench.runs.run_snapshot import RunSnapshot
+from workbench.runs.verdict import verdict
 
 
 def summary(run: RunSnapshot) -> str:

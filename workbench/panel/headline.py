@@ -10,14 +10,14 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from workbench import text
-from workbench.distribution import ENOUGH_FOR_P99, Distribution
-from workbench.metrics import SLO, Metrics
+from workbench.runs.distribution import ENOUGH_FOR_P99, Distribution
+from workbench.runs.metrics import SLO, Metrics
+from workbench.runs.verdict import LIKELY, MET, MISSED, UNKNOWN, verdict
 
 if TYPE_CHECKING:
     from engine.running.memory import MemoryPlan
-    from workbench.run_snapshot import RunSnapshot
+    from workbench.runs.run_snapshot import RunSnapshot
 
-MET, LIKELY, MISSED, UNKNOWN = "met", "met so far", "missed", "not measured"
 _WORDS = {MET: "✓ met", LIKELY: "✓ met", MISSED: "✗ missed", UNKNOWN: text.ABSENT}
 
 
@@ -30,20 +30,6 @@ class Tile:
     detail: str = ""
     before: str = ""
     kind: str = ""
-
-
-def verdict(metrics: Metrics | None, slo: SLO) -> str:
-    """MET only where every request was answered and the whole interval of each p99 lies inside the bound; LIKELY where
-    only the estimate does."""
-    if metrics is None or metrics.slo_met is None:
-        return UNKNOWN
-    if not metrics.slo_met:
-        return MISSED
-    if metrics.num_lost:  # the intervals are of the answered ones alone
-        return LIKELY
-    bounds = [(metrics.ttft, slo.ttft), (metrics.tpot, slo.tpot)]
-    certain = all(d is None or (d.p99_high is not None and d.p99_high <= bound) for d, bound in bounds)
-    return MET if certain else LIKELY
 
 
 def tiles(run: RunSnapshot | None, plan: MemoryPlan | None, baseline: RunSnapshot | None) -> list[Tile]:

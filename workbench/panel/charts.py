@@ -11,19 +11,9 @@ import numpy as np
 import plotly.graph_objects as go
 
 from workbench import text
-from workbench.blank_figure import blank_figure, blank_traces
-from workbench.headline import LIKELY, MET, MISSED
-from workbench.view import (
-    PARTS,
-    Array,
-    Curve,
-    MemoryBar,
-    RunPoint,
-    Trend,
-    View,
-    byte_unit,
-    corner,
-)
+from workbench.panel.blank_figure import blank_figure, blank_traces
+from workbench.panel.view import PARTS, Array, Curve, MemoryBar, RunPoint, Trend, View, byte_unit, corner
+from workbench.runs.verdict import LIKELY, MET, MISSED
 
 MAX_POINTS = 300
 """Points of one line: the browser redraws each update whole, so this bounds what a tick costs."""

@@ -9,8 +9,8 @@ from typing import Any
 
 import ipywidgets as widgets
 
-from workbench.knob import Choice, Knob, Number, Switch, Text
-from workbench.knobs import (
+from workbench.panel.knob import Choice, Knob, Number, Switch, Text
+from workbench.panel.knobs import (
     GROUPS,
     KNOBS,
     checked,

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from engine.errors import ConfigError
 from engine.request import RequestOutput
 from engine.scheduling.batch import StepEvent
-from workbench.distribution import Distribution
-from workbench.timeseries import Sample, TimeSeries
+from workbench.runs.distribution import Distribution
+from workbench.runs.timeseries import Sample, TimeSeries
 
 MOST_LOST = 0.01
 

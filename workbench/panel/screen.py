@@ -7,17 +7,19 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import ipywidgets as widgets
 
-from workbench import headline, neighbours, text
-from workbench.controls import Controls
-from workbench.frontend import ROOT_CLASS, STYLE, live_region
-from workbench.headline import Tile
-from workbench.snapshot import draw, image
-from workbench.view import View
+from workbench import text
+from workbench.panel import headline
+from workbench.panel.controls import Controls
+from workbench.panel.frontend import ROOT_CLASS, STYLE, live_region
+from workbench.panel.headline import Tile
+from workbench.panel.snapshot import draw, image
+from workbench.panel.view import View
+from workbench.runs import neighbours
 
 if TYPE_CHECKING:
     from engine.running.memory import MemoryPlan
-    from workbench.run import Run
-    from workbench.run_snapshot import RunSnapshot
+    from workbench.runs.run import Run
+    from workbench.runs.run_snapshot import RunSnapshot
 
 NO_LIVE_CHARTS = (
     "The charts are still pictures here, drawn anew once a second: plotly's FigureWidget could not be built ({why}). "
@@ -58,7 +60,7 @@ class StillCharts:
 def build_charts() -> tuple[Charts, str]:
     """The best charts there are, and a sentence where these are not the live ones."""
     try:
-        from workbench.charts import LiveCharts
+        from workbench.panel.charts import LiveCharts
 
         return LiveCharts(), ""
     except ImportError as problem:

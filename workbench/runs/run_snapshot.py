@@ -8,10 +8,10 @@ from typing import Literal
 
 from engine.config import EngineConfig
 from engine.running.memory import MemoryPlan
-from workbench.metrics import SLO, Metrics
 from workbench.quality import Perplexity
-from workbench.timeseries import Sample
-from workbench.workload import Workload
+from workbench.runs.metrics import SLO, Metrics
+from workbench.runs.timeseries import Sample
+from workbench.runs.workload import Workload
 
 Status = Literal["loading", "running", "done", "stopped", "failed"]
 

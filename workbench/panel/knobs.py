@@ -10,9 +10,9 @@ from engine.config import BATCHING, EngineConfig
 from engine.errors import ConfigError
 from engine.running.simulated import GPUS
 from kernels import KV_FORMATS, WEIGHT_FORMATS
-from workbench.knob import Choice, Knob, Number, Options, Switch, Text
-from workbench.metrics import SLO
-from workbench.workload import PRESETS, Workload
+from workbench.panel.knob import Choice, Knob, Number, Options, Switch, Text
+from workbench.runs.metrics import SLO
+from workbench.runs.workload import PRESETS, Workload
 
 MB = 10**6
 BUNDLED_LIMIT = 66

@@ -11,13 +11,13 @@ from engine.config import EngineConfig
 from engine.request import RequestOutput
 from engine.running.memory import MemoryPlan
 from engine.scheduling.batch import StepEvent
-from workbench.explain import limiting_sentence
-from workbench.metrics import SLO, Metrics, MetricsCollector
 from workbench.quality import Perplexity
-from workbench.report import row, summary
-from workbench.run_snapshot import RunSnapshot, Status
-from workbench.timeseries import Sample
-from workbench.workload import Workload
+from workbench.runs.explain import limiting_sentence
+from workbench.runs.metrics import SLO, Metrics, MetricsCollector
+from workbench.runs.report import row, summary
+from workbench.runs.run_snapshot import RunSnapshot, Status
+from workbench.runs.timeseries import Sample
+from workbench.runs.workload import Workload
 
 
 class Run:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -11,21 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from workbench.headline import LIKELY, MET, Tile, sentence
-from workbench.view import (
-    BLUE,
-    GREEN,
-    GREY,
-    PARTS,
-    PURPLE,
-    VERMILLION,
-    Array,
-    Curve,
-    MemoryBar,
-    View,
-    byte_unit,
-    corner,
-)
+from workbench.drawing import BLUE, GREEN, GREY, PURPLE, VERMILLION, log_ticks, ticks
+from workbench.panel.headline import Tile, sentence
+from workbench.panel.view import PARTS, Array, Curve, MemoryBar, View, byte_unit, corner
+from workbench.runs.verdict import LIKELY, MET
 
 WIDTH, HEIGHT = 960, 620
 _INK, _SOFT, _GRID = "#222222", "#555555", "#dddddd"
@@ -81,25 +69,6 @@ def draw(view: View) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
         f'font-family="system-ui, sans-serif" font-size="12" fill="{_INK}">{"".join(body)}</svg>'
     )
-
-
-def ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """Round numbers in [low, high], at most about `most`."""
-    span = high - low
-    if not span > 0:
-        return [low]
-    raw = span / most
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw * 0.999)
-    first = math.ceil(low / step - 1e-9)
-    return [index * step for index in range(first, math.floor(high / step + 1e-9) + 1)]
-
-
-def log_ticks(low: float, high: float) -> list[float]:
-    """1, 2, 5 of each decade, thinned to the decades where there are many."""
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    factors = (1, 2, 5) if high / low < 300 else (1,)
-    return [value for decade in decades for factor in factors if low <= (value := factor * 10.0**decade) <= high]
 
 
 @dataclass(frozen=True, slots=True)

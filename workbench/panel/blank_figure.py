@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from workbench.drawing import BLUE, GREEN, GREY, PURPLE, VERMILLION
 from workbench.figure import MODEBAR
-from workbench.view import BLUE, GREEN, GREY, PARTS, PURPLE, VERMILLION
+from workbench.panel.view import PARTS
 
 HEIGHT = 652
 _MARGIN = {"l": 84, "r": 48, "t": 26, "b": 44, "autoexpand": False}  # at the top plotly's buttons, beside no title

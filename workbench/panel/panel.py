@@ -15,22 +15,22 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import CheckpointError, ConfigError, RequestError
-from workbench import headline
-from workbench.controls import Controls
-from workbench.explain import change_sentence
-from workbench.forecast import predicted_plan
-from workbench.knobs import config_from, slo_from, workload_from
-from workbench.screen import Screen
-from workbench.session import Session, SessionBusy
-from workbench.snapshot import Snapshot, snapshot
-from workbench.view import View, view_of
+from workbench.panel import headline
+from workbench.panel.controls import Controls
+from workbench.panel.forecast import predicted_plan
+from workbench.panel.knobs import config_from, slo_from, workload_from
+from workbench.panel.screen import Screen
+from workbench.panel.snapshot import Snapshot, snapshot
+from workbench.panel.view import View, view_of
+from workbench.runs.explain import change_sentence
+from workbench.runs.session import Session, SessionBusy
 
 if TYPE_CHECKING:
     import pandas
 
     from engine.running.memory import MemoryPlan
-    from workbench.run import Run
-    from workbench.run_snapshot import RunSnapshot
+    from workbench.runs.run import Run
+    from workbench.runs.run_snapshot import RunSnapshot
 
 TICK = 0.22
 SLOW = 1.0

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 from engine.clock import VirtualClock
 from engine.errors import RequestError
-from workbench.workload import WorkItem
+from workbench.runs.workload import WorkItem
 
 if TYPE_CHECKING:
     from engine.engine import Engine
     from engine.request import RequestOutput
-    from workbench.run import Run
+    from workbench.runs.run import Run
 
 YIELD_EVERY = 0.02
 YIELD_FOR = 0.0001
