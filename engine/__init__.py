@@ -4,6 +4,14 @@
     with Engine(EngineConfig(weights="int4")) as engine:
         print(engine.generate(["def fibonacci(n):"], SamplingParams(max_tokens=64))[0].text)
 
+Here lie what callers see (`engine`, `config`, `request`, ...) and the loop of steps (`core`); below them, in rooms:
+
+    model        dimensions, formats, tokens, and the network
+    loading      checkpoints, and random weights of published dimensions
+    scheduling   who computes what in the next step, and the blocks of the KV cache
+    running      the runners, what they keep on the device, and the memory that takes
+    quantize, bench, bundled: checkpoints made, the engine measured, the model that ships with it
+
 Names load when they are first used, so that the host logic (requests, blocks, scheduler) imports without torch.
 """
 
@@ -14,15 +22,15 @@ import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from engine.batch import StepEvent as StepEvent
     from engine.config import EngineConfig as EngineConfig
     from engine.engine import Engine as Engine
     from engine.errors import CheckpointError as CheckpointError
     from engine.errors import ConfigError as ConfigError
     from engine.errors import RequestError as RequestError
-    from engine.loader import load_model as load_model
+    from engine.loading.loader import load_model as load_model
     from engine.request import RequestOutput as RequestOutput
     from engine.sampling_params import SamplingParams as SamplingParams
+    from engine.scheduling.batch import StepEvent as StepEvent
 
 _HOMES = {
     "CheckpointError": "engine.errors",
@@ -32,8 +40,8 @@ _HOMES = {
     "RequestError": "engine.errors",
     "RequestOutput": "engine.request",
     "SamplingParams": "engine.sampling_params",
-    "StepEvent": "engine.batch",
-    "load_model": "engine.loader",
+    "StepEvent": "engine.scheduling.batch",
+    "load_model": "engine.loading.loader",
 }
 __all__ = list(_HOMES)
 

@@ -6,7 +6,7 @@ import operator
 from collections.abc import Iterable, Sequence
 
 from engine.errors import ConfigError, RequestError
-from engine.model_spec import ModelSpec
+from engine.model.spec import ModelSpec
 
 
 def check_session_len(asked: int | None, longest: int, why: str) -> None:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.errors import ConfigError
-from engine.kv_plan import KV, KVPlan
-from engine.weight_plan import WeightPlan, Weights
+from engine.model.kv_plan import KV, KVPlan
+from engine.model.weight_plan import WeightPlan, Weights
 
 BATCHING = ("static", "dynamic", "continuous")
 RUNNERS = ("torch", "simulated")

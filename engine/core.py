@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Container, Sequence
 
-from engine.batch import ScheduledBatch, StepEvent, StepResult
-from engine.detokenizer import Detokenizer
 from engine.errors import NonFiniteLogitsError
 from engine.launched import LaunchedStep
+from engine.model.detokenizer import Detokenizer
 from engine.request import Request, RequestOutput, RequestStatus
-from engine.runner import Done, Runner
-from engine.scheduler import FINISHED, Scheduler
+from engine.running.runner import Done, Runner
+from engine.scheduling.batch import ScheduledBatch, StepEvent, StepResult
+from engine.scheduling.scheduler import FINISHED, Scheduler
 
 Observer = Callable[[StepEvent], None]
 

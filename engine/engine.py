@@ -10,18 +10,18 @@ from typing import Self
 from tqdm.auto import tqdm
 
 from engine.admission import check_prompt, check_session_len, whole_tokens
-from engine.cache import KVCache
 from engine.config import EngineConfig
 from engine.core import EngineCore, Observer
-from engine.detokenizer import Detokenizer
 from engine.errors import ConfigError, RequestError
-from engine.loader import LoadedModel, load_model
+from engine.loading.loader import LoadedModel, load_model
+from engine.model.detokenizer import Detokenizer
 from engine.request import Request, RequestOutput
-from engine.runner import Runner
+from engine.running.runner import Runner
+from engine.running.simulated import SimulatedRunner
+from engine.running.torch_runner import TorchRunner
 from engine.sampling_params import SamplingParams
-from engine.scheduler import Scheduler, SchedulerConfig
-from engine.simulated import SimulatedRunner
-from engine.torch_runner import TorchRunner
+from engine.scheduling.cache import KVCache
+from engine.scheduling.scheduler import Scheduler, SchedulerConfig
 
 Prompt = str | Sequence[int]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from engine.batch import ScheduledBatch, StepEvent, StepResult
-from engine.runner import Pending
-from engine.scheduler import Scheduler
+from engine.running.runner import Pending
+from engine.scheduling.batch import ScheduledBatch, StepEvent, StepResult
+from engine.scheduling.scheduler import Scheduler
 
 
 @dataclass(slots=True)

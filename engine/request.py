@@ -153,7 +153,7 @@ class RequestTiming:
 
 
 class Decodes(Protocol):
-    """Text of a growing list of tokens; see `engine.detokenizer.Detokenizer`."""
+    """Text of a growing list of tokens; see `engine.model.detokenizer.Detokenizer`."""
 
     def update(self, token_ids: Sequence[int]) -> str: ...
 

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from engine.batch import ScheduledRequest
 from engine.errors import ConfigError, RequestError
 from engine.request import Request
+from engine.running.torch_runner import TorchRunner
 from engine.sampling_params import SamplingParams
-from engine.torch_runner import TorchRunner
+from engine.scheduling.batch import ScheduledRequest
 
 if TYPE_CHECKING:
     from engine.engine import Engine

@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 
 from engine.config import EngineConfig
-from engine.device import resolve_device
 from engine.engine import Engine
 from engine.errors import CheckpointError, ConfigError
 from engine.files import writable
-from engine.loader import load_model
+from engine.loading.loader import load_model
+from engine.running.device import resolve_device
 from engine.sampling_params import SamplingParams
 from kernels import WEIGHT_FORMATS
 from workbench import text as words

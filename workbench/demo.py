@@ -16,13 +16,13 @@ from tqdm import tqdm
 from engine.config import EngineConfig
 from engine.files import writable
 from workbench import text
-from workbench.distribution import ENOUGH_FOR_P99
-from workbench.metrics import SLO
 from workbench.quality import Perplexity
-from workbench.report import finite
-from workbench.run import Run
-from workbench.session import Session
-from workbench.workload import Workload
+from workbench.runs.distribution import ENOUGH_FOR_P99
+from workbench.runs.metrics import SLO
+from workbench.runs.report import finite
+from workbench.runs.run import Run
+from workbench.runs.session import Session
+from workbench.runs.workload import Workload
 
 WEIGHTS = ("bf16", "int8", "int4")
 BATCHING = ("static", "continuous")

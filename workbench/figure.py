@@ -8,7 +8,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from workbench.view import BLUE, GREEN, GREY, PURPLE, VERMILLION
+from workbench.drawing import BLUE, GREEN, GREY, PURPLE, VERMILLION
 
 STYLES = tuple(
     (colour, dash, symbol)

@@ -24,8 +24,8 @@ from jupyter_client.session import json_packer
 from tqdm import tqdm
 
 from engine.files import writable
-from workbench.panel import Workbench
-from workbench.run import Run
+from workbench.panel.panel import Workbench
+from workbench.runs.run import Run
 
 BAR = 0.97
 

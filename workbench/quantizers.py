@@ -24,7 +24,7 @@ from engine.config import GROUP_SIZES, EngineConfig
 from engine.engine import Engine
 from engine.errors import CheckpointError, ConfigError
 from engine.files import writable
-from engine.loader import LoadedModel, load_model
+from engine.loading.loader import LoadedModel, load_model
 from engine.quantize import bits_per_weight, quantize
 from engine.quantize.calibration import BUDGET
 from engine.quantize.layers import METHODS

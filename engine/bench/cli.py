@@ -19,12 +19,12 @@ from engine.bench.soak import run_soak
 from engine.bench.switch import run_switch
 from engine.bench.work import WORKS
 from engine.config import EngineConfig
-from engine.device import resolve_device
 from engine.engine import Engine
 from engine.errors import CheckpointError, ConfigError
 from engine.files import writable
-from engine.loader import load_model
+from engine.loading.loader import load_model
 from engine.machine import write_report
+from engine.running.device import resolve_device
 
 SUITE_HELP = (
     "single: one request, 64 tokens in and out; mixed: 64 requests, lengths in and out uniform in [16, 128]; decodeN: "

@@ -13,15 +13,15 @@ from typing import Any
 
 import torch
 
-from engine.batch import ScheduledBatch, StepResult
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.loader import load_model
-from engine.preparation import Preparation
-from engine.runner import Done
+from engine.loading.loader import load_model
+from engine.running.preparation import Preparation
+from engine.running.runner import Done
+from engine.running.simulated import SimulatedRunner
+from engine.running.step_arrays import Staging
 from engine.sampling_params import SamplingParams
-from engine.simulated import SimulatedRunner
-from engine.step_inputs import Staging
+from engine.scheduling.batch import ScheduledBatch, StepResult
 
 SHAPE = "synthetic:7b"
 PROMPT = 512

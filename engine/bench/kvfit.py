@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from engine.batch import StepEvent
 from engine.bench.measure import serve
 from engine.bench.work import fixed_work
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.loader import LoadedModel
-from engine.workspace import workspace_bytes
+from engine.loading.loader import LoadedModel
+from engine.running.workspace import workspace_bytes
+from engine.scheduling.batch import StepEvent
 
 LENGTH = 1024
 OUTPUT = 16

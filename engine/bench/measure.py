@@ -11,11 +11,11 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from engine.batch import StepEvent
 from engine.bench.work import Work
 from engine.engine import Engine
 from engine.errors import ConfigError
 from engine.request import RequestOutput
+from engine.scheduling.batch import StepEvent
 
 
 @dataclass

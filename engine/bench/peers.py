@@ -13,7 +13,7 @@ from engine.bench.roofline import Roofline, card, measured_bandwidth
 from engine.bench.work import Work, fixed_work, shared_work, uniform_work
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.loader import LoadedModel
+from engine.loading.loader import LoadedModel
 
 PARTS = ("tpot", "ttft", "offline", "shared")
 

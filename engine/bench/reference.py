@@ -11,7 +11,7 @@ import torch
 from engine.bench.measure import Candidate
 from engine.bench.work import Work
 from engine.errors import ConfigError
-from engine.loader import LoadedModel
+from engine.loading.loader import LoadedModel
 
 PADDED = (16, 64)
 """Prompts of a padded batch, each size measured: what a small batch loses in speed, a large one pays for in padding and

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from engine.device import resolve_device
 from engine.engine import Engine
+from engine.running.device import resolve_device
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.decoder import ReadWeight, layer_shapes
 from engine.errors import ConfigError
-from engine.model_spec import ModelSpec
-from engine.weight_plan import MODULES
+from engine.model.decoder import ReadWeight, layer_shapes
+from engine.model.spec import ModelSpec
+from engine.model.weight_plan import MODULES
 from kernels import rope, rotation
 
 BUDGET = 65536

@@ -13,14 +13,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from engine.decoder import outer_shapes
 from engine.errors import CheckpointError
-from engine.loader import LoadedModel
+from engine.loading.loader import LoadedModel
+from engine.loading.quantized import Matrix
+from engine.model.decoder import outer_shapes
+from engine.model.rope import cos_sin_table
+from engine.model.weight_plan import MODULES, WeightPlan
 from engine.quantize.calibration import FloatLayer
 from engine.quantize.rescale import awq, smoothquant
-from engine.quantized import Matrix
-from engine.rope import cos_sin_table
-from engine.weight_plan import MODULES, WeightPlan
 from kernels import WEIGHT_FORMATS, QuantizedWeight, quantize_weight
 from kernels.formats.gptq import gptq
 from kernels.formats.quantize import clipped, hqq

@@ -20,19 +20,19 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from engine.checkpoint import CheckpointWeights
 from engine.config import GROUP_SIZES, EngineConfig
 from engine.errors import CheckpointError, ConfigError
 from engine.files import writable
-from engine.loader import LoadedModel, load_model
+from engine.loading.checkpoint import CheckpointWeights
+from engine.loading.loader import LoadedModel, load_model
+from engine.loading.quantized import Matrix
 from engine.machine import write_report
-from engine.model_spec import ModelSpec, StoredFormat
+from engine.model.spec import ModelSpec, StoredFormat
+from engine.model.weight_plan import MODULES, WeightPlan, Weights
 from engine.quantize.calibration import BUDGET, WINDOW, calibration_windows
 from engine.quantize.layers import METHODS, Method, Options, quantized_tensors
 from engine.quantize.save import QuantizedWeights, check_folder, save
 from engine.quantize.write import LAYOUTS, choose_layout
-from engine.quantized import Matrix
-from engine.weight_plan import MODULES, WeightPlan, Weights
 from kernels import WEIGHT_FORMATS
 from kernels.formats.gptq import ORDERS
 

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from engine.checkpoint import INDEX, OUTER_NAMES, expected_tensors, full_names
 from engine.errors import ConfigError
-from engine.model_spec import ModelSpec
+from engine.loading.checkpoint import INDEX, OUTER_NAMES, expected_tensors, full_names
+from engine.loading.quantized import Matrix
+from engine.model.spec import ModelSpec
 from engine.quantize.write import leaves_of, quantization_config
-from engine.quantized import Matrix
 from kernels import QuantizedWeight
 
 SHARD_BYTES = 4 * 10**9

@@ -1,4 +1,4 @@
-"""Quantized matrices as other tools store them: the reverse of `engine.quantized`, exact to the last code.
+"""Quantized matrices as other tools store them: the reverse of `engine.loading.quantized`, exact to the last code.
 
     layout               formats                              who reads it besides this engine
     awq (gemm)           int4 in groups that are neighbours   AutoAWQ, transformers, vLLM, LMDeploy
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from engine.errors import CheckpointError, ConfigError
-from engine.quantized import AWQ_ORDER
-from engine.weight_plan import WeightPlan
+from engine.loading.quantized import AWQ_ORDER
+from engine.model.weight_plan import WeightPlan
 from kernels import WEIGHT_FORMATS, QuantizedWeight
 
 LAYOUTS: dict[str, tuple[str, ...]] = {

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.graphs import GraphKey, padded_size, padded_width
+from engine.model.step_inputs import StepInputs
+from engine.running.graphs import GraphKey, padded_size, padded_width
 from engine.sampling_params import SamplingParams
-from engine.step_inputs import StepInputs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -12,7 +12,7 @@ import torch
 
 import kernels
 from engine import Engine, EngineConfig
-from engine.kv_plan import KVPlan
+from engine.model.kv_plan import KVPlan
 from engine.sampling_params import SamplingParams
 from kernels.measuring import problems
 from kernels.measuring.chain import BLOCK, chain

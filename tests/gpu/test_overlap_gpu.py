@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from engine.batch import ScheduledBatch, StepEvent
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.runner import Pending
+from engine.running.runner import Pending
+from engine.running.step_arrays import inert_prompts
 from engine.sampling_params import SamplingParams
-from engine.step_inputs import inert_prompts
+from engine.scheduling.batch import ScheduledBatch, StepEvent
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -10,7 +10,7 @@ import torch
 
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.loader import LoadedModel, load_model
+from engine.loading.loader import LoadedModel, load_model
 from kernels import KV_FORMATS, WEIGHT_FORMATS
 from workbench.crossover import measure
 from workbench.quality import small_pool

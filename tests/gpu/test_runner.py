@@ -23,18 +23,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.batch import ScheduledBatch, ScheduledRequest
 from engine.config import EngineConfig
-from engine.decoder import Decoder
 from engine.engine import Engine
-from engine.loader import LoadedModel, load_model
+from engine.loading.loader import LoadedModel, load_model
 from engine.machine import describe_machine
-from engine.model_spec import ModelSpec
+from engine.model.decoder import Decoder
+from engine.model.rope import cos_sin_table
+from engine.model.spec import ModelSpec
+from engine.model.step_inputs import StepInputs
 from engine.request import Request
-from engine.rope import cos_sin_table
+from engine.running.step_arrays import Staging, step_arrays
+from engine.running.torch_runner import TorchRunner
 from engine.sampling_params import SamplingParams
-from engine.step_inputs import Staging, StepInputs, step_arrays
-from engine.torch_runner import TorchRunner
+from engine.scheduling.batch import ScheduledBatch, ScheduledRequest
 from kernels import KV_FORMATS, WEIGHT_FORMATS, KVLayer, allocate_kv
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

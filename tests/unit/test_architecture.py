@@ -6,7 +6,8 @@ import ast
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -36,16 +37,34 @@ PERMITTED = {
     "engine": THIRD_PARTY["engine"] | {"engine", "kernels"},
     "workbench": THIRD_PARTY["workbench"] | {"workbench", "engine", "kernels"},
 }
-# The rooms of kernels/, from the bottom up, and beside each those it takes from; what lies in no room serves all.
-ROOMS = {
-    "formats": set(),
-    "rows": {"formats"},
-    "products": {"formats", "rows"},
-    "paged": {"rows"},
-    "measuring": {"formats", "rows", "products", "paged"},
-    "bench": {"formats", "rows", "products", "paged", "measuring"},
+# Each package's rooms, from the bottom up, and beside each those it takes from; what lies in no room is bound only by
+# the rule against circles.
+ROOMS: dict[str, dict[str, set[str]]] = {
+    "kernels": {
+        "formats": set(),
+        "rows": {"formats"},
+        "products": {"formats", "rows"},
+        "paged": {"rows"},
+        "measuring": {"formats", "rows", "products", "paged"},
+        "bench": {"formats", "rows", "products", "paged", "measuring"},
+    },
+    "engine": {
+        "bundled": set(),
+        "model": set(),
+        "scheduling": set(),
+        "loading": {"bundled", "model"},
+        "running": {"loading", "model", "scheduling"},
+        "quantize": {"loading", "model"},
+        "bench": {"bundled", "loading", "model", "running", "scheduling"},
+    },
+    "workbench": {
+        "quality": set(),
+        "sensitivity": {"quality"},
+        "runs": {"quality"},
+        "panel": {"runs"},
+    },
 }
-WITHOUT_TORCH = ("errors", "sampling_params", "request", "clock", "batch", "blocks", "cache", "scheduler")
+WITHOUT_TORCH = ("engine.errors", "engine.sampling_params", "engine.request", "engine.clock", "engine.scheduling")
 
 
 def sources() -> list[Path]:
@@ -62,6 +81,13 @@ def tracked_files() -> list[Path]:
 
 def describe(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_name(path): path for path in sources()}
 
 
 # --- the rules: each yields the lines of a module that break it -------------------------------------------------------
@@ -89,17 +115,42 @@ def relative_escapes(tree: ast.Module, depth: int) -> Iterator[str]:
             yield f"line {node.lineno} leaves its package by a relative import"
 
 
-def rooms_taken_from(tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """Of a module in a room of kernels/: the rooms it imports from by `..` or by `kernels`, its own included."""
+def imported_modules(tree: ast.Module, folder: tuple[str, ...]) -> Iterator[tuple[int, str]]:
+    """Our own modules that one in `folder` imports, anywhere in its code and for its annotations too."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            names = [alias.name.removeprefix("kernels.") for alias in node.names if alias.name.startswith("kernels.")]
-        elif isinstance(node, ast.ImportFrom) and (node.level == 2 or (node.module or "").startswith("kernels")):
-            module = (node.module or "") if node.level else (node.module or "").removeprefix("kernels").lstrip(".")
-            names = [module] if module else [alias.name for alias in node.names]
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = folder[: len(folder) + 1 - node.level] if node.level else ()
+            names = [".".join(filter(None, (*above, node.module, alias.name))) for alias in node.names]
         else:
             continue
-        yield from ((node.lineno, room) for name in names if (room := name.partition(".")[0]) in ROOMS)
+        for name in names:
+            while name and name not in MODULES:  # what a module holds is named behind it
+                name = name.rpartition(".")[0]
+            if name:
+                yield node.lineno, name
+
+
+def imports_of(path: Path) -> list[tuple[int, str]]:
+    return list(imported_modules(ast.parse(path.read_text("utf-8")), path.relative_to(ROOT).parent.parts))
+
+
+def place(module: str) -> str:
+    """The room of a module, or the module itself where it lies in none."""
+    return ".".join(module.split(".")[:2])
+
+
+def circle(imports: Iterable[tuple[str, str]]) -> list[str]:
+    """Names of which each imports the one before it, first and last the same; none where there is no such row."""
+    graph: dict[str, set[str]] = {}
+    for name, imported in imports:
+        graph.setdefault(name, set()).update({imported} - {name})
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
 
 
 PICKLES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
@@ -226,29 +277,44 @@ def test_imports_go_one_way(package: str) -> None:
     assert not broken, "\n".join(broken)
 
 
-def test_rooms_of_kernels_stand_on_those_below() -> None:
+@pytest.mark.parametrize("package", ROOMS)
+def test_rooms_stand_on_those_below(package: str) -> None:
+    rooms = {f"{package}.{room}": {f"{package}.{other}" for other in below} for room, below in ROOMS[package].items()}
     broken = [
-        f"{describe(path)}: line {line} imports from {other}, {room} may not"
-        for room, permitted in ROOMS.items()
-        for path in sorted((ROOT / "kernels" / room).glob("*.py"))
-        for line, other in rooms_taken_from(ast.parse(path.read_text("utf-8")))
-        if other not in permitted | {room}
+        f"{describe(path)}: line {line} imports {other}, {room} may not"
+        for room, below in rooms.items()
+        for path in sorted((ROOT / room.replace(".", "/")).rglob("*.py"))
+        for line, other in imports_of(path)
+        if place(other) in rooms.keys() - below - {room}
     ]
     assert not broken, "\n".join(broken)
-    assert {path.parent.name for path in (ROOT / "kernels").glob("*/*.py")} == set(ROOMS)
+    assert {path.parent.name for path in (ROOT / package).glob("*/*.py")} == set(ROOMS[package])
 
 
-def test_room_rule_sees_other_rooms() -> None:
+@pytest.mark.parametrize("view", [str, place], ids=["modules", "rooms"])
+@pytest.mark.parametrize("package", ROOMS)
+def test_imports_make_no_circle(package: str, view: Callable[[str], str]) -> None:
+    paths = sorted((ROOT / package).rglob("*.py"))
+    assert not circle((view(module_name(path)), view(other)) for path in paths for _, other in imports_of(path))
+
+
+def test_room_rules_see_whole_names_and_circles() -> None:
     seen = {
-        "from ..paged.qkv import x": ["paged"],
-        "def f():\n    from .. import rows, tuning": ["rows"],
-        "from kernels.products.wide import x": ["products"],
-        "from kernels import bench, dispatch": ["bench"],
-        "import kernels.formats.weights, torch": ["formats"],
-        "from .here import y\nfrom ..tuning import z\nimport kernels": [],
+        "from ..paged.qkv import x": ["kernels.paged.qkv"],
+        "def f():\n    from .. import rows, tuning": ["kernels.rows", "kernels.tuning"],
+        "from kernels.products.wide import x": ["kernels.products.wide"],
+        "from kernels import bench, linear": ["kernels.bench", "kernels"],
+        "import kernels.formats.weights, torch": ["kernels.formats.weights"],
+        "if TYPE_CHECKING:\n    from engine.engine import Engine": ["engine.engine"],
+        "from . import tokens\nfrom .tokens import y": ["kernels.rows.tokens", "kernels.rows.tokens"],
     }
-    for snippet, rooms in seen.items():
-        assert [name for _, name in rooms_taken_from(ast.parse(snippet))] == rooms
+    for snippet, modules in seen.items():
+        assert [name for _, name in imported_modules(ast.parse(snippet), ("kernels", "rows"))] == modules
+    assert [place(name) for name in ("kernels.rows.tokens", "kernels.tuning", "kernels")] == [
+        "kernels.rows", "kernels.tuning", "kernels",
+    ]  # fmt: skip
+    assert set(circle([("a", "b"), ("b", "c"), ("c", "a"), ("d", "a")])) == {"a", "b", "c"}
+    assert not circle([("a", "b"), ("b", "c"), ("a", "c"), ("a", "a")])
 
 
 @pytest.mark.parametrize(
@@ -256,7 +322,7 @@ def test_room_rule_sees_other_rooms() -> None:
     [
         ("kernels", "import engine"),
         ("kernels", "def f():\n    from transformers import AutoModel"),
-        ("engine", "from workbench.session import Session"),
+        ("engine", "from workbench.runs.session import Session"),
         ("engine", "import pandas as pd"),
         ("engine", "import plotly.graph_objects as go"),
         ("engine", "import ipywidgets"),
@@ -278,8 +344,9 @@ def python(code: str) -> str:
 
 
 def test_host_logic_imports_no_torch() -> None:
+    names = [name for name in MODULES if name.startswith(WITHOUT_TORCH)]
     loaded = python(
-        f"import importlib, sys\nfor name in {WITHOUT_TORCH!r}: importlib.import_module('engine.' + name)\n"
+        f"import importlib, sys\nfor name in {names!r}: importlib.import_module(name)\n"
         "print([name for name in ('torch', 'triton', 'numpy', 'transformers') if name in sys.modules])"
     )
     assert loaded.strip() == "[]"

@@ -18,8 +18,8 @@ from engine.config import GROUP_SIZES, EngineConfig
 from engine.engine import Engine
 from engine.errors import CheckpointError, ConfigError
 from engine.files import writable
-from engine.loader import load_model
-from engine.weight_plan import WeightPlan
+from engine.loading.loader import load_model
+from engine.model.weight_plan import WeightPlan
 from kernels import KV_FORMATS, WEIGHT_FORMATS
 from workbench import text as words
 from workbench.quality.agreement import Agreement, greedy_answers, prompts_from

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
 
 import plotly.graph_objects as go
 
-from engine.weight_plan import MODULES
+from engine.model.weight_plan import MODULES
 from workbench import figure as figures
-from workbench.sensitivity.assignment import frontier
-from workbench.snapshot import log_ticks
-from workbench.view import GREY
+from workbench.drawing import GREY, log_ticks
 
-if TYPE_CHECKING:
-    from workbench.sensitivity.frontier import Frontier
-    from workbench.sensitivity.losses import Sensitivity
+Mark = tuple[float, float, str]
+"""Of one plan: bits per weight, loss, and what a pointer over it shows."""
 
 
-def heat_map(found: Sensitivity, format: str | None = None) -> go.Figure:
+def heat_map(losses: Mapping[tuple[int | None, str], float], num_layers: int, format: str) -> go.Figure:
     """Loss by layer (down) and module (across) in one format; a cell also holds its number, for eyes and printers
     that see no colours. Light is little loss: the scale is logarithmic."""
-    format = format or next((row.format for row in found.rows), "int4")
-    losses = {(row.layer, row.module): row.loss.value for row in found.rows if row.format == format}
-    layers = range(found.spec.num_layers)
+    layers = range(num_layers)
     table = [[losses.get((layer, module)) for module in MODULES] for layer in layers]
     known = [max(loss, 1e-9) for loss in losses.values()] or [1e-9]
     marks = log_ticks(min(known), max(known)) or [min(known), max(known)]
@@ -31,9 +26,9 @@ def heat_map(found: Sensitivity, format: str | None = None) -> go.Figure:
         f"KL divergence from bf16 when one matrix is {format}",
         "matrix",
         "layer",
-        height=120 + 26 * found.spec.num_layers,
+        height=120 + 26 * num_layers,
         yaxis_autorange="reversed",
-        yaxis_dtick=1 if found.spec.num_layers <= 40 else None,
+        yaxis_dtick=1 if num_layers <= 40 else None,
     )
     drawn.add_heatmap(
         x=list(MODULES),
@@ -54,37 +49,39 @@ def heat_map(found: Sensitivity, format: str | None = None) -> go.Figure:
     return drawn
 
 
-def frontier_figure(found: Frontier) -> go.Figure:
-    """Loss against bits per weight: what the single losses add up to, and what was measured of whole plans."""
+def frontier_figure(
+    model: str,
+    predicted: Sequence[tuple[float, float]],
+    assigned: Mapping[str, Sequence[Mark]],
+    uniform: Mapping[str, Sequence[Mark]],
+) -> go.Figure:
+    """Loss against bits per weight: what the single losses add up to, and what was measured of whole plans, those that
+    were assigned and those of one format, by the method of their int4 codes."""
     drawn = figures.blank(
-        f"Loss against bits per weight, {found.sensitivity.config.model}",
+        f"Loss against bits per weight, {model}",
         "bits per weight of the layers' matrices, scales and zeros counted",
         "KL divergence from bf16, nats per token",
         yaxis_type="log",
         yaxis_exponentformat="power",
     )
-    weights = sum(choice.nbytes // 2 for choice in found.sensitivity.choices() if choice.format == "bf16")
-    passed = [one for one in frontier(found.sensitivity.choices()) if one.loss > 0]
     figures.line(
         drawn,
         "predicted: sum of single losses",
-        [8 * one.nbytes / weights for one in passed],
-        [one.loss for one in passed],
+        [bits for bits, _ in predicted],
+        [loss for _, loss in predicted],
         "predicted %{y:.2g} at %{x:.2f} bits",
         mode="lines",
     )
-    for kind, name in (("assigned", "assigned, {}"), ("uniform", "one format, {}")):
-        for method in dict.fromkeys(point.method for point in found.points if point.kind == kind):
-            points = [point for point in found.points if (point.kind, point.method) == (kind, method)]
-            points.sort(key=lambda point: point.planned.bits_per_weight)
+    for kind, measured, mode in (("assigned", assigned, "lines+markers"), ("one format", uniform, "markers")):
+        for method, marks in measured.items():
             figures.line(
                 drawn,
-                name.format(method),
-                [point.planned.bits_per_weight for point in points],
-                [point.divergence.kl_mean.value for point in points],
+                f"{kind}, {method}",
+                [bits for bits, _, _ in marks],
+                [loss for _, loss, _ in marks],
                 "%{text}",
-                text=[point.text for point in points],
-                mode="lines+markers" if kind == "assigned" else "markers",
+                text=[text for _, _, text in marks],
+                mode=mode,
             )
     drawn.update_layout(legend={"orientation": "h", "y": -0.25, "font": {"color": GREY}})
     return drawn

@@ -19,18 +19,21 @@ from engine.config import GROUP_SIZES, EngineConfig
 from engine.engine import Engine
 from engine.errors import CheckpointError, ConfigError
 from engine.files import writable
-from engine.loader import LoadedModel, load_model
+from engine.loading.loader import LoadedModel, load_model
+from engine.model.weight_plan import LM_HEAD, WeightPlan
 from engine.quantize import quantize
 from engine.quantize.layers import METHODS
-from engine.weight_plan import LM_HEAD, WeightPlan
 from kernels import WEIGHT_FORMATS
 from workbench import text as words
 from workbench.quality.divergence import Baseline, Divergence
+from workbench.sensitivity.assignment import frontier
 from workbench.sensitivity.losses import FORMATS, PlannedWeights, Sensitivity, measure
 
 if TYPE_CHECKING:
     import pandas
     import plotly.graph_objects as go
+
+    from workbench.sensitivity.figures import Mark
 
 ROUNDED = "rtn"
 BITS = (4.5, 5.0, 6.0)
@@ -117,7 +120,20 @@ class Frontier:
     def figure(self) -> go.Figure:
         from workbench.sensitivity.figures import frontier_figure
 
-        return frontier_figure(self)
+        choices = self.sensitivity.choices()
+        weights = sum(choice.nbytes // 2 for choice in choices if choice.format == "bf16")
+        predicted = [(8 * one.nbytes / weights, one.loss) for one in frontier(choices) if one.loss > 0]
+        model, assigned, uniform = self.sensitivity.config.model, self._marks("assigned"), self._marks("uniform")
+        return frontier_figure(model, predicted, assigned, uniform)
+
+    def _marks(self, kind: str) -> dict[str, list[Mark]]:
+        """The plans of one kind by method, the fewest bits first."""
+        marks: dict[str, list[Mark]] = {}
+        for point in self.points:
+            if point.kind == kind:
+                mark = (point.planned.bits_per_weight, point.divergence.kl_mean.value, point.text)
+                marks.setdefault(point.method, []).append(mark)
+        return {method: sorted(of_one) for method, of_one in marks.items()}
 
     def __str__(self) -> str:
         return words.table([_cells(point) for point in self.points]) if self.points else "no plan was measured"

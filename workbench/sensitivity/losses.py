@@ -19,9 +19,9 @@ from tqdm.auto import tqdm
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import ConfigError
-from engine.loader import LoadedModel, load_model
-from engine.model_spec import ModelSpec
-from engine.weight_plan import LM_HEAD, WeightPlan
+from engine.loading.loader import LoadedModel, load_model
+from engine.model.spec import ModelSpec
+from engine.model.weight_plan import LM_HEAD, WeightPlan
 from kernels import WEIGHT_FORMATS
 from workbench.quality import small_pool
 from workbench.quality.divergence import Baseline, Estimate
@@ -185,7 +185,9 @@ class Sensitivity:
         """Heat map of the loss by layer and module, in `format` or the first that was measured."""
         from workbench.sensitivity.figures import heat_map
 
-        return heat_map(self, format)
+        format = format or next((row.format for row in self.rows), "int4")
+        losses = {(row.layer, row.module): row.loss.value for row in self.rows if row.format == format}
+        return heat_map(losses, self.spec.num_layers, format)
 
 
 def measure(

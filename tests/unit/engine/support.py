@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from engine.batch import ScheduledBatch
-from engine.cache import KVCache
-from engine.model_spec import ModelSpec
+from engine.model.spec import ModelSpec
 from engine.request import Request, RequestStatus
 from engine.sampling_params import SamplingParams
-from engine.scheduler import Scheduler, SchedulerConfig
+from engine.scheduling.batch import ScheduledBatch
+from engine.scheduling.cache import KVCache
+from engine.scheduling.scheduler import Scheduler, SchedulerConfig
 
 
 def make_request(name: str, tokens: Sequence[int], *, max_tokens: int = 8, arrival: float = 0.0) -> Request:

@@ -22,7 +22,7 @@ from engine.bench.work import Work, fixed_work, shared_work, uniform_work
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import ConfigError
-from engine.loader import load_model
+from engine.loading.loader import load_model
 from engine.request import Request
 from engine.sampling_params import SamplingParams
 from tests.unit.engine.test_overlap import SlotDevice

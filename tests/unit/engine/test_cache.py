@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from engine.blocks import BlockPool
-from engine.cache import KVCache
+from engine.scheduling.blocks import BlockPool
+from engine.scheduling.cache import KVCache
 from tests.unit.engine.support import make_request
 
 

@@ -7,11 +7,11 @@ from itertools import pairwise
 
 import pytest
 
-from engine.batch import ScheduledBatch, StepEvent
 from engine.engine import Engine
 from engine.errors import NonFiniteLogitsError
-from engine.runner import Pending
+from engine.running.runner import Pending
 from engine.sampling_params import SamplingParams
+from engine.scheduling.batch import ScheduledBatch, StepEvent
 from tests.unit.engine.simulated import build
 
 
@@ -33,8 +33,8 @@ def test_a_simulated_run_repeats_exactly() -> None:
 
 
 def test_times_are_the_cost_model_s(engine: Engine) -> None:
-    from engine.batch import ScheduledRequest
     from engine.request import Request
+    from engine.scheduling.batch import ScheduledRequest
 
     output = engine.generate([list(range(32))], SamplingParams(max_tokens=3))[0]
 

@@ -10,15 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.batch import ScheduledRequest
-from engine.checkpoint import CheckpointWeights, read_spec
-from engine.decoder import Decoder, build_decoder
-from engine.model_spec import ModelSpec
+from engine.loading.checkpoint import CheckpointWeights, read_spec
+from engine.loading.shapes import SyntheticWeights, synthetic_spec
+from engine.model.decoder import Decoder, build_decoder
+from engine.model.rope import cos_sin_table
+from engine.model.spec import ModelSpec
+from engine.model.step_inputs import StepInputs
 from engine.request import Request
-from engine.rope import cos_sin_table
+from engine.running.step_arrays import Staging, step_arrays
 from engine.sampling_params import SamplingParams
-from engine.shapes import SyntheticWeights, synthetic_spec
-from engine.step_inputs import Staging, StepInputs, step_arrays
+from engine.scheduling.batch import ScheduledRequest
 from kernels import KVLayer, allocate_kv
 from tests.unit.engine.checkpoints import VOCAB, logits_by_transformers, random_model, save, tiny_config
 

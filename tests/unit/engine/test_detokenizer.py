@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.detokenizer import Detokenizer
+from engine.model.detokenizer import Detokenizer
 
 
 class Bytes:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine import device
-from engine.device import check_impl, device_label, impl_label, resolve_device
 from engine.errors import ConfigError
+from engine.running import device
+from engine.running.device import check_impl, device_label, impl_label, resolve_device
 from kernels import pack_weight
 
 

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from engine.batch import ScheduledBatch, ScheduledRequest
 from engine.config import EngineConfig
-from engine.decoder import build_decoder
 from engine.engine import Engine
+from engine.loading.shapes import SyntheticWeights, synthetic_spec
+from engine.model.decoder import build_decoder
+from engine.running.simulated import COMPUTE_EFFICIENCY, GPUS, SimulatedRunner
 from engine.sampling_params import SamplingParams
-from engine.shapes import SyntheticWeights, synthetic_spec
-from engine.simulated import COMPUTE_EFFICIENCY, GPUS, SimulatedRunner
+from engine.scheduling.batch import ScheduledBatch, ScheduledRequest
 from kernels import WEIGHT_FORMATS
 from tests.unit.engine.checkpoints import random_model, save, tiny_config
 from tests.unit.engine.support import make_request

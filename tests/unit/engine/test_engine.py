@@ -12,12 +12,12 @@ import pytest
 import torch
 from tqdm import tqdm
 
-from engine.batch import StepEvent
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import ConfigError, RequestError
 from engine.request import RequestOutput
 from engine.sampling_params import SamplingParams
+from engine.scheduling.batch import StepEvent
 from tests.unit.engine.simulated import build
 from tests.unit.engine.support import StubModel, tiny_spec
 

@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 import torch
 
-from engine import torch_runner
-from engine.batch import StepEvent
-from engine.captured import CapturedSteps
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.graphs import DecodeGraphs, GraphKey
-from engine.loader import LoadedModel, load_model
-from engine.prompt_graphs import PromptGraphs
+from engine.loading.loader import LoadedModel, load_model
+from engine.running import torch_runner
+from engine.running.captured import CapturedSteps
+from engine.running.graphs import DecodeGraphs, GraphKey
+from engine.running.prompt_graphs import PromptGraphs
 from engine.sampling_params import SamplingParams
+from engine.scheduling.batch import StepEvent
 
 OPTIONS: dict[str, Any] = {"model": "synthetic:tiny", "device": "cpu", "impl": "torch", "memory_limit": 64 << 20}
 

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from engine.batch import StepEvent
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.loader import LoadedModel, load_model
+from engine.loading.loader import LoadedModel, load_model
 from engine.sampling_params import SamplingParams
+from engine.scheduling.batch import StepEvent
 
 HEADER = "import os\nimport sys\n\n\nclass Reader:\n    def __init__(self, path):\n        self.path = path\n\n"
 PROMPTS = [

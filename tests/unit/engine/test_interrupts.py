@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 
-from engine import batch, blocks, cache, core, engine, request, scheduler
-from engine.batch import ScheduledBatch, StepResult
+from engine import core, engine, request
 from engine.engine import Engine
 from engine.request import RequestOutput, TokenLogprobs
-from engine.runner import Pending
+from engine.running.runner import Pending
 from engine.sampling_params import SamplingParams
+from engine.scheduling import batch, blocks, cache, scheduler
+from engine.scheduling.batch import ScheduledBatch, StepResult
 from tests.unit.engine.test_overlap import Late, SlotDevice, build, expected, tight
 
 WATCHED = {module.__file__ for module in (batch, blocks, cache, core, engine, request, scheduler)}

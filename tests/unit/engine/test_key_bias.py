@@ -19,16 +19,16 @@ from safetensors.torch import load_file, save_file
 
 from engine import Engine, EngineConfig
 from engine.bundled import MODEL_DIR, heldout_text
-from engine.checkpoint import read_spec
-from engine.key_bias import POSITIONS, key_bias, key_biases
-from engine.kv_plan import KEY_NOISE, KeyBias, KVPlan
-from engine.loader import LoadedModel, load_model
-from engine.rope import cos_sin_table
+from engine.loading.checkpoint import read_spec
+from engine.loading.key_bias import POSITIONS, key_bias, key_biases
+from engine.loading.loader import LoadedModel, load_model
+from engine.model.kv_plan import KEY_NOISE, KeyBias, KVPlan
+from engine.model.rope import cos_sin_table
 from engine.sampling_params import SamplingParams
 from kernels.paged.kv_cache import KV_FORMATS, decode, encode
 from tests.unit.engine.checkpoints import random_model, save, tiny_config
 from tests.unit.engine.quantized_checkpoints import CASES, rewrite, write
-from workbench.forecast import predicted_plan
+from workbench.panel.forecast import predicted_plan
 
 BIASED = (0, 1, 3, 4)
 WINDOW, WINDOWS = 192, 4

@@ -10,11 +10,11 @@ import torch
 
 from engine import Engine, EngineConfig
 from engine.errors import ConfigError
-from engine.kv_plan import KVPlan, layer_names
-from engine.loader import LoadedModel, load_model
+from engine.loading.loader import LoadedModel, load_model
+from engine.loading.shapes import synthetic_spec
+from engine.model.kv_plan import KVPlan, layer_names
+from engine.running.simulated import SimulatedRunner
 from engine.sampling_params import SamplingParams
-from engine.shapes import synthetic_spec
-from engine.simulated import SimulatedRunner
 from kernels import KV_FORMATS
 
 MEGABYTE = 1 << 20

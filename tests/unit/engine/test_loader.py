@@ -14,13 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import engine.loader
-from engine.checkpoint import ARCHITECTURES
+import engine.loading.loader
 from engine.config import EngineConfig
 from engine.errors import CheckpointError, ConfigError
-from engine.loader import load_model
-from engine.shapes import SHAPES
-from engine.tokenizer import ByteTokenizer
+from engine.loading.checkpoint import ARCHITECTURES
+from engine.loading.loader import load_model
+from engine.loading.shapes import SHAPES
+from engine.model.tokenizer import ByteTokenizer
 from tests.unit.engine.checkpoints import VOCAB, random_model, save, tiny_config
 
 CPU = torch.device("cpu")
@@ -329,8 +329,8 @@ def test_hub_snapshots(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     assert load_model(config("owner/name")).source == "owner/name"
-    assert asked[0]["allow_patterns"] == list(engine.loader.HUB_PATTERNS)
-    assert not any(pattern.endswith((".bin", ".py", ".pt")) for pattern in engine.loader.HUB_PATTERNS)
+    assert asked[0]["allow_patterns"] == list(engine.loading.loader.HUB_PATTERNS)
+    assert not any(pattern.endswith((".bin", ".py", ".pt")) for pattern in engine.loading.loader.HUB_PATTERNS)
     reachable = False
     assert "local copy" in load_model(config("owner/name")).source
     cached = False

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 
-from engine.batch import ScheduledBatch, ScheduledRequest, StepEvent, StepResult
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import NonFiniteLogitsError
-from engine.loader import LoadedModel, load_model
+from engine.loading.loader import LoadedModel, load_model
 from engine.request import Request, RequestOutput
-from engine.runner import Pending
+from engine.running.runner import Pending
+from engine.running.simulated import SimulatedRunner
 from engine.sampling_params import SamplingParams
-from engine.simulated import SimulatedRunner
+from engine.scheduling.batch import ScheduledBatch, ScheduledRequest, StepEvent, StepResult
 from tests.unit.engine.support import Letters, StubModel, tiny_spec
 
 BLOCK = 16

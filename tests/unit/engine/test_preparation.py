@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from engine.batch import ScheduledBatch, ScheduledRequest
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.preparation import Preparation
-from engine.readback import Readback
 from engine.request import Request, RequestStatus
-from engine.sampler import SamplingPlan
+from engine.running.preparation import Preparation
+from engine.running.readback import Readback
+from engine.running.sampler import SamplingPlan
+from engine.running.step_arrays import BlockTables, block_tables, feed_rows, prompt_arrays, step_arrays
 from engine.sampling_params import SamplingParams
-from engine.step_inputs import BlockTables, block_tables, feed_rows, prompt_arrays, step_arrays
+from engine.scheduling.batch import ScheduledBatch, ScheduledRequest
 from kernels.tuning import TUNED_ROWS
 from tests.unit.engine.support import make_request, make_scheduler
 

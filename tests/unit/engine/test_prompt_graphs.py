@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from engine.graphs import padded_size
-from engine.prompt_graphs import LEAST_TOKENS, MOST_TOKENS, WIDTH, graph_size
-from engine.step_inputs import Arrays, inert_prompts
+from engine.running.graphs import padded_size
+from engine.running.prompt_graphs import LEAST_TOKENS, MOST_TOKENS, WIDTH, graph_size
+from engine.running.step_arrays import Arrays, inert_prompts
 from kernels import WEIGHT_FORMATS
 from kernels.rows.activations import activation_codes
 

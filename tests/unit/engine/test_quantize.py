@@ -13,18 +13,18 @@ import torch
 from torch import Tensor
 
 from engine.config import EngineConfig
-from engine.decoder import Decoder
 from engine.engine import Engine
 from engine.errors import CheckpointError, ConfigError
-from engine.loader import LoadedModel, load_model
-from engine.model_spec import ModelSpec
+from engine.loading.loader import LoadedModel, load_model
+from engine.model.decoder import Decoder
+from engine.model.rope import cos_sin_table
+from engine.model.spec import ModelSpec
+from engine.model.weight_plan import MODULES, WeightPlan
 from engine.quantize import main, quantize
 from engine.quantize.calibration import MIN_TOKENS, FloatLayer, calibration_windows
 from engine.quantize.layers import METHODS
 from engine.quantize.rescale import awq, fold, smoothquant
-from engine.rope import cos_sin_table
 from engine.sampling_params import SamplingParams
-from engine.weight_plan import MODULES, WeightPlan
 from tests.unit.engine.checkpoints import logits_by_transformers, random_model, save, tiny_config
 from tests.unit.engine.test_decoder import random_ids, relative
 

@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import CheckpointError
-from engine.loader import LoadedModel, load_model
+from engine.loading.loader import LoadedModel, load_model
+from engine.model.weight_plan import WeightPlan
 from engine.quantize import quantize
 from engine.quantize.write import leaves_of, pack
 from engine.sampling_params import SamplingParams
-from engine.weight_plan import WeightPlan
 from kernels import QuantizedWeight
 from tests.unit.engine import quantized_checkpoints as others
 from tests.unit.engine.checkpoints import random_model, save, tiny_config

@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from engine.config import EngineConfig
-from engine.decoder import Decoder
 from engine.engine import Engine
 from engine.errors import CheckpointError, ConfigError
-from engine.loader import load_model
+from engine.loading.loader import load_model
+from engine.model.decoder import Decoder
 from engine.sampling_params import SamplingParams
 from kernels import WEIGHT_FORMATS
 from tests.unit.engine.checkpoints import logits_by_transformers, random_model, save, tiny_config

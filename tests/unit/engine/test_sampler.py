@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from engine.request import Request
-from engine.sampler import SamplingPlan, known_logprobs, sample, token_logprobs, uniforms
+from engine.running.sampler import SamplingPlan, known_logprobs, sample, token_logprobs, uniforms
 from engine.sampling_params import SamplingParams
 
 VOCAB = 50

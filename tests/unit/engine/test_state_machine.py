@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from engine.request import RequestStatus
-from engine.scheduler import POLICIES
+from engine.scheduling.scheduler import POLICIES
 from tests.unit.engine.support import SlotMemory, make_request, make_scheduler, run_step
 
 BLOCK = 4
@@ -60,7 +60,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @precondition(lambda self: hasattr(self, "scheduler") and self.scheduler.running)
     @rule()
     def preempt(self) -> None:
-        from engine.batch import ScheduledBatch
+        from engine.scheduling.batch import ScheduledBatch
 
         self.scheduler._preempt(self.scheduler.running[-1], ScheduledBatch())
 

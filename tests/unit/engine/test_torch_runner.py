@@ -12,14 +12,14 @@ import psutil
 import pytest
 import torch
 
-from engine.batch import ScheduledBatch, ScheduledRequest, StepResult
 from engine.config import EngineConfig
 from engine.errors import ConfigError, NonFiniteLogitsError
-from engine.loader import LoadedModel, load_model
+from engine.loading.loader import LoadedModel, load_model
 from engine.request import Request
+from engine.running.step_arrays import Staging, step_arrays
+from engine.running.torch_runner import TorchRunner
 from engine.sampling_params import SamplingParams
-from engine.step_inputs import Staging, step_arrays
-from engine.torch_runner import TorchRunner
+from engine.scheduling.batch import ScheduledBatch, ScheduledRequest, StepResult
 from tests.unit.engine.checkpoints import logits_by_transformers, random_model, save, tiny_config
 
 MEGABYTE = 1 << 20

@@ -11,10 +11,10 @@ import torch
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError
-from engine.loader import load_model
-from engine.model_spec import StoredFormat
-from engine.shapes import synthetic_spec
-from engine.weight_plan import MODULES, WeightPlan
+from engine.loading.loader import load_model
+from engine.loading.shapes import synthetic_spec
+from engine.model.spec import StoredFormat
+from engine.model.weight_plan import MODULES, WeightPlan
 from tests.unit.engine.support import tiny_spec
 
 CPU = torch.device("cpu")

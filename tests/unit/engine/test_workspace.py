@@ -13,14 +13,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from engine import sampler
 from engine.config import EngineConfig
-from engine.kv_plan import KeyBias
-from engine.model_spec import ModelSpec
-from engine.sampler import SamplingPlan, sample, sampling_bytes, sorting_bytes, token_logprobs
+from engine.loading.shapes import SHAPES
+from engine.model.kv_plan import KeyBias
+from engine.model.spec import ModelSpec
+from engine.running import sampler
+from engine.running.sampler import SamplingPlan, sample, sampling_bytes, sorting_bytes, token_logprobs
+from engine.running.workspace import workspace_bytes, workspace_parts
 from engine.sampling_params import SamplingParams
-from engine.shapes import SHAPES
-from engine.workspace import workspace_bytes, workspace_parts
 from kernels import KV_FORMATS, allocate_kv, most_expanded_bytes
 from kernels.paged import kv_cache_triton
 from kernels.paged.expansion import EXPAND_BYTES, EXPAND_ROWS, worth_expanding
@@ -163,5 +163,5 @@ def test_the_plan_holds_the_sum_on_a_gpu_and_only_the_step_on_a_cpu(monkeypatch:
     spec = SHAPES["7b"]
     step = workspace_parts(spec, config, 2, torch.device("cpu"))
     assert step.keys() == {"activations", "logits"} and workspace_bytes(spec, config, 2) == sum(step.values())
-    monkeypatch.setattr("engine.workspace.resolve_device", lambda name: CUDA)
+    monkeypatch.setattr("engine.running.workspace.resolve_device", lambda name: CUDA)
     assert workspace_bytes(spec, config, 2) == sum(parts(kv="int8").values()) > sum(step.values()) + EXPAND_BYTES

@@ -1,7 +1,8 @@
 import pytest
 
 from tests.unit.workbench.support import SIMULATED
-from workbench import Session, Workbench, screen
+from workbench import Session, Workbench
+from workbench.panel import screen
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from workbench import figure
-from workbench.blank_figure import blank_figure
-from workbench.charts import MAX_POINTS, LiveCharts, thin, updates
-from workbench.headline import LIKELY, MET, MISSED
-from workbench.view import PARTS, Curve, MemoryBar, RunPoint, Trend, View
+from workbench.panel.blank_figure import blank_figure
+from workbench.panel.charts import MAX_POINTS, LiveCharts, thin, updates
+from workbench.panel.view import PARTS, Curve, MemoryBar, RunPoint, Trend, View
+from workbench.runs.verdict import LIKELY, MET, MISSED
 
 
 def view(n=250, scale=1.0):

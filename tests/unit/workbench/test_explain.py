@@ -7,8 +7,8 @@ import pytest
 
 from engine.config import EngineConfig
 from workbench import Session, Workload
-from workbench.explain import change_sentence, limiting_sentence
-from workbench.metrics import SLO, MetricsCollector
+from workbench.runs.explain import change_sentence, limiting_sentence
+from workbench.runs.metrics import SLO, MetricsCollector
 
 CONFIG = EngineConfig(model="synthetic:0.5b", runner="simulated", gpu="l4", max_batch_size=8)
 BURST = Workload(num_requests=40, rate=1e6, input_len=(16, 64), output_len=(8, 64))

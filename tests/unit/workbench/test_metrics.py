@@ -7,13 +7,13 @@ import random
 import numpy as np
 import pytest
 
-from engine.batch import StepEvent
 from engine.errors import ConfigError
 from engine.request import Request, RequestOutput, RequestStatus
 from engine.sampling_params import SamplingParams
-from workbench.distribution import Distribution, p99_bounds
-from workbench.metrics import SLO, MetricsCollector
-from workbench.timeseries import MAX_SAMPLES, TimeSeries
+from engine.scheduling.batch import StepEvent
+from workbench.runs.distribution import Distribution, p99_bounds
+from workbench.runs.metrics import SLO, MetricsCollector
+from workbench.runs.timeseries import MAX_SAMPLES, TimeSeries
 
 
 def event(start, end, *, new=0, **values):

@@ -13,7 +13,7 @@ import pytest
 from engine.config import EngineConfig
 from tests.unit.workbench.support import TINY, tiny_load
 from workbench import Session, Workbench
-from workbench.neighbours import ProcessorTimes, words
+from workbench.runs.neighbours import ProcessorTimes, words
 
 BUSY = "import time\nend = time.perf_counter() + 30\nwhile time.perf_counter() < end: pass"
 

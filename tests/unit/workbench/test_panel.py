@@ -11,12 +11,13 @@ import pytest
 from engine.errors import ConfigError
 from kernels import KV_FORMATS, WEIGHT_FORMATS
 from tests.unit.workbench.support import SIMULATED, finish
-from workbench import Workbench, screen
-from workbench import panel as panel_module
-from workbench.forecast import predicted_plan
-from workbench.knobs import KNOBS, config_from, slo_from, start_values, workload_from
-from workbench.run import Run
-from workbench.workload import PRESETS
+from workbench import Workbench
+from workbench.panel import panel as panel_module
+from workbench.panel import screen
+from workbench.panel.forecast import predicted_plan
+from workbench.panel.knobs import KNOBS, config_from, slo_from, start_values, workload_from
+from workbench.runs.run import Run
+from workbench.runs.workload import PRESETS
 
 
 def test_knobs_become_a_config_a_workload_and_an_slo():
@@ -267,7 +268,7 @@ def test_without_live_charts_the_panel_says_so(panel, monkeypatch):
     def missing(_):
         raise ImportError("Please install anywidget to use the FigureWidget class")
 
-    monkeypatch.setattr("workbench.charts._Figure", missing)
+    monkeypatch.setattr("workbench.panel.charts._Figure", missing)
     live = panel.screen
     assert isinstance(live.charts, screen.StillCharts)
     assert "anywidget" in live.status.text

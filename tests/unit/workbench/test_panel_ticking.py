@@ -5,8 +5,9 @@ import threading
 import pytest
 
 from tests.unit.workbench.support import SIMULATED, finish
-from workbench import Workbench, screen
-from workbench import panel as panel_module
+from workbench import Workbench
+from workbench.panel import panel as panel_module
+from workbench.panel import screen
 
 
 def test_the_ticking_thread_lives_only_while_there_is_something_to_show(monkeypatch):

@@ -10,7 +10,7 @@ import torch
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import ConfigError
-from engine.loader import load_model
+from engine.loading.loader import load_model
 from engine.quantize import quantize
 from engine.scoring import prompt_logits
 from tests.unit.engine.checkpoints import random_model, save, tiny_config

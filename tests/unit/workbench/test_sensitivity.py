@@ -10,8 +10,8 @@ import torch
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import ConfigError
-from engine.loader import load_model
-from engine.weight_plan import MODULES, WeightPlan
+from engine.loading.loader import load_model
+from engine.model.weight_plan import MODULES, WeightPlan
 from tests.unit.engine.checkpoints import random_model, save, tiny_config
 from workbench.sensitivity import frontier as sensitivity_frontier
 from workbench.sensitivity import measure

@@ -11,11 +11,11 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from tests.unit.workbench.support import CONFIG, SHORT, TINY, started, tiny_load
 from workbench import Session, Workload
-from workbench.driver import LoadDriver
-from workbench.metrics import SLO
 from workbench.quality import Perplexity
-from workbench.run import Run
-from workbench.session import SessionBusy, work_items
+from workbench.runs.driver import LoadDriver
+from workbench.runs.metrics import SLO
+from workbench.runs.run import Run
+from workbench.runs.session import SessionBusy, work_items
 
 
 def test_a_run_is_exact_and_repeatable(session):
@@ -145,7 +145,7 @@ def test_a_second_run_reuses_the_model(session):
 
 
 def test_on_this_machine_the_engine_is_warmed_up_reused_and_judged_once(session, monkeypatch):
-    from workbench import session as module
+    from workbench.runs import session as module
 
     judged = []
 

@@ -5,14 +5,14 @@ from dataclasses import replace
 
 import pytest
 
-from engine import loader
 from engine.engine import Engine
 from engine.errors import RequestError
+from engine.loading import loader
 from tests.unit.workbench.support import CONFIG, ENDLESS, SHORT, TINY, started, tiny_load
 from workbench import Session
-from workbench.driver import LoadDriver
-from workbench.metrics import SLO
-from workbench.run import Run
+from workbench.runs.driver import LoadDriver
+from workbench.runs.metrics import SLO
+from workbench.runs.run import Run
 
 
 def test_a_stop_while_the_model_loads_ends_before_the_engine_is_built(session, monkeypatch):
@@ -125,7 +125,7 @@ def test_what_a_second_interrupt_left_in_the_engine_is_not_measured(session, mon
 def failing(monkeypatch):
     """Engines in which the model has no answer for most requests."""
     from engine.errors import NonFiniteLogitsError
-    from engine.simulated import SimulatedRunner
+    from engine.running.simulated import SimulatedRunner
 
     plain = SimulatedRunner.launch
 

@@ -8,24 +8,14 @@ import numpy as np
 import pytest
 
 from workbench import Workbench
-from workbench.distribution import Distribution
-from workbench.frontend import STYLE
-from workbench.headline import (
-    LIKELY,
-    MET,
-    MISSED,
-    UNKNOWN,
-    Tile,
-    progress_html,
-    sample_html,
-    sentence,
-    tiles,
-    tiles_html,
-    verdict,
-)
-from workbench.metrics import SLO, Metrics, MetricsCollector
-from workbench.snapshot import draw, image, log_ticks, snapshot, ticks
-from workbench.view import MemoryBar, Trend, View
+from workbench.drawing import log_ticks, ticks
+from workbench.panel.frontend import STYLE
+from workbench.panel.headline import Tile, progress_html, sample_html, sentence, tiles, tiles_html
+from workbench.panel.snapshot import draw, image, snapshot
+from workbench.panel.view import MemoryBar, Trend, View
+from workbench.runs.distribution import Distribution
+from workbench.runs.metrics import SLO, Metrics, MetricsCollector
+from workbench.runs.verdict import LIKELY, MET, MISSED, UNKNOWN, verdict
 
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from engine.errors import ConfigError
-from workbench.workload import PRESETS, Workload
+from workbench.runs.workload import PRESETS, Workload
 
 VOCAB, ROOM = 1000, 512
 

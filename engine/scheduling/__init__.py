@@ -1,0 +1,1 @@
+"""Who computes what, and in which blocks of the KV cache: numbers only, no torch."""
