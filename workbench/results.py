@@ -6,6 +6,7 @@ No figure in the README is typed in by hand; a test compares the README with wha
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,12 @@ def bars() -> str:
             f"`{PYTHON} -m engine.bench --model synthetic:7b --suite peers --parts offline`",
         ),
         (
+            "H200: the host's time for a decode step of that run in bf16; steps that it prepared while another ran",
+            "0.7 ms; all",
+            _host_time(),
+            f"`{PYTHON} -m engine.bench --model synthetic:7b --suite peers --parts offline`",
+        ),
+        (
             "H200: `synthetic:7b` quantized to int4 by rtn; by hqq",
             "10 s; 60 s",
             _quantizing(),
@@ -121,22 +128,34 @@ def gpu_table() -> str:
         f"{machine['gpu']}, torch {versions['torch']}, Triton {versions['triton']}: "
         f"`{PYTHON} -m engine.bench --model synthetic:7b --suite peers --weights ... --kv ...`. Batch N: N prompts of "
         "512 tokens, 129 out. Offline: 256 requests, 100 to 1,024 tokens in and out. Shared: 128 prompts of a common "
-        "prefix of 1,024 tokens and 64 of their own."
+        "prefix of 1,024 tokens and 64 of their own. The other engines ran on another H200 "
+        "([how](engine/results/h200-others.json))."
     )
     head = ["`synthetic:7b`", *(f"ms/token, batch {n}" for n in BATCHES), "TTFT, 512 tokens (ms)"]
     head += ["offline tokens/s", "shared prefix (s)"]
     lines = [caption, "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name, measured in _peer_rows().items():
-        tpot = {row["batch"]: f"{row['tpot_ms']:.2f}" for row in measured.get("tpot", [])}
-        cells = [tpot.get(batch, "") for batch in BATCHES]
-        cells.append(f"{measured['ttft']['ttft_ms']:.1f}" if "ttft" in measured else "")
-        cells.append(f"{measured['offline']['tokens_per_s']:,.0f}" if "offline" in measured else "")
-        cells.append(f"{measured['shared']['seconds']:.2f}" if "shared" in measured else "")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        tpot = {row["batch"]: row["tpot_ms"] for row in measured.get("tpot", [])}
+        ttft, offline, shared = (measured.get(part, {}) for part in ("ttft", "offline", "shared"))
+        figures = ttft.get("ttft_ms"), offline.get("tokens_per_s"), shared.get("seconds")
+        lines.append(_gpu_row(f"InferLab: {name}", [tpot.get(batch) for batch in BATCHES], *figures))
+    for row in _read(ENGINE / OTHERS)["rows"] if (ENGINE / OTHERS).exists() else ():
+        tpot = [row["tpot_ms"].get(str(batch)) for batch in BATCHES]
+        figures = (row.get(name) for name in ("ttft_ms", "tokens_per_s", "shared_s"))
+        lines.append(_gpu_row(f"{row['engine']}: {row['formats']}", tpot, *figures))
     return "\n".join(lines)
 
 
+def _gpu_row(
+    name: str, tpot: Sequence[float | None], ttft: float | None, offline: float | None, shared: float | None
+) -> str:
+    kinds = [*((ms, ".2f") for ms in tpot), (ttft, ".1f"), (offline, ",.0f"), (shared, ".2f")]
+    return f"| {name} | " + " | ".join("" if value is None else format(value, kind) for value, kind in kinds) + " |"
+
+
 BATCHES = (1, 8, 64)
+OTHERS = "h200-others.json"
+"""Other engines, measured once on a machine of their own: nothing here installs them."""
 PEERS = (
     "h200-peers-bf16.json", "h200-peers-offline.json", "h200-peers-int8-fp8.json", "h200-peers-int4.json",
     "h200-peers-w8a8.json", "h200-peers-w4a8.json",
@@ -175,6 +194,11 @@ def _offline_ratios() -> str:
         for name in ("weights bf16, KV bf16", "weights w4a8, KV k8v4", "weights w8a8, KV k8v4")
     )
     return ", ".join(f"{other / bf16:.2f}x" for other in others)
+
+
+def _host_time() -> str:
+    decode = _peer_rows()["weights bf16, KV bf16"]["offline"]["decode"]
+    return f"{decode['host_ms']:.2f} ms; {decode['overlapped']:,} of {decode['steps']:,}"
 
 
 def _perplexity() -> str:

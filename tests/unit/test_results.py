@@ -26,8 +26,14 @@ def test_what_is_measured_later_becomes_a_row(tmp_path: Path, monkeypatch: pytes
     for weights in ("w8a8", "w4a8"):
         run = {"config": {"weights": weights, "kv": "k8v4"}, "ttft": {"ttft_ms": 98.76}}
         (tmp_path / f"h200-peers-{weights}.json").write_text(json.dumps(report | {"suites": {"peers": [run]}}))
-        rows.append(f"| weights {weights}, KV k8v4 |  |  |  | 98.8 |  |  |")
+        rows.append(f"| InferLab: weights {weights}, KV k8v4 |  |  |  | 98.8 |  |  |")
         assert gpu_table().splitlines()[4:] == rows, "behind the caption, which names the GPU, and the head"
+    (tmp_path / "h200-others.json").write_text(json.dumps({"rows": [OTHER]}))
+    rows.append("| An engine: int4 | 1.25 |  | 4.00 |  | 9,876 |  |")
+    assert gpu_table().splitlines()[4:] == rows, "what was not measured of another engine is left empty too"
+
+
+OTHER = {"engine": "An engine", "formats": "int4", "tpot_ms": {"1": 1.25, "64": 4.0}, "tokens_per_s": 9876}
 
 
 def test_ratios_are_of_the_rows_that_they_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
