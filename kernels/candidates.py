@@ -3,7 +3,6 @@ the GPU without work."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -98,40 +97,13 @@ def few_rows_candidates(kind: str, m: int, n: int) -> list[Any]:
         if deepest < 3 or turns < 0.4 or (turns > 1.7 and splits > 1):
             continue
         for producer, stages, ahead in product((False, True), {deepest, max(2, deepest // 2)}, (0, 1, 16)):
-            if enough_registers(kind, bm, bn, warps, producer, programs):
+            registers = 65536 // (32 * (warps + 4 * producer) * programs)
+            if producer:
+                registers = (registers * (warps + 4) - 24 * 4) // warps
+            needed = {8: 0, 16: 106, 32: 150}[bm] if kind == "planes" and bn // warps >= 32 else 0
+            if registers >= needed:  # or it spills
                 found.append(HopperConfig(bm, bn, splits, warps, stages, producer, programs, min(ahead, stages)))
     return found
-
-
-def enough_registers(kind: str, block_m: int, block_n: int, warps: int, producer: bool, programs: int) -> bool:
-    """Whether a kernel for Hopper at few rows keeps what it multiplies in registers, or it spills."""
-    held = 65536 // (32 * (warps + 4 * producer) * programs)
-    if producer:
-        held = (held * (warps + 4) - 24 * 4) // warps
-    return held >= ({8: 0, 16: 106, 32: 150}[block_m] if kind == "planes" and block_n // warps >= 32 else 0)
-
-
-def near(kind: str, config: HopperConfig, k: int) -> list[HopperConfig]:
-    """Of a kernel for Hopper at few rows: what differs from a good configuration in one respect, for a second look. The
-    first one takes two depths of the ring and few ways to part the steps of K."""
-    steps = -(-k // 128)
-    each = -(-steps // config.splits)
-    deepest = deepest_ring(kind, config.block_m, config.block_n, config.programs)
-    splits = {-(-steps // count) for count in range(max(1, each - 3), min(steps, each + 3) + 1)}
-    found = [replace(config, splits=count) for count in sorted(splits)]
-    found += [replace(config, stages=stages, ahead=min(config.ahead, stages)) for stages in range(2, deepest + 1)]
-    found += [replace(config, ahead=ahead) for ahead in range(min(config.stages, 6) + 1)]
-    found += [replace(config, producer=not config.producer)]
-    found += [
-        replace(config, programs=programs, stages=stages, ahead=min(config.ahead, stages))
-        for programs in (config.programs - 1, config.programs + 1)
-        if programs and (stages := min(config.stages, deepest_ring(kind, config.block_m, config.block_n, programs))) > 1
-    ]
-    return [
-        other for other in dict.fromkeys(found)
-        if other != config
-        and enough_registers(kind, other.block_m, other.block_n, other.warps, other.producer, other.programs)
-    ]  # fmt: skip
 
 
 def gated_hopper_candidates(kind: str, m: int) -> list[HopperConfig]:
@@ -144,6 +116,54 @@ def gated_hopper_candidates(kind: str, m: int) -> list[HopperConfig]:
         )
         if (stages := deepest_ring(kind, bm, bn, programs)) >= 2 and (bm <= 16 or programs < 3)
     ]
+
+
+RANGES = {"block_n": (32, 256), "block_k": (64, 256), "splits": (1, 16), "warps": (1, 8), "stages": (2, 12)}
+
+
+def aheads_of(kind: str) -> tuple[int, ...]:
+    """Steps of K whose weights a kernel without a ring may ask for ahead: of those for 8-bit activations none."""
+    return () if kind.startswith("a8") else (0, 1, 2, 4)
+
+
+def neighbours(config: dict[str, Any], kind: str, k: int) -> list[dict[str, Any]]:
+    """A configuration with one field changed at a time; block_k means nothing to 4-bit weights and is 128 or more of
+    pairs, and a gated product does not split K. k: columns of the weight."""
+    changes: list[dict[str, Any]] = [{"late": not config.get("late", False)}]
+    hopper = "producer" in config
+    if hopper:
+        changes.append({"producer": not config["producer"]})
+        held = config.get("programs", 1)
+        changes += [{"programs": count} for count in (held - 1, held + 1) if count]
+    aheads = (0, 1, config["stages"]) if hopper else aheads_of(kind)
+    changes += [{"ahead": ahead} for ahead in aheads if ahead != config.get("ahead", 0)]
+    unread = "splits" if kind.startswith("gated ") else "block_k" if kind in ("planes", "hopper") else ""
+    for name, (least, most) in RANGES.items():
+        if name == unread or name not in config:
+            continue
+        held = config[name]
+        near = [held + 1, held - 1] if name == "stages" else [held * 2, held // 2]
+        if name == "splits":
+            near += other_splits(held, k)
+        least = 128 if name == "block_k" and kind.endswith("pairs") else least
+        changes += [{name: value} for value in dict.fromkeys(near) if least <= value <= most and value != held]
+    found = [config | change for change in changes]
+    if not hopper:
+        return [c for c in found if c["block_n"] >= 16 * c["warps"]]
+    rows = 32 if kind.startswith("gated ") else 16  # of block_n a warp
+    return [
+        c for c in found
+        if c["block_n"] >= rows * c["warps"] and c["warps"] % 4 == 0
+        and registers(c["warps"], c["producer"], c.get("programs", 1)) >= fewest_registers(c["block_m"])
+    ]  # fmt: skip
+
+
+def other_splits(splits: int, k: int) -> list[int]:
+    """Of K's steps of 128, when each split has one or two more or fewer: between 8 and 16 lie 10 and 12, but where 112
+    steps are to be parted evenly 14."""
+    steps = -(-k // 128)
+    each = -(-steps // splits)
+    return [-(-steps // (each + more)) for more in (-2, -1, 1, 2) if each + more > 0]
 
 
 def matmul_candidates(kind: str, m: int, n: int, hopper: bool = False) -> list[Any]:

@@ -28,7 +28,7 @@ from .candidates import (
     a8w8_candidates,
     decode_candidates,
     matmul_candidates,
-    near,
+    neighbours,
     prefill_candidates,
 )
 from .measuring import problems
@@ -43,7 +43,7 @@ from .products.matmul_triton import linear_8_bit, linear_partials
 from .rows.elementwise_triton import add_rms_norm, silu_mul
 from .rows.rounding import quantize_rows
 from .triton_common import warp_group_products
-from .tuning import TUNED, HopperConfig, skinny_or_hopper
+from .tuning import TUNED, skinny_or_hopper
 
 Task = tuple[str, dict[str, Any], list[Any]]  # operation, arguments of its problem, candidates
 FORMATS = {
@@ -195,7 +195,8 @@ def tasks(kinds: list[str], most: int, hopper: bool = False, alone: bool = False
 
 
 def second_look(records: list[dict[str, Any]], fastest: int) -> list[Task]:
-    """The neighbours of the `fastest` few of each problem, where kernels for Hopper at few rows are among them."""
+    """The neighbours of the `fastest` few of each problem at few rows, where there are more candidates than are
+    tried."""
     problems: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for record in records:
         problems.setdefault(tuple(record.get(name) for name in ("op", "format", "m", "n", "k")), []).append(record)
@@ -203,17 +204,11 @@ def second_look(records: list[dict[str, Any]], fastest: int) -> list[Task]:
     for (op, format, m, n, k), timed in problems.items():
         if op not in MOST_FEW_ROWS or m > MOST_FEW_ROWS[op]:
             continue
-        tried = [record["config"] for record in timed]
+        tried = {skinny_or_hopper(record["config"]) for record in timed}
         best = sorted(timed, key=lambda record: record["us"])[:fastest]
-        close = [
-            other
-            for config in map(skinny_or_hopper, (record["config"] for record in best))
-            if isinstance(config, HopperConfig)
-            for other in near(op, config, k)
-            if asdict(other) not in tried
-        ]
-        if close:
-            found.append((op, {"format": format, "m": m, "n": n, "k": k}, list(dict.fromkeys(close))))
+        near = [skinny_or_hopper(other) for record in best for other in neighbours(record["config"], op, k)]
+        if close := [config for config in dict.fromkeys(near) if config not in tried]:
+            found.append((op, {"format": format, "m": m, "n": n, "k": k}, close))
     return found
 
 
@@ -281,7 +276,7 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--most", type=int, default=150, help="candidates per problem")
     parser.add_argument(
-        "--near", type=int, default=2, help="then, at few rows on Hopper, what is near to so many of the fastest"
+        "--near", type=int, default=2, help="then, at few rows, neighbours of so many of the fastest"
     )
     chosen = parser.parse_args()
     found = tasks(chosen.op, chosen.most, warp_group_products(), chosen.alone)

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from .candidates import fewest_registers, gated_hopper_candidates, registers
+from .candidates import aheads_of, gated_hopper_candidates, neighbours
 from .measuring import problems
 from .measuring.chain import Chain, chain
 from .products.gated import gated_linear
@@ -68,42 +68,6 @@ def runs_gated(format: str, m: int) -> bool:
     return problem is not None and table().get(problem, APART)["splits"] == 1
 
 
-RANGES = {"block_n": (32, 256), "block_k": (64, 256), "splits": (1, 16), "warps": (1, 8), "stages": (2, 12)}
-
-
-def aheads_of(kind: str) -> tuple[int, ...]:
-    """Steps of K whose weights a kernel without a ring may ask for ahead: of those for 8-bit activations none."""
-    return () if kind.startswith("a8") else (0, 1, 2, 4)
-
-
-def neighbours(config: Config, kind: str) -> list[Config]:
-    """One field changed at a time; block_k means nothing to 4-bit weights and is 128 or more of pairs, and a gated
-    product does not split K."""
-    changes: list[Config] = [{"late": not config.get("late", False)}]
-    hopper = "producer" in config
-    if hopper:
-        changes.append({"producer": not config["producer"]})
-    aheads = (0, 1, config["stages"]) if hopper else aheads_of(kind)
-    changes += [{"ahead": ahead} for ahead in aheads if ahead != config.get("ahead", 0)]
-    unread = "splits" if kind.startswith("gated ") else "block_k" if kind in ("planes", "hopper") else ""
-    for name, (least, most) in RANGES.items():
-        if name == unread or name not in config:
-            continue
-        held = config[name]
-        near = (held + 1, held - 1) if name == "stages" else (held * 2, held // 2)
-        least = 128 if name == "block_k" and kind.endswith("pairs") else least
-        changes += [{name: value} for value in near if least <= value <= most]
-    found = [config | change for change in changes]
-    if not hopper:
-        return [c for c in found if c["block_n"] >= 16 * c["warps"]]
-    rows = 32 if kind.startswith("gated ") else 16  # of block_n a warp
-    return [
-        c for c in found
-        if c["block_n"] >= rows * c["warps"] and c["warps"] % 4 == 0
-        and registers(c["warps"], c["producer"], c.get("programs", 1)) >= fewest_registers(c["block_m"])
-    ]  # fmt: skip
-
-
 def candidates(records: list[dict[str, Any]], problem: Problem, most: int = 9) -> list[Config]:
     """The configurations of a problem worth a try: the one in use and its neighbours, the fastest alone, and the
     fastest of those with many warps in flight."""
@@ -118,7 +82,7 @@ def candidates(records: list[dict[str, Any]], problem: Problem, most: int = 9) -
     found: list[Config] = [APART] if gated else []
     if kind in ("gated planes", "gated pairs", "gated bf16") and warp_group_products():
         found += [asdict(config) for config in gated_hopper_candidates(kind, m)]
-    near = [c for one in start for c in neighbours(one, kind)]
+    near = [c for one in start for c in neighbours(one, kind, k)]
     for config in start + elsewhere(problem) + near + ranked[:most] + many[: most // 2]:
         if config not in found:
             found.append(config)

@@ -10,7 +10,7 @@ import pytest
 if sys.platform != "linux":
     pytest.skip("Triton is published for Linux only", allow_module_level=True)
 
-from kernels import tune_layer
+from kernels import candidates, tune_layer
 from kernels.measuring.problems import SHAPES
 from kernels.tuning import HopperConfig, SkinnyConfig
 from tests.unit.kernels.test_tune import PTXAS
@@ -52,8 +52,8 @@ def test_gated_products_are_tried_whole_and_apart(monkeypatch: pytest.MonkeyPatc
 
 def test_a_step_of_pairs_is_whole_groups() -> None:
     held = asdict(SkinnyConfig(8, 64, 2, 2, 4, 128))
-    assert {c["block_k"] for c in tune_layer.neighbours(held, "pairs")} == {128, 256}
-    assert {c["block_k"] for c in tune_layer.neighbours(held, "int8")} == {64, 128, 256}
+    assert {c["block_k"] for c in candidates.neighbours(held, "pairs", 4096)} == {128, 256}
+    assert {c["block_k"] for c in candidates.neighbours(held, "int8", 4096)} == {64, 128, 256}
 
 
 class Steady:
@@ -172,8 +172,8 @@ def test_the_entries_of_4_bit_weights_on_hopper(monkeypatch: pytest.MonkeyPatch)
     held = asdict(HopperConfig(64, 128, 2, 4, 3))
     assert [tune_layer.kind_of("int8", m) for m in (1, 32, 33)] == ["pairs", "pairs", "pairs_hopper"]
     assert tune_layer.problem_of("gated", "int8", 64) == ("gated pairs", 64, 28672, 4096)
-    assert tune_layer.neighbours(held, "hopper") == tune_layer.neighbours(held, "pairs_hopper")
-    near = [HopperConfig(**c) for c in tune_layer.neighbours(held, "hopper")]
+    assert candidates.neighbours(held, "hopper", 4096) == candidates.neighbours(held, "pairs_hopper", 4096)
+    near = [HopperConfig(**c) for c in candidates.neighbours(held, "hopper", 4096)]
     assert replace(HopperConfig(**held), producer=True) in near and all(c.warps % 4 == 0 for c in near)
     assert all(sum(asdict(c)[name] != held[name] for name in held) == 1 for c in near)
 
@@ -181,9 +181,9 @@ def test_the_entries_of_4_bit_weights_on_hopper(monkeypatch: pytest.MonkeyPatch)
 def test_neighbours_have_the_registers_that_ptxas_wants() -> None:
     """Without them it refuses, and prints all of its input."""
     held = asdict(HopperConfig(128, 128, 1, 4, 3, True, 2))
-    assert {c["warps"] for c in tune_layer.neighbours(held, "pairs_hopper")} == {4}
-    assert {c["warps"] for c in tune_layer.neighbours(held | {"producer": False}, "pairs_hopper")} == {4, 8}
-    assert {c["warps"] for c in tune_layer.neighbours(held | {"programs": 1}, "pairs_hopper")} == {4, 8}
+    assert {c["warps"] for c in candidates.neighbours(held, "pairs_hopper", 4096)} == {4}
+    assert {c["warps"] for c in candidates.neighbours(held | {"producer": False}, "pairs_hopper", 4096)} == {4, 8}
+    assert {c["warps"] for c in candidates.neighbours(held | {"programs": 1}, "pairs_hopper", 4096)} == {4, 8}
 
 
 @pytest.mark.parametrize(
