@@ -22,6 +22,7 @@ from ..rows.rounding import quantize_rows
 # second copy of the weights is kept.
 CPU_PACKED_ROWS = {"int8": 16, "int4": 256, "nibbles": 16}
 INT8PACK_FEATURES = 16  # _weight_int8pack_mm reads so many at a time, past the end of its operands for another K
+_SIGN_BIT, _NO_ZERO = torch.tensor(128, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64)
 CPU_BLOCK_ELEMENTS = 1 << 21  # weights dequantized at a time: 4 MB of bf16, which stays in the cache
 
 
@@ -132,9 +133,9 @@ def _w8a8_aten(x: Activations, weight: PackedWeight) -> Tensor:
 def _onednn8(codes: Tensor, data: Tensor, scale: Tensor) -> Tensor:
     """float32 [M, N]: int8 codes [M, K] times packed ones, whose output channels are scaled. oneDNN is fast with
     unsigned codes alone: with another sign bit they are those codes under a zero point of 128."""
-    unsigned = codes.view(torch.uint8).bitwise_xor(128)
+    unsigned = codes.view(torch.uint8).bitwise_xor(_SIGN_BIT)
     return torch.ops.onednn.qlinear_pointwise(
-        unsigned, 1.0, 128, data, scale, torch.zeros(1, dtype=torch.int64), None, 1.0, 0, torch.float32, "none", [], ""
+        unsigned, 1.0, 128, data, scale, _NO_ZERO, None, 1.0, 0, torch.float32, "none", [], ""
     )
 
 

@@ -106,11 +106,11 @@ def _silu_mul_torch(gate_up: Tensor, codes: torch.dtype) -> Activations:
 def _rounded_aten(x: Tensor, codes: torch.dtype, dtype: torch.dtype) -> Activations:
     """As `_rounded`, by the fewest operators. Whatever code NaN becomes, the scale of its row is NaN."""
     largest = x.abs().amax(-1, keepdim=True).clamp_min_(SMALLEST_RANGE)
-    span = largest.new_tensor(LARGEST_CODE[codes])
+    span = torch.full_like(largest, LARGEST_CODE[codes])
     scaled = x * (span / largest)  # a plain number would be multiplied by a reciprocal: rounded twice
     if codes == torch.int8:
         scaled.round_()
-    return Activations(scaled.to(codes), largest.squeeze(-1).div_(span), dtype)
+    return Activations(scaled.to(codes), largest.div_(span).squeeze(-1), dtype)
 
 
 def _quantize_rows_aten(x: Tensor, codes: torch.dtype) -> Activations:
