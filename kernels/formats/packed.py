@@ -1,4 +1,4 @@
-"""A weight in the layout of its device. The layouts are those of `packing`."""
+"""A weight in the layout of its device. `packing` has the layouts: it is asked when a weight is read back."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ plain     [N, K] as it is (bf16, w8a8 and fp8 on CUDA, fp8 on CPU), scale [N]: f
 planes    int4 and w4a8 on CUDA, see `pack_planes`
 pairs     int8 on CUDA, see `pack_pairs`
 mkldnn    bf16 on CPU, oneDNN's own blocking
-int8pack  int8 and w8a8 on CPU, [N, K] int8 and bf16 scale [N], for torch._weight_int8pack_mm
+int8pack  int8 and other w8a8 on CPU, [N, K] int8 and bf16 scale [N], for torch._weight_int8pack_mm
 nibbles   int8 on CPU where that operator is slow, see `pack_nibbles`
 int4pack  int4 and w4a8 on CPU, [N/64, K, 32] uint8 and bf16 (scale, zero) [K/G, N, 2], for torch's
           _weight_int4pack_mm_for_cpu
