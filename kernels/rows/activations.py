@@ -5,7 +5,7 @@
 At few rows only the weight's bytes count: the codes of the weight are widened in registers and x keeps its 16 bits
 (A16W8, A16W4). Above `WeightFormat.sixteen_bit_rows` the tensor core's 8-bit rate counts, and x is rounded.
 `activation_codes` says so. A CPU differs in one case: what oneDNN has packed in int8 is multiplied by 8-bit x alone, at
-one row too, where that takes as long as widening the weight or less, and at sixteen a third of it. `codes_for` is the
+one row too: there it takes as long as widening the weight, at sixteen rows a third of that. `codes_for` is the
 one place that decides, the same for every implementation on a device and in the reference, so that a weight means the
 same numbers in all of them. How they are made: `rounding`.
 
