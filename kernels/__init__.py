@@ -3,7 +3,8 @@
 Every operation takes `impl`: "torch" (readable oracle), "aten" (CPU), "triton" (CUDA) or "auto". See `dispatch`.
 """
 
-from .formats.packing import PackedWeight, pack_weight, random_weight
+from .formats.packed import PackedWeight
+from .formats.packing import pack_weight, random_weight
 from .formats.weights import WEIGHT_FORMATS, QuantizedWeight, WeightFormat, quantize_weight
 from .paged.attention import AttentionPlan, decode_attention, plan_attention, prefill_attention
 from .paged.expansion import most_expanded_bytes

@@ -13,7 +13,7 @@ to it, once, and calling again changes nothing. The engine does not: it replays 
 a call through the dispatcher costs more than a small kernel on a CPU.
 
 A product here is always complete (`partial` has a shape that only the kernel knows), attention derives its own plan,
-and bf16 weights in oneDNN's layout cannot be traced: pack them with layout="plain".
+and weights in oneDNN's layouts (bf16, large w8a8 on a CPU) cannot be traced: pack them with layout="plain".
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .formats.packing import PackedWeight
+from .formats.packed import PackedWeight
 from .paged import attention, kv_access, qkv
 from .paged.kv_cache import KV_FORMATS, KVLayer
 from .paged.qkv import HeadNorms

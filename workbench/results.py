@@ -137,19 +137,18 @@ def gpu_table() -> str:
     for name, measured in _peer_rows().items():
         tpot = {row["batch"]: row["tpot_ms"] for row in measured.get("tpot", [])}
         ttft, offline, shared = (measured.get(part, {}) for part in ("ttft", "offline", "shared"))
-        figures = ttft.get("ttft_ms"), offline.get("tokens_per_s"), shared.get("seconds")
-        lines.append(_gpu_row(f"InferLab: {name}", [tpot.get(batch) for batch in BATCHES], *figures))
+        figures = [ttft.get("ttft_ms"), offline.get("tokens_per_s"), shared.get("seconds")]
+        lines.append(_gpu_row(f"InferLab: {name}", [*map(tpot.get, BATCHES), *figures]))
     for row in _read(ENGINE / OTHERS)["rows"] if (ENGINE / OTHERS).exists() else ():
-        tpot = [row["tpot_ms"].get(str(batch)) for batch in BATCHES]
-        figures = (row.get(name) for name in ("ttft_ms", "tokens_per_s", "shared_s"))
-        lines.append(_gpu_row(f"{row['engine']}: {row['formats']}", tpot, *figures))
+        tpot = {int(batch): ms for batch, ms in row["tpot_ms"].items()}
+        figures = [row.get(name) for name in ("ttft_ms", "tokens_per_s", "shared_s")]
+        lines.append(_gpu_row(f"{row['engine']}: {row['formats']}", [*map(tpot.get, BATCHES), *figures]))
     return "\n".join(lines)
 
 
-def _gpu_row(
-    name: str, tpot: Sequence[float | None], ttft: float | None, offline: float | None, shared: float | None
-) -> str:
-    kinds = [*((ms, ".2f") for ms in tpot), (ttft, ".1f"), (offline, ",.0f"), (shared, ".2f")]
+def _gpu_row(name: str, figures: Sequence[float | None]) -> str:
+    """figures: TPOT at each of BATCHES, TTFT, offline tokens/s and the seconds of the shared prefix."""
+    kinds = zip(figures, (*(".2f" for _ in BATCHES), ".1f", ",.0f", ".2f"), strict=True)
     return f"| {name} | " + " | ".join("" if value is None else format(value, kind) for value, kind in kinds) + " |"
 
 

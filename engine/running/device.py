@@ -8,7 +8,8 @@ from collections.abc import Collection
 import torch
 
 from engine.errors import ConfigError
-from kernels.formats.packing import PackedWeight, has_mkldnn_linear
+from kernels.formats.cpu_layouts import has_mkldnn_linear, has_packed_int8
+from kernels.formats.packed import PackedWeight
 from kernels.tuning import table
 
 LEAST_CAPABILITY = (8, 0)
@@ -47,9 +48,12 @@ def impl_label(impl: str, device: torch.device, weights: Collection[PackedWeight
     fast = "triton" if device.type == "cuda" else "aten"
     if impl == "torch":
         return f"impl torch in float32: the reference path, not the fast one ({fast})"
-    if device.type == "cpu" and not has_mkldnn_linear():
-        return f"impl {fast} in bfloat16; plain bf16 linear, oneDNN's packed one is not available here"
-    left = _not_taken(weights) if device.type == "cuda" else []
+    if device.type == "cpu":
+        ways = {"bf16": has_mkldnn_linear(), "w8a8": has_packed_int8() or all(w.format != "w8a8" for w in weights)}
+        plain = " and ".join(name for name, packed in ways.items() if not packed)
+        lacks = f"; plain {plain} linear, oneDNN's packed one is not available here" if plain else ""
+        return f"impl {fast} in bfloat16{lacks}"
+    left = _not_taken(weights)
     return f"impl {fast} in bfloat16" + (f" ({'; '.join(left)})" if left else "")
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..formats.packing import PackedWeight
+from ..formats.packed import PackedWeight
 from ..formats.weights import WEIGHT_FORMATS
 from ..measuring import problems
 from ..measuring.timing import microseconds

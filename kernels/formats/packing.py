@@ -4,78 +4,42 @@ plain     [N, K] as it is (bf16, w8a8 and fp8 on CUDA, fp8 on CPU), scale [N]: f
 planes    int4 and w4a8 on CUDA, see `pack_planes`
 pairs     int8 on CUDA, see `pack_pairs`
 mkldnn    bf16 on CPU, oneDNN's own blocking
-int8pack  int8 and w8a8 on CPU, [N, K] int8 and bf16 scale [N], for torch._weight_int8pack_mm
-nibbles   int8 on CPU where that operator is slow, see `_pack_nibbles`
+int8pack  int8 and other w8a8 on CPU, [N, K] int8 and bf16 scale [N], for torch._weight_int8pack_mm
+nibbles   int8 on CPU where that operator is slow, see `pack_nibbles`
 int4pack  int4 and w4a8 on CPU, [N/64, K, 32] uint8 and bf16 (scale, zero) [K/G, N, 2], for torch's
           _weight_int4pack_mm_for_cpu
+onednn8   w8a8 on CPU from `ONEDNN8_FROM` elements on, where oneDNN has it, see `pack_onednn8`
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from .cpu_layouts import (
+    has_mkldnn_linear,
+    has_packed_int8,
+    int4pack_grid,
+    nibble_group,
+    pack_int4_cpu,
+    pack_mkldnn,
+    pack_nibbles,
+    pack_onednn8,
+    rows_of_nibbles,
+    unpack_int4_cpu,
+    unpack_nibbles,
+    unpack_onednn8,
+)
+from .packed import PackedWeight, pad_rows
 from .weights import QuantizedWeight, channel_scales, check_groups, quantize_weight, weight_format
 
 PLANE_ROWS = 64  # output features in one contiguous tile of planes: the kernels' smallest BN
 PAIR_GROUP = 128  # columns of int8 codes, the first half of which shares words with the second
 NIBBLES_ABOVE = 8 << 20  # int8 elements: a weight with short rows that comes from memory, not from a cache
-_CPU_ROWS = 64  # the same for ATen's CPU int4 packing
-
-
-@dataclass(frozen=True)
-class PackedWeight:
-    """A weight [N, K] in the layout of its device. `data` and `scale` are read by kernels; everything else goes through
-    `to_plain`. `order` is that of `QuantizedWeight`: `linear` gathers x by it before a kernel runs. `channel` float32
-    [N] (padded as the codes) is the scale of w4a8's int8 form."""
-
-    format: str
-    layout: str
-    shape: tuple[int, int]
-    data: Tensor
-    scale: Tensor | None = None
-    group_size: int | None = None
-    nibble_scale: Tensor | None = None  # of the layout "nibbles"
-    order: Tensor | None = None
-    channel: Tensor | None = None
-
-    @property
-    def device(self) -> torch.device:
-        return self.data.device
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held, padding and scales included."""
-        held = self.data.numel() * self.data.element_size()  # not .nbytes: an mkldnn tensor has no strides to tell it
-        beside = (self.scale, self.nibble_scale, self.order, self.channel)
-        return held + sum(part.nbytes for part in beside if part is not None)
-
-    def to_plain(self) -> QuantizedWeight:
-        """The canonical codes, scales and zeros."""
-        return replace(_UNPACK[self.layout](self), order=self.order)
-
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight [N, K] as a dense matrix."""
-        return self.to_plain().dequantize(dtype)
-
-    def rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
-        """Rows `index` int64 [T] as a dense [T, K]: an embedding looked up in the table that also serves as lm_head.
-
-        ValueError for layouts that do not keep a row together.
-        """
-        if self.layout not in _ROWS:
-            raise ValueError(f"rows: layout {self.layout!r} does not keep rows together; {', '.join(_ROWS)} do")
-        found = _ROWS[self.layout](self, index).to(dtype)
-        return found if self.scale is None else found * self.scale[index, None].to(dtype)
-
-
-def _pad_rows(x: Tensor, multiple: int) -> Tensor:
-    rows = -x.shape[0] % multiple
-    return torch.nn.functional.pad(x, (0, 0, 0, rows)) if rows else x
+ONEDNN8_FROM = 2 << 20  # int8 elements of w8a8: below, oneDNN's product takes longer to prepare than to compute
 
 
 # planes: 4 bits on CUDA
@@ -94,12 +58,12 @@ def pack_planes(weight: QuantizedWeight) -> PackedWeight:
     assert weight.scale is not None and weight.zero is not None and weight.group_size is not None
     n, k = weight.shape
     g = weight.group_size
-    codes = _pad_rows(weight.codes, PLANE_ROWS)
+    codes = pad_rows(weight.codes, PLANE_ROWS)
     c = codes.view(-1, k // g, 4, g // 4).to(torch.int16)
     words = c[:, :, 0] | c[:, :, 1] << 4 | c[:, :, 2] << 8 | c[:, :, 3] << 12
     words = words.view(-1, PLANE_ROWS, k // g, g // 4).transpose(1, 2).contiguous()
     bits = (weight.scale.float().view(torch.int32) + 0x80) & ~0xFF
-    scale = _pad_rows(bits | weight.zero.to(torch.int32), PLANE_ROWS).t().contiguous()
+    scale = pad_rows(bits | weight.zero.to(torch.int32), PLANE_ROWS).t().contiguous()
     return PackedWeight(weight.format, "planes", (n, k), words, scale, g)
 
 
@@ -155,105 +119,6 @@ def _unpack_pairs(packed: PackedWeight) -> QuantizedWeight:
     return QuantizedWeight(packed.format, codes, packed.scale.float())
 
 
-# CPU: ATen's packings
-
-
-@lru_cache(maxsize=1)
-def has_mkldnn_linear() -> bool:
-    """Whether this build of torch has oneDNN's prepacked bf16 linear."""
-    return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-@lru_cache(maxsize=1)
-def nibble_rows() -> int:
-    """ATen's int4 tile holds row r in the low and row r + rows in the high nibble; `rows` depends on the vector unit,
-    so look once."""
-    codes = (torch.arange(_CPU_ROWS * 32, dtype=torch.int32).view(_CPU_ROWS, 32) * 7 + 3) % 16
-    tile = torch._convert_weight_to_int4pack_for_cpu(codes, 2)
-    for rows in (32, 16, 8, 1):
-        if torch.equal(_unpack_tiles(tile.view(-1), 32, rows), codes.to(torch.uint8)):
-            return rows
-    raise RuntimeError("this build of torch packs int4 weights for CPU in an unknown order; use impl='torch'")
-
-
-def _unpack_tiles(data: Tensor, k: int, rows: int) -> Tensor:
-    tiles = data.view(-1, k, rows)  # [N/(2*rows), K, rows]
-    return torch.stack((tiles & 15, tiles >> 4), 1).permute(0, 1, 3, 2).reshape(-1, k)
-
-
-def _pack_nibbles(weight: QuantizedWeight) -> PackedWeight:
-    """int8 codes as two int4 planes side by side, [N, 2K]: code = 16 * high + low, high in -8..7, low in 0..15.
-
-    ATen's int4 operator streams its tiles in the order it reads them, its int8 operator takes four short rows at once:
-    from memory, at K = 896 and one row of x, the first needs half the time at N = 151,936 and three quarters of it at
-    N = 9,728, for the same bytes (2-core Zen 4). Both planes are exact in
-    bf16 and summed in float32, so the product is that of the int8 codes.
-    """
-    assert weight.scale is not None
-    n, k = weight.shape
-    g = _nibble_group(k)
-    codes = _pad_rows(weight.codes.to(torch.int32), _CPU_ROWS)
-    data = torch._convert_weight_to_int4pack_for_cpu(torch.cat(((codes >> 4) + 8, codes & 15), 1), 2)
-    high, low = torch.tensor([16.0, 0.0]), torch.tensor([1.0, 8.0])  # ATen: w = (code - 8) * scale + offset
-    planes = torch.stack((high, low)).repeat_interleave(k // g, 0)
-    scale = planes[:, None].expand(-1, len(codes), -1).bfloat16().contiguous()
-    return PackedWeight("int8", "nibbles", (n, k), data, weight.scale.bfloat16(), g, scale)
-
-
-def _nibble_group(k: int) -> int:
-    """The largest group ATen takes that divides K, 0 where none does."""
-    return next((g for g in (256, 128, 64, 32) if k % g == 0), 0)
-
-
-def _nibble_rows(packed: PackedWeight, index: Tensor) -> Tensor:
-    """int8 codes [T, K] of rows `index`."""
-    k, rows = packed.shape[1], nibble_rows()
-    tiles = packed.data.view(-1, 2 * k, rows)
-    pair = tiles[index // (2 * rows), :, index % rows]
-    upper = (index % (2 * rows) >= rows)[:, None]
-    high, low = torch.where(upper, pair >> 4, pair & 15).to(torch.int16).split(k, 1)
-    return ((high - 8) * 16 + low).to(torch.int8)
-
-
-def _unpack_nibbles(packed: PackedWeight) -> QuantizedWeight:
-    assert packed.scale is not None
-    n, k = packed.shape
-    high, low = _unpack_tiles(packed.data.view(-1), 2 * k, nibble_rows())[:n].to(torch.int16).split(k, 1)
-    return QuantizedWeight("int8", ((high - 8) * 16 + low).to(torch.int8), packed.scale.float())
-
-
-def _pack_int4_cpu(weight: QuantizedWeight) -> PackedWeight:
-    assert weight.scale is not None and weight.zero is not None and weight.group_size is not None
-    codes = _pad_rows(weight.codes, _CPU_ROWS).to(torch.int32)
-    data = torch._convert_weight_to_int4pack_for_cpu(codes, 2)
-    scale = _pad_rows(weight.scale, _CPU_ROWS)
-    offset = (8 - _pad_rows(weight.zero, _CPU_ROWS).float()) * scale  # ATen: w = (code - 8) * scale + offset
-    return PackedWeight(
-        weight.format,
-        "int4pack",
-        weight.shape,
-        data,
-        torch.stack((scale.t(), offset.t()), -1).bfloat16().contiguous(),
-        weight.group_size,
-    )
-
-
-def _unpack_int4_cpu(packed: PackedWeight) -> QuantizedWeight:
-    n, k = packed.shape
-    scale, zero = int4pack_grid(packed)
-    return QuantizedWeight(
-        packed.format, _unpack_tiles(packed.data.view(-1), k, nibble_rows())[:n], scale[:n], zero[:n], packed.group_size
-    )
-
-
-def int4pack_grid(packed: PackedWeight) -> tuple[Tensor, Tensor]:
-    """Scale float32 and zero uint8 [N padded, K/G]."""
-    assert packed.scale is not None
-    scale, offset = packed.scale.float().permute(2, 1, 0).contiguous()
-    zero = torch.where(scale == 0, 0.0, 8 - offset / scale)  # a row of the padding has no scale
-    return scale, zero.round_().to(torch.uint8)
-
-
 # choosing
 
 
@@ -261,12 +126,6 @@ def _plain(weight: QuantizedWeight) -> PackedWeight:
     return PackedWeight(
         weight.format, "plain", weight.shape, weight.codes.contiguous(),
         None if weight.scale is None else weight.scale.to(weight_format(weight.format).scale_dtype),
-    )
-
-
-def _pack_mkldnn(weight: QuantizedWeight) -> PackedWeight:
-    return PackedWeight(
-        "bf16", "mkldnn", weight.shape, torch.ops.mkldnn._reorder_linear_weight(weight.codes.contiguous())
     )
 
 
@@ -278,25 +137,27 @@ _PACK = {
     "plain": _plain,
     "planes": pack_planes,
     "pairs": pack_pairs,
-    "mkldnn": _pack_mkldnn,
+    "mkldnn": pack_mkldnn,
     "int8pack": lambda w: _relabel(_plain(w)),
-    "nibbles": _pack_nibbles,
-    "int4pack": _pack_int4_cpu,
+    "nibbles": pack_nibbles,
+    "int4pack": pack_int4_cpu,
+    "onednn8": pack_onednn8,
 }
-_UNPACK = {
+UNPACK = {
     "plain": _unpack_plain,
     "planes": unpack_planes,
     "pairs": _unpack_pairs,
     "mkldnn": lambda p: QuantizedWeight("bf16", p.data.to_dense()),
     "int8pack": _unpack_plain,
-    "nibbles": _unpack_nibbles,
-    "int4pack": _unpack_int4_cpu,
+    "nibbles": unpack_nibbles,
+    "int4pack": unpack_int4_cpu,
+    "onednn8": unpack_onednn8,
 }
-_ROWS: dict[str, Callable[[PackedWeight, Tensor], Tensor]] = {
+ROWS: dict[str, Callable[[PackedWeight, Tensor], Tensor]] = {
     "plain": lambda p, index: p.data[index],
     "pairs": _pair_rows,
     "int8pack": lambda p, index: p.data[index],
-    "nibbles": _nibble_rows,
+    "nibbles": rows_of_nibbles,
 }
 _GRID: dict[str, Callable[[PackedWeight], tuple[Tensor, Tensor]]] = {"planes": _planes_grid, "int4pack": int4pack_grid}
 
@@ -309,8 +170,10 @@ def device_layout(format: str, device: torch.device, shape: tuple[int, int]) -> 
     """The layout that the fast path of a device reads for a weight of that shape."""
     n, k = shape
     if device.type == "cpu":
-        if format == "int8" and n * k > NIBBLES_ABOVE and k < 2048 and _nibble_group(k):
+        if format == "int8" and n * k > NIBBLES_ABOVE and k < 2048 and nibble_group(k):
             return "nibbles"
+        if format == "w8a8" and n * k >= ONEDNN8_FROM and has_packed_int8():
+            return "onednn8"
         layouts = {"int8": "int8pack", "int4": "int4pack", "w8a8": "int8pack", "fp8": "plain", "w4a8": "int4pack"}
         return layouts.get(format) or ("mkldnn" if has_mkldnn_linear() else "plain")
     return "planes" if weight_format(format).grouped else "pairs" if format == "int8" else "plain"

@@ -3,7 +3,8 @@
     bf16   w
     int8   A16W8, symmetric per output channel:   w ~ code * scale[n],                   code in -127..127
     int4   A16W4, asymmetric per group of K:      w ~ (code - zero[n, g]) * scale[n, g],  code and zero in 0..15
-    w8a8   A8W8: the codes and scales of int8; the activations of larger steps are int8 too (see `activations`)
+    w8a8   A8W8: the codes and scales of int8; the activations of larger steps are int8 too (on a CPU those of large
+           weights always, see `activations`)
     fp8    A8W8: as w8a8 in e4m3 (4 bits of exponent, 3 of mantissa, largest 448): w ~ code * scale[n]
     w4a8   A8W4: the codes, scales and zeros of int4; larger steps multiply its int8 form, see `requantized`
 
@@ -41,7 +42,7 @@ class WeightFormat:
     grouped: bool
     quantize: Callable[[Tensor, int], QuantizedWeight]
     activations: torch.dtype | None = None  # codes of the activations, None where they stay 16 bit
-    sixteen_bit_rows: int = 0  # up to so many rows of x they stay 16 bit all the same: there the weight's bytes count
+    sixteen_bit_rows: int = 0  # up to so many rows of x they stay 16 bit: there the weight's bytes count
     channel_bytes: int = 0  # per output channel, beside the scales of groups
 
     @property

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..formats.packing import PackedWeight
+from ..formats.packed import PackedWeight
 from ..paged.attention import AttentionPlan, Settled, decode_attention
 from ..paged.kv_cache import KVLayer
 from ..paged.qkv import rope_write

@@ -10,7 +10,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..formats.packing import PackedWeight, pack_weight, random_weight
+from ..formats.packed import PackedWeight
+from ..formats.packing import pack_weight, random_weight
 from ..formats.weights import WEIGHT_FORMATS
 from ..paged.kv_cache import KV_FORMATS, KVLayer, allocate_kv
 from ..rows.activations import Activations

@@ -26,7 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..formats.packing import PLANE_ROWS, PackedWeight
+from ..formats.packed import PackedWeight
+from ..formats.packing import PLANE_ROWS
 from ..triton_common import (
     INTERP,
     admission,

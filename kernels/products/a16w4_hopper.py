@@ -27,7 +27,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from ..formats.packing import PLANE_ROWS, PackedWeight
+from ..formats.packed import PackedWeight
+from ..formats.packing import PLANE_ROWS
 from ..triton_common import admission, new_partials
 from ..tuning import HopperConfig
 from .a16w4 import plane

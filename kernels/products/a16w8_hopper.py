@@ -18,7 +18,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from ..formats.packing import PAIR_GROUP, PackedWeight
+from ..formats.packed import PackedWeight
+from ..formats.packing import PAIR_GROUP
 from ..triton_common import admission, int8_bf16, new_partials
 from ..tuning import HopperConfig
 from .hopper_ring import (

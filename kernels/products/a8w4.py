@@ -23,7 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..formats.packing import PLANE_ROWS, PackedWeight
+from ..formats.packed import PackedWeight
+from ..formats.packing import PLANE_ROWS
 from ..rows.activations import Activations
 from ..triton_common import INTERP, admission, admit_next, await_previous, new_partials, store_product
 from ..tuning import WideConfig, a8w4_config

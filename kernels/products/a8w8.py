@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..formats.packing import PackedWeight
+from ..formats.packed import PackedWeight
 from ..rows.activations import Activations
 from ..triton_common import INTERP, admission, admit_next, await_previous, banded, new_partials, to_bf16
 from ..tuning import WideConfig, a8w8_config

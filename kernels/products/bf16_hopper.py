@@ -17,7 +17,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from ..formats.packing import PackedWeight
+from ..formats.packed import PackedWeight
 from ..triton_common import admission, new_partials
 from ..tuning import HopperConfig
 from .hopper_ring import (

@@ -11,7 +11,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..dispatch import Implementations, choose
-from ..formats.packing import PackedWeight
+from ..formats.packed import PackedWeight
 from ..rows.activations import Activations, Operand
 from ..rows.elementwise import silu_mul
 from .matmul import linear

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..dispatch import choose
-from ..formats.packing import PackedWeight, nibble_rows
+from ..formats.cpu_layouts import nibble_rows
+from ..formats.packed import PackedWeight
 from ..formats.weights import weight_format
-from ..rows.activations import Activations, Operand, SummedRows, activation_codes
+from ..rows.activations import Activations, Operand, SummedRows, codes_for
 from ..rows.rounding import quantize_rows
 
 # ATen's packed CPU kernels win while reading the weights dominates; above this many rows, dequantizing blocks of them
@@ -21,6 +22,7 @@ from ..rows.rounding import quantize_rows
 # second copy of the weights is kept.
 CPU_PACKED_ROWS = {"int8": 16, "int4": 256, "nibbles": 16}
 INT8PACK_FEATURES = 16  # _weight_int8pack_mm reads so many at a time, past the end of its operands for another K
+_SIGN_BIT, _NO_ZERO = torch.tensor(128, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64)
 CPU_BLOCK_ELEMENTS = 1 << 21  # weights dequantized at a time: 4 MB of bf16, which stays in the cache
 
 
@@ -33,7 +35,7 @@ def linear(
     (`add_rms_norm`, `silu_mul`, `rope_write`), which saves a pass and a launch; elsewhere it changes nothing.
 
     impl "torch": any floating x; "aten" and "triton": bfloat16 x. For w8a8, fp8 and w4a8 weights x may come in 8 bits;
-    if not, `activation_codes` says by the number of rows whether it is rounded here. For int4 x may come with the sums
+    if not, `codes_for` says by the number of rows whether it is rounded here. For int4 x may come with the sums
     of its groups. `operands` makes x in the form that is best for a weight. ValueError for shapes, dtypes or
     devices that do not fit.
     """
@@ -56,7 +58,7 @@ def _rows(x: Operand, weight: PackedWeight, impl: str, *, reference: bool) -> Op
     if isinstance(x, SummedRows):
         if weight.group_size is None or x.sums.shape != (x.shape[1] // weight.group_size, x.shape[0]):
             raise ValueError(f"linear: sums {tuple(x.sums.shape)} are not those of groups of {weight.group_size}")
-        wide = activation_codes(weight.format, x.shape[0]) is None
+        wide = codes_for(weight, x.shape[0]) is None
         if weight.layout == "planes" and weight.order is None and wide and not reference:
             return x
         x = x.x
@@ -70,7 +72,7 @@ def _rows(x: Operand, weight: PackedWeight, impl: str, *, reference: bool) -> Op
     rows = x.reshape(-1, x.shape[-1])
     if weight.order is not None and not reference:  # the reference puts the weight's columns back instead
         rows = rows.index_select(1, weight.order)
-    codes = activation_codes(weight.format, rows.shape[0])
+    codes = codes_for(weight, rows.shape[0])
     return rows if codes is None else quantize_rows(rows, codes, impl=impl)
 
 
@@ -121,8 +123,20 @@ def widen_e4m3(codes: Tensor) -> Tensor:
 
 def _w8a8_aten(x: Activations, weight: PackedWeight) -> Tensor:
     assert weight.scale is not None
-    y = torch._int_mm(x.codes, weight.data.t()).to(torch.float32)
-    return y.mul_(x.scale[:, None]).mul_(weight.scale).to(x.dtype)
+    if weight.layout == "onednn8":
+        y = _onednn8(x.codes, weight.data, weight.scale)
+    else:
+        y = torch._int_mm(x.codes, weight.data.t()).to(torch.float32).mul_(weight.scale)
+    return y.mul_(x.scale[:, None]).to(x.dtype)
+
+
+def _onednn8(codes: Tensor, data: Tensor, scale: Tensor) -> Tensor:
+    """float32 [M, N]: int8 codes [M, K] times packed ones, whose output channels are scaled. oneDNN is fast with
+    unsigned codes alone: with another sign bit they are those codes under a zero point of 128."""
+    unsigned = codes.view(torch.uint8).bitwise_xor(_SIGN_BIT)
+    return torch.ops.onednn.qlinear_pointwise(
+        unsigned, 1.0, 128, data, scale, _NO_ZERO, None, 1.0, 0, torch.float32, "none", [], ""
+    )
 
 
 def _w4a8_aten(x: Activations, weight: PackedWeight) -> Tensor:

@@ -21,7 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..formats.packing import PAIR_GROUP, PackedWeight
+from ..formats.packed import PackedWeight
+from ..formats.packing import PAIR_GROUP
 from ..triton_common import (
     INTERP,
     admission,

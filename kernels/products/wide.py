@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.target_info import cuda_capability_geq
 
-from ..formats.packing import PLANE_ROWS, PackedWeight
+from ..formats.packed import PackedWeight
+from ..formats.packing import PLANE_ROWS
 from ..triton_common import (
     INTERP,
     admission,

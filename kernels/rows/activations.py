@@ -4,8 +4,10 @@
 
 At few rows only the weight's bytes count: the codes of the weight are widened in registers and x keeps its 16 bits
 (A16W8, A16W4). Above `WeightFormat.sixteen_bit_rows` the tensor core's 8-bit rate counts, and x is rounded.
-`activation_codes` is the one place that decides, the same on every device and in the reference, so that a format means
-the same numbers everywhere. How they are made: `rounding`.
+`activation_codes` says so. A CPU differs in one case: what oneDNN has packed in int8 is multiplied by 8-bit x alone, at
+one row too: there it takes as long as widening the weight, at sixteen rows a third of that. `codes_for` is the
+one place that decides, the same for every implementation on a device and in the reference, so that a weight means the
+same numbers in all of them. How they are made: `rounding`.
 
 Scales per token and per output channel as in Dettmers et al., "LLM.int8()" (2022); e4m3 for both sides as in
 Micikevicius et al., "FP8 Formats for Deep Learning" (2022).
@@ -18,6 +20,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..formats.packed import PackedWeight
+from ..formats.packing import device_layout
 from ..formats.weights import E4M3_MAX, weight_format
 
 LARGEST_CODE = {torch.int8: 127.0, torch.float8_e4m3fn: E4M3_MAX}
@@ -25,9 +29,21 @@ SMALLEST_RANGE = 1e-30  # largest |x| of a row that still spans the codes: small
 
 
 def activation_codes(format: str, rows: int) -> torch.dtype | None:
-    """What x [rows, K] becomes before a product with a weight of that format; None: it stays in 16 bits."""
+    """What x [rows, K] becomes on a GPU before a product with a weight of that format; None: it stays in 16 bits."""
     chosen = weight_format(format)
     return chosen.activations if rows > chosen.sixteen_bit_rows else None
+
+
+def codes_for(weight: PackedWeight, rows: int) -> torch.dtype | None:
+    """What x [rows, K] becomes before a product with that weight; None: it stays in 16 bits."""
+    if weight.device.type == "cpu" and _rounds_always(weight):
+        return weight_format(weight.format).activations
+    return activation_codes(weight.format, rows)
+
+
+def _rounds_always(weight: PackedWeight) -> bool:
+    """The reference may hold plain codes of a weight that the fast path has packed."""
+    return "onednn8" in (weight.layout, device_layout(weight.format, weight.device, weight.shape))
 
 
 @dataclass(frozen=True)

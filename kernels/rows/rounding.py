@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..dispatch import choose
@@ -102,6 +103,37 @@ def _silu_mul_torch(gate_up: Tensor, codes: torch.dtype) -> Activations:
     return _rounded(elementwise.silu_mul(_wide(gate_up), impl="torch"), codes, dtype)
 
 
+def _rounded_aten(x: Tensor, codes: torch.dtype, dtype: torch.dtype) -> Activations:
+    """As `_rounded`, by the fewest operators. Whatever code NaN becomes, the scale of its row is NaN."""
+    largest = x.abs().amax(-1, keepdim=True).clamp_min_(SMALLEST_RANGE)
+    span = torch.full_like(largest, LARGEST_CODE[codes])
+    scaled = x * (span / largest)  # a plain number would be multiplied by a reciprocal: rounded twice
+    if codes == torch.int8:
+        scaled.round_()
+    return Activations(scaled.to(codes), largest.div_(span).squeeze(-1), dtype)
+
+
+def _quantize_rows_aten(x: Tensor, codes: torch.dtype) -> Activations:
+    return _rounded_aten(_wide(x), codes, x.dtype)
+
+
+def _rms_norm_aten(x: Tensor, weight: Tensor, eps: float, codes: torch.dtype) -> Activations:
+    return _rounded_aten(elementwise.rms_norm(_wide(x), weight, eps, impl="aten"), codes, x.dtype)
+
+
+def _add_rms_norm_aten(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, codes: torch.dtype
+) -> tuple[Activations, Tensor]:
+    total = ((x.sum(0) if x.dim() > residual.dim() else x) + residual).to(residual.dtype)
+    return _rms_norm_aten(total, weight, eps, codes), total
+
+
+def _silu_mul_aten(gate_up: Tensor, codes: torch.dtype) -> Activations:
+    dtype = torch.bfloat16 if gate_up.dim() == 3 else gate_up.dtype
+    gate, up = (gate_up.sum(0) if gate_up.dim() == 3 else gate_up).chunk(2, -1)
+    return _rounded_aten(F.silu(_wide(gate)).mul_(up), codes, dtype)
+
+
 def _triton(name: str) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
         from . import rounding_triton
@@ -112,11 +144,11 @@ def _triton(name: str) -> Callable[..., Any]:
 
 
 OPERATIONS: dict[str, dict[str, Callable[..., Any]]] = {
-    name: {"torch": readable, "aten": readable, "triton": _triton(name)}  # ATen has no operator that does more at once
-    for name, readable in (
-        ("quantize_rows", _quantize_rows_torch),
-        ("quantized_rms_norm", _rms_norm_torch),
-        ("quantized_add_rms_norm", _add_rms_norm_torch),
-        ("quantized_silu_mul", _silu_mul_torch),
+    name: {"torch": readable, "aten": quick, "triton": _triton(name)}
+    for name, readable, quick in (
+        ("quantize_rows", _quantize_rows_torch, _quantize_rows_aten),
+        ("quantized_rms_norm", _rms_norm_torch, _rms_norm_aten),
+        ("quantized_add_rms_norm", _add_rms_norm_torch, _add_rms_norm_aten),
+        ("quantized_silu_mul", _silu_mul_torch, _silu_mul_aten),
     )
 }

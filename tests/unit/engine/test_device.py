@@ -69,3 +69,13 @@ def test_a_cpu_without_packed_bf16_says_so(monkeypatch: pytest.MonkeyPatch) -> N
     assert "not available" not in impl_label("auto", cpu)
     monkeypatch.setattr(device, "has_mkldnn_linear", lambda: False)
     assert "oneDNN's packed one is not available here" in impl_label("auto", cpu)
+
+
+def test_a_cpu_without_packed_int8_says_so_of_w8a8(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, dense = torch.device("cpu"), torch.zeros(64, 128)
+    int8, w8a8 = (pack_weight(dense, format, device="cpu") for format in ("int8", "w8a8"))
+    monkeypatch.setattr(device, "has_mkldnn_linear", lambda: True)
+    for packed, words in ((True, ""), (False, "; plain w8a8 linear, oneDNN's packed one is not available here")):
+        monkeypatch.setattr(device, "has_packed_int8", lambda packed=packed: packed)
+        assert impl_label("auto", cpu, [int8]) == "impl aten in bfloat16"
+        assert impl_label("auto", cpu, [int8, w8a8]) == f"impl aten in bfloat16{words}"

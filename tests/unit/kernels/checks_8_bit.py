@@ -10,7 +10,7 @@ from torch import Tensor
 
 import kernels
 from kernels.rows import elementwise, rounding
-from kernels.rows.activations import Activations, activation_codes
+from kernels.rows.activations import Activations, codes_for
 from kernels.rows.rounding import quantize_rows
 from kernels.tuning import HopperConfig, SkinnyConfig, WideConfig
 from tests.unit.kernels.checks import generator, normal, poison, relative_error
@@ -37,9 +37,10 @@ def check_linear(
     x = normal((m, k), m, device)
     x[1:2] = 0
     b = normal((n,), 3, device) if bias else None
-    codes = activation_codes(format, m)
+    codes = codes_for(weight, m)
     held = x.double() if codes is None else quantize_rows(x, codes, impl="torch").dequantize(torch.float64)
-    assert (codes is None) == (m <= kernels.WEIGHT_FORMATS[format].sixteen_bit_rows)
+    rounds_always = weight.layout == "onednn8"
+    assert (codes is None) == (m <= kernels.WEIGHT_FORMATS[format].sixteen_bit_rows and not rounds_always)
     poison(device)
     got = kernels.linear(x, weight, b, impl=impl)
     want = held @ multiplied(weight, codes).t() + (0 if b is None else b.double())
@@ -67,7 +68,7 @@ def check_linear_exact(
     eight = Activations(x.to(CODES[format]), torch.ones(m, device=device), torch.bfloat16)
     want = x.double() @ dense.double().t() + bias.double()
     assert want.abs().max() <= 256
-    for given in (eight, x.bfloat16()) if m <= SIXTEEN_BIT_ROWS else (eight,):
+    for given in (eight, x.bfloat16()) if codes_for(weight, m) is None else (eight,):
         got = kernels.linear(given, weight, bias, impl=impl)
         assert torch.equal(got.double(), want), f"{format} M={m} N={n} K={k}: {(got.double() != want).sum()} differ"
 

@@ -8,13 +8,17 @@ import pytest
 import torch
 
 import kernels
+from kernels.formats import packing
+from kernels.formats.cpu_layouts import has_packed_int8
+from kernels.formats.packing import ONEDNN8_FROM, device_layout
 from kernels.products.matmul import widen_e4m3
-from kernels.rows.activations import Activations, activation_codes
+from kernels.rows.activations import Activations, activation_codes, codes_for
 from kernels.rows.rounding import quantize_rows, quantized_silu_mul
 from tests.unit.kernels import checks_8_bit as checks
 from tests.unit.kernels.checks_8_bit import SIXTEEN_BIT_ROWS
 
 CODES = [torch.int8, torch.float8_e4m3fn]
+needs_packed_int8 = pytest.mark.skipif(not has_packed_int8(), reason="oneDNN has no fast int8 product on this CPU")
 
 
 @pytest.mark.parametrize("impl", ["aten", "torch"])
@@ -23,6 +27,80 @@ CODES = [torch.int8, torch.float8_e4m3fn]
 @pytest.mark.parametrize("n, k", [(192, 256), (100, 336)])
 def test_linear(m: int, n: int, k: int, format: str, impl: str) -> None:
     checks.check_linear(m, n, k, format, "cpu", impl=impl, bias=m in (5, 17))
+
+
+@needs_packed_int8
+@pytest.mark.parametrize("impl", ["aten", "torch"])
+@pytest.mark.parametrize("m", [1, 2, 5, 16, 17, 64, 65, 256, 1000])
+@pytest.mark.parametrize("n, k", [(192, 256), (100, 336), (1, 16), (257, 4096)])
+def test_packed_by_onednn(m: int, n: int, k: int, impl: str) -> None:
+    checks.check_linear(m, n, k, "w8a8", "cpu", impl=impl, layout="onednn8", bias=m in (5, 17))
+
+
+@needs_packed_int8
+@pytest.mark.parametrize("m", [1, 2, 5, 16, 17, 64, 65, 256])
+@pytest.mark.parametrize("n, k", [(80, 256), (100, 4880)])
+def test_packed_by_onednn_is_exact(m: int, n: int, k: int) -> None:
+    """Codes to both ends: no sum of any two products fits 16 bits. Every bit must be that of the exact sums, scaled, as
+    from plain codes, and from codes of x whose rows do not follow one another."""
+    g = checks.generator(m, "cpu")
+    codes = torch.randint(-128, 128, (n, k), generator=g).to(torch.int8)
+    x = checks.any_codes(m, k, "cpu")
+    codes[0], x.codes[-1] = -127, -127
+    plain = kernels.QuantizedWeight("w8a8", codes, torch.rand(n, generator=g).bfloat16().float())
+    sums = x.codes.double() @ codes.double().t()
+    assert plain.scale is not None
+    want = (sums.float() * plain.scale * x.scale[:, None]).bfloat16()
+    strided = replace(x, codes=x.codes.t().contiguous().t())
+    for layout in ("onednn8", "int8pack"):
+        weight = kernels.pack_weight(plain, "w8a8", device="cpu", layout=layout)
+        for given in (x, strided):
+            assert torch.equal(kernels.linear(given, weight), want), layout
+
+
+@needs_packed_int8
+@pytest.mark.parametrize("n, k", [(1, 16), (100, 336), (192, 256), (896, 4864)])
+def test_packed_by_onednn_keeps_codes_and_scales(n: int, k: int) -> None:
+    """Scales that bf16 does not hold, as checkpoints have them; the bytes are those of whole blocks, and 4 a row for
+    the sums of codes."""
+    g = checks.generator(n, "cpu")
+    codes = torch.randint(-128, 128, (n, k), generator=g).to(torch.int8)
+    plain = kernels.QuantizedWeight("w8a8", codes, torch.rand(n, generator=g))
+    weight = kernels.pack_weight(plain, "w8a8", device="cpu", layout="onednn8")
+    back = weight.to_plain()
+    assert back.codes.is_contiguous() and torch.equal(back.codes, codes)
+    assert back.scale is not None and plain.scale is not None and torch.equal(back.scale, plain.scale)
+    least = n * k + 8 * n
+    assert weight.nbytes == least if n % 64 == 0 == k % 64 else least < weight.nbytes <= least + 64 * (n + k + 64 + 4)
+    with pytest.raises(ValueError, match="'onednn8' does not keep rows together"):
+        weight.rows(torch.tensor([0]), torch.float32)
+
+
+def test_which_weights_onednn_packs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large ones, where the CPU can; then 8-bit x at one row too, also for the reference's plain codes."""
+    cpu, rows, k = torch.device("cpu"), ONEDNN8_FROM // 1024, 1024
+    for able in (True, False):
+        monkeypatch.setattr(packing, "has_packed_int8", lambda able=able: able)
+        assert device_layout("w8a8", cpu, (rows, k)) == ("onednn8" if able else "int8pack")
+        assert device_layout("w8a8", cpu, (rows - 1, k)) == "int8pack"
+        assert device_layout("int8", cpu, (rows, k)) == "int8pack"
+        assert device_layout("w8a8", torch.device("cuda"), (rows, k)) == "plain"
+        for n, always in ((rows, able), (rows - 1, False)):
+            plain = kernels.PackedWeight("w8a8", "plain", (n, k), torch.empty(n, k, dtype=torch.int8), torch.ones(n))
+            assert codes_for(plain, 1) == (torch.int8 if always else None)
+            assert codes_for(plain, SIXTEEN_BIT_ROWS + 1) == torch.int8
+
+
+@needs_packed_int8
+def test_a_row_is_multiplied_alike_in_every_batch() -> None:
+    """Also where the operation before it rounds."""
+    weight = kernels.pack_weight(checks.normal((2048, 1024), 1, "cpu") * 0.05, "w8a8", device="cpu")
+    assert weight.layout == "onednn8"
+    x, scales = checks.normal((64, 1024), 2, "cpu"), checks.normal((1024,), 3, "cpu")
+    for make in (lambda x: x, lambda x: kernels.normed(x, scales, 1e-5, weight)):
+        many = kernels.linear(make(x), weight)
+        for m in (1, 3, 16, 17):
+            assert torch.equal(kernels.linear(make(x[:m]), weight), many[:m])
 
 
 @pytest.mark.parametrize("impl", ["aten", "torch"])
@@ -37,6 +115,13 @@ def test_4_bit_weights(m: int, n: int, k: int, group_size: int, impl: str) -> No
 @pytest.mark.parametrize("impl", ["aten", "torch"])
 def test_rows_that_are_not_finite(format: str, impl: str) -> None:
     checks.check_broken_rows(70, format, "cpu", impl=impl)
+
+
+@needs_packed_int8
+@pytest.mark.parametrize("m", [1, 5, 70])
+@pytest.mark.parametrize("impl", ["aten", "torch"])
+def test_rows_that_are_not_finite_by_onednn(m: int, impl: str) -> None:
+    checks.check_broken_rows(m, "w8a8", "cpu", impl=impl, layout="onednn8")
 
 
 def test_the_int8_form_of_4_bits() -> None:
@@ -88,6 +173,12 @@ def test_columns_in_activation_order(impl: str) -> None:
 @pytest.mark.parametrize("m", [3, 40, 100])
 def test_linear_integers_exact(format: str, m: int, impl: str) -> None:
     checks.check_linear_exact(m, 80, 256, format, "cpu", impl=impl)
+
+
+@needs_packed_int8
+@pytest.mark.parametrize("m", [1, 3, 40])
+def test_integers_by_onednn_exact(m: int) -> None:
+    checks.check_linear_exact(m, 80, 256, "w8a8", "cpu", impl="aten", layout="onednn8")
 
 
 @pytest.mark.parametrize("codes", CODES)
