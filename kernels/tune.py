@@ -133,7 +133,7 @@ def run(tasks: Iterable[Task], workers: int, alone: bool = False) -> list[dict[s
         timed = []
         for config in configs:
             try:
-                timed.append((microseconds(calls(config), replays=3, at_least_us=600.0, warm_up_us=0.0), config))
+                timed.append((microseconds(calls(config), replays=3, at_least_us=600.0), config))
             except Exception as error:
                 if not too_large(error):
                     raise

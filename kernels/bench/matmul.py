@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..measuring import problems
 from ..measuring.chain import chain
-from ..measuring.timing import CLOCKS_UP_US, microseconds
+from ..measuring.timing import microseconds
 from ..products.matmul_triton import linear_fused, linear_partials, linear_triton
 from ..rows.activations import SummedRows
 from ..tune_layer import kind_of
@@ -74,7 +74,7 @@ def layer_rows() -> Iterator[Row]:
             ("bf16", "bf16"), ("w8a8" if m > 16 else "int8", "bf16"), ("int4", "bf16"), ("int4", "int8"),
         ):  # fmt: skip
             with torch.inference_mode():
-                us = chain(format, m, 2 if format == "bf16" else 4, kv).microseconds(warm_up_us=CLOCKS_UP_US)
+                us = chain(format, m, 2 if format == "bf16" else 4, kv).microseconds()
             what = f"{format} M={m}" + ("" if kv == "bf16" else f" KV {kv}")
             yield Row("layer", what, us, 0.0, others={"cuBLAS bf16, products only": products})
 

@@ -3,6 +3,7 @@ together."""
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,6 @@ from ..products.matmul import linear
 from ..products.operands import add_normed, gated, normed
 from ..rows.elementwise import add_rms_norm, rotation
 from . import problems
-from .timing import replay_microseconds
 
 CONTEXT, BLOCK, KV_HEADS, HEAD_DIM = 640, 64, 8, 128
 
@@ -49,14 +49,23 @@ class Chain:
                 x, residual = add_normed(y, residual, self.norm, 1e-5, self.layers[i + 1][0]["qkv"])
         return add_rms_norm(y, residual, self.norm, 1e-5)[0]
 
-    def microseconds(self, replays: int = 5, warm_up_us: float = 0.0) -> float:
-        """Median time of one layer; warm_up_us as in `replay_microseconds`."""
+    def microseconds(self, replays: int = 5) -> float:
+        """Median time of one layer."""
         self.run()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for _ in range(2):
                 self.run()
-        return replay_microseconds(graph, replays, warm_up_us) / (2 * len(self.layers))
+        graph.replay()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        times = []
+        for _ in range(replays):
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end) * 1e3 / (2 * len(self.layers)))
+        return statistics.median(times)
 
 
 def chain(format: str, m: int, layers: int = 4, kv: str = "bf16", seed: int = 0) -> Chain:
