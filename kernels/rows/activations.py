@@ -5,9 +5,9 @@
 At few rows only the weight's bytes count: the codes of the weight are widened in registers and x keeps its 16 bits
 (A16W8, A16W4). Above `WeightFormat.sixteen_bit_rows` the tensor core's 8-bit rate counts, and x is rounded.
 `activation_codes` says so. A CPU differs in one case: what oneDNN has packed in int8 is multiplied by 8-bit x alone, at
-one row too: there it takes as long as widening the weight, at sixteen rows a third of that. `codes_for` is the
-one place that decides, the same for every implementation on a device and in the reference, so that a weight means the
-same numbers in all of them. How they are made: `rounding`.
+one row too: there it takes as long as widening the weight, at sixteen rows a third of that. `codes_for` is the one
+place that decides, the same for every implementation on a device and in the reference, so that a weight means the same
+numbers in all of them. How they are made: `rounding`.
 
 Scales per token and per output channel as in Dettmers et al., "LLM.int8()" (2022); e4m3 for both sides as in
 Micikevicius et al., "FP8 Formats for Deep Learning" (2022).
@@ -36,14 +36,15 @@ def activation_codes(format: str, rows: int) -> torch.dtype | None:
 
 def codes_for(weight: PackedWeight, rows: int) -> torch.dtype | None:
     """What x [rows, K] becomes before a product with that weight; None: it stays in 16 bits."""
-    if weight.device.type == "cpu" and _rounds_always(weight):
-        return weight_format(weight.format).activations
-    return activation_codes(weight.format, rows)
+    chosen = weight_format(weight.format).activations
+    return chosen if chosen is not None and _rounds_always(weight) else activation_codes(weight.format, rows)
 
 
 def _rounds_always(weight: PackedWeight) -> bool:
     """The reference may hold plain codes of a weight that the fast path has packed."""
-    return "onednn8" in (weight.layout, device_layout(weight.format, weight.device, weight.shape))
+    held = weight.layout
+    own = device_layout(weight.format, weight.device, weight.shape) if held == "plain" else held
+    return own == "onednn8"
 
 
 @dataclass(frozen=True)
