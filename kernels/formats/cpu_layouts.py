@@ -1,16 +1,14 @@
-"""Layouts for CPUs: ATen's and oneDNN's packings, and the way back from each to the codes."""
+"""Layouts for CPUs: ATen's and oneDNN's packings."""
 
 from __future__ import annotations
 
 from functools import lru_cache
 
 import torch
-from torch import Tensor
 
 from .packed import PackedWeight, pad_rows
+from .unpacking import CPU_ROWS
 from .weights import QuantizedWeight
-
-_CPU_ROWS = 64  # output features in one tile of ATen's int4 packing
 
 
 @lru_cache(maxsize=1)
@@ -27,23 +25,6 @@ def has_packed_int8() -> bool:
     return built and torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()
 
 
-@lru_cache(maxsize=1)
-def nibble_rows() -> int:
-    """ATen's int4 tile holds row r in the low and row r + rows in the high nibble; `rows` depends on the vector unit,
-    so look once."""
-    codes = (torch.arange(_CPU_ROWS * 32, dtype=torch.int32).view(_CPU_ROWS, 32) * 7 + 3) % 16
-    tile = torch._convert_weight_to_int4pack_for_cpu(codes, 2)
-    for rows in (32, 16, 8, 1):
-        if torch.equal(_unpack_tiles(tile.view(-1), 32, rows), codes.to(torch.uint8)):
-            return rows
-    raise RuntimeError("this build of torch packs int4 weights for CPU in an unknown order; use impl='torch'")
-
-
-def _unpack_tiles(data: Tensor, k: int, rows: int) -> Tensor:
-    tiles = data.view(-1, k, rows)  # [N/(2*rows), K, rows]
-    return torch.stack((tiles & 15, tiles >> 4), 1).permute(0, 1, 3, 2).reshape(-1, k)
-
-
 def pack_nibbles(weight: QuantizedWeight) -> PackedWeight:
     """int8 codes as two int4 planes side by side, [N, 2K]: code = 16 * high + low, high in -8..7, low in 0..15.
 
@@ -55,7 +36,7 @@ def pack_nibbles(weight: QuantizedWeight) -> PackedWeight:
     assert weight.scale is not None
     n, k = weight.shape
     g = nibble_group(k)
-    codes = pad_rows(weight.codes.to(torch.int32), _CPU_ROWS)
+    codes = pad_rows(weight.codes.to(torch.int32), CPU_ROWS)
     data = torch._convert_weight_to_int4pack_for_cpu(torch.cat(((codes >> 4) + 8, codes & 15), 1), 2)
     high, low = torch.tensor([16.0, 0.0]), torch.tensor([1.0, 8.0])  # ATen: w = (code - 8) * scale + offset
     planes = torch.stack((high, low)).repeat_interleave(k // g, 0)
@@ -68,29 +49,12 @@ def nibble_group(k: int) -> int:
     return next((g for g in (256, 128, 64, 32) if k % g == 0), 0)
 
 
-def rows_of_nibbles(packed: PackedWeight, index: Tensor) -> Tensor:
-    """int8 codes [T, K] of rows `index`."""
-    k, rows = packed.shape[1], nibble_rows()
-    tiles = packed.data.view(-1, 2 * k, rows)
-    pair = tiles[index // (2 * rows), :, index % rows]
-    upper = (index % (2 * rows) >= rows)[:, None]
-    high, low = torch.where(upper, pair >> 4, pair & 15).to(torch.int16).split(k, 1)
-    return ((high - 8) * 16 + low).to(torch.int8)
-
-
-def unpack_nibbles(packed: PackedWeight) -> QuantizedWeight:
-    assert packed.scale is not None
-    n, k = packed.shape
-    high, low = _unpack_tiles(packed.data.view(-1), 2 * k, nibble_rows())[:n].to(torch.int16).split(k, 1)
-    return QuantizedWeight("int8", ((high - 8) * 16 + low).to(torch.int8), packed.scale.float())
-
-
 def pack_int4_cpu(weight: QuantizedWeight) -> PackedWeight:
     assert weight.scale is not None and weight.zero is not None and weight.group_size is not None
-    codes = pad_rows(weight.codes, _CPU_ROWS).to(torch.int32)
+    codes = pad_rows(weight.codes, CPU_ROWS).to(torch.int32)
     data = torch._convert_weight_to_int4pack_for_cpu(codes, 2)
-    scale = pad_rows(weight.scale, _CPU_ROWS)
-    offset = (8 - pad_rows(weight.zero, _CPU_ROWS).float()) * scale  # ATen: w = (code - 8) * scale + offset
+    scale = pad_rows(weight.scale, CPU_ROWS)
+    offset = (8 - pad_rows(weight.zero, CPU_ROWS).float()) * scale  # ATen: w = (code - 8) * scale + offset
     return PackedWeight(
         weight.format,
         "int4pack",
@@ -99,22 +63,6 @@ def pack_int4_cpu(weight: QuantizedWeight) -> PackedWeight:
         torch.stack((scale.t(), offset.t()), -1).bfloat16().contiguous(),
         weight.group_size,
     )
-
-
-def unpack_int4_cpu(packed: PackedWeight) -> QuantizedWeight:
-    n, k = packed.shape
-    scale, zero = int4pack_grid(packed)
-    return QuantizedWeight(
-        packed.format, _unpack_tiles(packed.data.view(-1), k, nibble_rows())[:n], scale[:n], zero[:n], packed.group_size
-    )
-
-
-def int4pack_grid(packed: PackedWeight) -> tuple[Tensor, Tensor]:
-    """Scale float32 and zero uint8 [N padded, K/G]."""
-    assert packed.scale is not None
-    scale, offset = packed.scale.float().permute(2, 1, 0).contiguous()
-    zero = torch.where(scale == 0, 0.0, 8 - offset / scale)  # a row of the padding has no scale
-    return scale, zero.round_().to(torch.uint8)
 
 
 def pack_mkldnn(weight: QuantizedWeight) -> PackedWeight:
@@ -131,6 +79,3 @@ def pack_onednn8(weight: QuantizedWeight) -> PackedWeight:
     return PackedWeight(weight.format, "onednn8", weight.shape, data, weight.scale.float())
 
 
-def unpack_onednn8(packed: PackedWeight) -> QuantizedWeight:
-    codes = packed.data.to_dense().t().contiguous()  # held as [K, N]
-    return QuantizedWeight(packed.format, codes, packed.scale)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .unpacking import ROWS, UNPACK
 from .weights import QuantizedWeight
 
 
@@ -39,8 +40,6 @@ class PackedWeight:
 
     def to_plain(self) -> QuantizedWeight:
         """The canonical codes, scales and zeros."""
-        from .packing import UNPACK
-
         return replace(UNPACK[self.layout](self), order=self.order)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -52,8 +51,6 @@ class PackedWeight:
 
         ValueError for layouts that do not keep a row together.
         """
-        from .packing import ROWS
-
         if self.layout not in ROWS:
             raise ValueError(f"rows: layout {self.layout!r} does not keep rows together; {', '.join(ROWS)} do")
         found = ROWS[self.layout](self, index).to(dtype)

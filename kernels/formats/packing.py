@@ -13,7 +13,6 @@ onednn8   w8a8 on CPU from `ONEDNN8_FROM` elements on, where oneDNN has it, see 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -22,22 +21,16 @@ from torch import Tensor
 from .cpu_layouts import (
     has_mkldnn_linear,
     has_packed_int8,
-    int4pack_grid,
     nibble_group,
     pack_int4_cpu,
     pack_mkldnn,
     pack_nibbles,
     pack_onednn8,
-    rows_of_nibbles,
-    unpack_int4_cpu,
-    unpack_nibbles,
-    unpack_onednn8,
 )
 from .packed import PackedWeight, pad_rows
+from .unpacking import GRID, PAIR_GROUP, PLANE_ROWS
 from .weights import QuantizedWeight, channel_scales, check_groups, quantize_weight, weight_format
 
-PLANE_ROWS = 64  # output features in one contiguous tile of planes: the kernels' smallest BN
-PAIR_GROUP = 128  # columns of int8 codes, the first half of which shares words with the second
 NIBBLES_ABOVE = 8 << 20  # int8 elements: a weight with short rows that comes from memory, not from a cache
 ONEDNN8_FROM = 2 << 20  # int8 elements of w8a8: below, oneDNN's product takes longer to prepare than to compute
 
@@ -67,23 +60,6 @@ def pack_planes(weight: QuantizedWeight) -> PackedWeight:
     return PackedWeight(weight.format, "planes", (n, k), words, scale, g)
 
 
-def unpack_planes(packed: PackedWeight) -> QuantizedWeight:
-    assert packed.group_size is not None
-    n, k = packed.shape
-    words = packed.data.transpose(1, 2).reshape(-1, k // packed.group_size, 1, packed.group_size // 4)[:n]
-    shifts = torch.arange(0, 16, 4, device=words.device, dtype=torch.int16).view(1, 1, 4, 1)
-    codes = ((words >> shifts) & 15).to(torch.uint8).reshape(n, k)
-    scale, zero = _planes_grid(packed)
-    return QuantizedWeight(packed.format, codes, scale[:n], zero[:n], packed.group_size)
-
-
-def _planes_grid(packed: PackedWeight) -> tuple[Tensor, Tensor]:
-    """Scale float32 and zero uint8 [N padded, K/G]."""
-    assert packed.scale is not None
-    words = packed.scale.t().contiguous()
-    return (words & ~0xFF).view(torch.float32), (words & 0xFF).to(torch.uint8)
-
-
 # pairs: int8 on CUDA
 
 
@@ -103,22 +79,6 @@ def pack_pairs(weight: QuantizedWeight) -> PackedWeight:
     return PackedWeight(weight.format, "pairs", weight.shape, words, weight.scale.bfloat16())
 
 
-def _pair_rows(packed: PackedWeight, index: Tensor) -> Tensor:
-    """int8 codes [T, K] of rows `index`."""
-    return _codes_of_pairs(packed.data[index], packed.shape[1])
-
-
-def _codes_of_pairs(words: Tensor, k: int) -> Tensor:
-    pairs = words.view(torch.int8).view(len(words), -1, PAIR_GROUP // 2, 2)
-    return pairs.transpose(2, 3).reshape(len(words), -1)[:, :k]
-
-
-def _unpack_pairs(packed: PackedWeight) -> QuantizedWeight:
-    assert packed.scale is not None
-    codes = _codes_of_pairs(packed.data, packed.shape[1]).contiguous()
-    return QuantizedWeight(packed.format, codes, packed.scale.float())
-
-
 # choosing
 
 
@@ -127,10 +87,6 @@ def _plain(weight: QuantizedWeight) -> PackedWeight:
         weight.format, "plain", weight.shape, weight.codes.contiguous(),
         None if weight.scale is None else weight.scale.to(weight_format(weight.format).scale_dtype),
     )
-
-
-def _unpack_plain(packed: PackedWeight) -> QuantizedWeight:
-    return QuantizedWeight(packed.format, packed.data, None if packed.scale is None else packed.scale.float())
 
 
 _PACK = {
@@ -143,25 +99,6 @@ _PACK = {
     "int4pack": pack_int4_cpu,
     "onednn8": pack_onednn8,
 }
-UNPACK = {
-    "plain": _unpack_plain,
-    "planes": unpack_planes,
-    "pairs": _unpack_pairs,
-    "mkldnn": lambda p: QuantizedWeight("bf16", p.data.to_dense()),
-    "int8pack": _unpack_plain,
-    "nibbles": unpack_nibbles,
-    "int4pack": unpack_int4_cpu,
-    "onednn8": unpack_onednn8,
-}
-ROWS: dict[str, Callable[[PackedWeight, Tensor], Tensor]] = {
-    "plain": lambda p, index: p.data[index],
-    "pairs": _pair_rows,
-    "int8pack": lambda p, index: p.data[index],
-    "nibbles": rows_of_nibbles,
-}
-_GRID: dict[str, Callable[[PackedWeight], tuple[Tensor, Tensor]]] = {"planes": _planes_grid, "int4pack": int4pack_grid}
-
-
 def _relabel(packed: PackedWeight) -> PackedWeight:
     return PackedWeight(packed.format, "int8pack", packed.shape, packed.data, packed.scale)
 
@@ -207,7 +144,7 @@ def pack_weight(
         QuantizedWeight(format, moved[0], moved[1], moved[2], weight.group_size)
     )
     if format == "w4a8":
-        packed = replace(packed, channel=channel_scales(*_GRID[packed.layout](packed)))
+        packed = replace(packed, channel=channel_scales(*GRID[packed.layout](packed)))
     return packed if weight.order is None else replace(packed, order=weight.order.to(device))
 
 

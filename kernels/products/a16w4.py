@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..formats.packed import PackedWeight
-from ..formats.packing import PLANE_ROWS
+from ..formats.unpacking import PLANE_ROWS
 from ..triton_common import (
     INTERP,
     admission,

@@ -28,7 +28,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from ..formats.packed import PackedWeight
-from ..formats.packing import PLANE_ROWS
+from ..formats.unpacking import PLANE_ROWS
 from ..triton_common import admission, new_partials
 from ..tuning import HopperConfig
 from .a16w4 import plane

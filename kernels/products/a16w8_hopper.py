@@ -19,7 +19,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from ..formats.packed import PackedWeight
-from ..formats.packing import PAIR_GROUP
+from ..formats.unpacking import PAIR_GROUP
 from ..triton_common import admission, int8_bf16, new_partials
 from ..tuning import HopperConfig
 from .hopper_ring import (

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..formats.packed import PackedWeight
-from ..formats.packing import PLANE_ROWS
+from ..formats.unpacking import PLANE_ROWS
 from ..rows.activations import Activations
 from ..triton_common import INTERP, admission, admit_next, await_previous, new_partials, store_product
 from ..tuning import WideConfig, a8w4_config

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..dispatch import choose
-from ..formats.cpu_layouts import nibble_rows
 from ..formats.packed import PackedWeight
+from ..formats.unpacking import nibble_rows
 from ..formats.weights import weight_format
 from ..rows.activations import Activations, Operand, SummedRows, codes_for
 from ..rows.rounding import quantize_rows

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..formats.packed import PackedWeight
-from ..formats.packing import PLANE_ROWS
+from ..formats.unpacking import PLANE_ROWS
 from ..formats.weights import WEIGHT_FORMATS, weight_format
 from ..rows.activations import Activations, Operand, SummedRows, activation_codes
 from ..triton_common import INTERP, warp_group_products

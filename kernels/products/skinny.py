@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..formats.packed import PackedWeight
-from ..formats.packing import PAIR_GROUP
+from ..formats.unpacking import PAIR_GROUP
 from ..triton_common import (
     INTERP,
     admission,

@@ -15,7 +15,7 @@ from torch import Tensor
 from triton.language.target_info import cuda_capability_geq
 
 from ..formats.packed import PackedWeight
-from ..formats.packing import PLANE_ROWS
+from ..formats.unpacking import PLANE_ROWS
 from ..triton_common import (
     INTERP,
     admission,
