@@ -25,7 +25,7 @@ def describe_machine(argv: Sequence[str] | None = None) -> dict[str, Any]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
-    words = ["python", "-m", _module(), *(sys.argv[1:] if argv is None else argv)]
+    words = ["python", "-m", _module(), *_portable(sys.argv[1:] if argv is None else argv)]
     return {
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -42,6 +42,12 @@ def write_report(path: str | Path, figures: Mapping[str, Any], argv: Sequence[st
     """Write figures as JSON, behind machine, versions and command."""
     report = {"machine": describe_machine(argv), **figures}
     Path(path).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def _portable(argv: Sequence[str]) -> list[str]:
+    """The words, without the folder that the report goes to, which no other machine has."""
+    behind = ["", *argv]
+    return [Path(word).name if before == "--json" else word for before, word in zip(behind, argv, strict=False)]
 
 
 def _module() -> str:

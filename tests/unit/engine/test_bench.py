@@ -35,6 +35,7 @@ def run(tmp_path: Path, *argv: str) -> dict[str, Any]:
     main([*TINY, *argv, "--json", str(target)])
     report: dict[str, Any] = json.loads(target.read_text())
     assert report["machine"]["versions"]["torch"] and report["seed"] == 0 and "--suite" in report["machine"]["command"]
+    assert str(tmp_path) not in report["machine"]["command"], "the command is one for other machines too"
     return report["suites"]
 
 
