@@ -77,5 +77,3 @@ def pack_onednn8(weight: QuantizedWeight) -> PackedWeight:
     assert weight.scale is not None
     data = torch.ops.onednn.qlinear_prepack(weight.codes.contiguous(), None)
     return PackedWeight(weight.format, "onednn8", weight.shape, data, weight.scale.float())
-
-

@@ -1,4 +1,4 @@
-"""A weight in the layout of its device. `packing` has the layouts: it is asked when a weight is read back."""
+"""A weight in the layout of its device. `packing` makes it, `unpacking` has the ways back."""
 
 from __future__ import annotations
 
